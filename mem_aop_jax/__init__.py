@@ -1,0 +1,20 @@
+"""Mem-AOP-GD (arXiv 2110.09164) for JAX and Flax: cheaper weight gradients of dense layers."""
+
+from mem_aop_jax import linen
+from mem_aop_jax.config import MemAOP
+from mem_aop_jax.dense import dense
+from mem_aop_jax.memory import Memory, init_memory
+from mem_aop_jax.policies import Selection
+from mem_aop_jax.transform import carry_memory, get_memory, mem_aop_sgd
+
+__all__ = [
+    "MemAOP",
+    "Memory",
+    "Selection",
+    "carry_memory",
+    "dense",
+    "get_memory",
+    "init_memory",
+    "linen",
+    "mem_aop_sgd",
+]

@@ -1,0 +1,138 @@
+"""The static configuration of an approximate dense layer."""
+
+import dataclasses
+import math
+import operator
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mem_aop_jax.policies import POLICIES, RANDOM_POLICIES, Policy
+
+MEMORIES = ("auto", "rows", None)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemAOP:
+    """What a dense layer keeps of its weight gradient, and where the rest waits.
+
+    Frozen and hashable, hence static under `jit`: two equal configurations compile once.
+
+    Attributes:
+      k: number of outer products to compute, of one per row of the batch (the paper's K).
+      ratio: the same as a fraction of the rows, in (0, 1]: `k = max(1, round(ratio * rows))`.
+        Give exactly one of `k` and `ratio`.
+      policy: which rows: "topk", "weightedk", "randk" (PAPER: the three of the paper), or a
+        callable `policy(key, scores, k) -> Selection`.
+      memory: where the other rows wait: "rows" keeps each and adds it to the same row of the next
+        batch (the paper's memory); None drops them; "auto" is "rows".
+      decay: factor on what a kept row's outer product is worth a step later, in [0, 1]. Every
+        published experiment has 1.
+      memory_dtype: floating dtype of the memory, for instance `jnp.bfloat16`; None means that of
+        the layer's inputs.
+
+    Raises:
+      TypeError: an attribute of the wrong type.
+      ValueError: k and ratio both or neither, or a value outside its range.
+    """
+
+    k: int | None = None
+    ratio: float | None = None
+    policy: str | Policy = "topk"
+    memory: str | None = "auto"
+    decay: float = 1.0
+    memory_dtype: chex.ArrayDType | None = None
+
+    def __post_init__(self):
+        if (self.k is None) == (self.ratio is None):
+            raise ValueError(
+                f"MemAOP got k={self.k} and ratio={self.ratio}; give exactly one of them, "
+                "for instance MemAOP(ratio=0.25) or MemAOP(k=32)."
+            )
+        if self.k is not None:
+            object.__setattr__(self, "k", _count("k", self.k))
+        else:
+            object.__setattr__(self, "ratio", _fraction("ratio", self.ratio, include_zero=False))
+        if not (callable(self.policy) or self.policy in POLICIES):
+            raise ValueError(
+                f"MemAOP got policy={self.policy!r}; the known ones are "
+                f"{', '.join(map(repr, POLICIES))}, or give a callable "
+                "policy(key, scores, k) -> Selection."
+            )
+        if self.memory not in MEMORIES:
+            raise ValueError(
+                f"MemAOP got memory={self.memory!r}; it is one of "
+                f"{', '.join(map(repr, MEMORIES))}: 'rows' keeps the rows that were not chosen, "
+                "None drops them."
+            )
+        object.__setattr__(self, "decay", _fraction("decay", self.decay, include_zero=True))
+        if self.memory_dtype is not None:
+            object.__setattr__(self, "memory_dtype", _floating_dtype(self.memory_dtype))
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether rows that are not chosen wait in a `Memory`."""
+        return self.memory is not None
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether the policy is a named one that draws at random."""
+        return self.policy in RANDOM_POLICIES
+
+    def stored_dtype(self, inputs: chex.ArrayDType) -> jnp.dtype:
+        """The dtype of the memory of a layer whose inputs have dtype `inputs`."""
+        return jnp.dtype(inputs) if self.memory_dtype is None else self.memory_dtype
+
+    def selected_rows(self, rows: int, layer: str = "MemAOP") -> int:
+        """The number of outer products computed for a batch of `rows` rows (the paper's K of M).
+
+        Args:
+          rows: the product of all dimensions of the layer's inputs but the last.
+          layer: who asks, for the error message.
+
+        Raises:
+          ValueError: k is larger than rows.
+        """
+        k = max(1, round(self.ratio * rows)) if self.k is None else self.k
+        if k > rows:
+            raise ValueError(
+                f"{layer}: k={k} outer products asked of a batch of {rows} rows; k must be at "
+                f"most the number of rows. Use ratio= instead of k=, a smaller k, or a larger "
+                "batch (initialise a model on a batch of the size that it will train on)."
+            )
+        return k
+
+
+def _count(name: str, value: int) -> int:
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"MemAOP got {name}={value!r}; it must be an integer, at least 1."
+        ) from None
+    if value < 1:
+        raise ValueError(f"MemAOP got {name}={value}; it must be at least 1.")
+    return value
+
+
+def _fraction(name: str, value: float, *, include_zero: bool) -> float:
+    bounds = "[0, 1]" if include_zero else "(0, 1]"
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"MemAOP got {name}={value!r}; it must be a number in {bounds}.") from None
+    if math.isnan(value) or not 0 <= value <= 1 or (value == 0 and not include_zero):
+        raise ValueError(f"MemAOP got {name}={value}; it must lie in {bounds}.")
+    return value
+
+
+def _floating_dtype(dtype: chex.ArrayDType) -> jnp.dtype:
+    resolved = jnp.dtype(dtype)
+    if not jnp.issubdtype(resolved, jnp.floating):
+        raise TypeError(
+            f"MemAOP got memory_dtype={resolved.name}; it must be a floating dtype, for instance "
+            "jnp.float32 or jnp.bfloat16, or None for that of the layer's inputs."
+        )
+    return resolved

@@ -1,0 +1,302 @@
+"""The dense primitive: an exact layer whose weight gradient is K of M outer products.
+
+    forward     Y  = X W                         X (M, N), W (N, P), Y (M, P); G = dL/dY (M, P)
+    backward    dX = G W^T                       exact
+                Xh = mem_X + X,  Gh = mem_G + G
+                S  = policy(scores), K rows      scores[m] = (||Xh[m]|| ||Gh[m]||)^2
+                dW = Xh[S]^T Gh[S]               in place of X^T G
+    memory      mem_X, mem_G <- sqrt(decay) * (Xh, Gh with the rows of S set to 0)
+
+This is arXiv 2110.09164 in gradient units: the optimizer applies the learning rate. The next memory
+is returned as the cotangent of the memory, so every JAX transform of a gradient carries it.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal
+
+from mem_aop_jax.config import MemAOP
+from mem_aop_jax.memory import Memory
+from mem_aop_jax.policies import POLICIES, Selection, row_scores
+
+
+class _Layer(NamedTuple):
+    """What is static about one call. The name is for errors."""
+
+    config: MemAOP
+    precision: lax.PrecisionLike
+    name: str
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense(layer, x, kernel, memory, key):
+    del memory, key
+    return lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), precision=layer.precision)
+
+
+def _forward(layer, *primals):
+    x, kernel, memory, key = jax.tree.map(lambda primal: primal.value, primals, is_leaf=_is_primal)
+    trained = primals[1].perturbed  # a frozen kernel needs neither dW nor memory
+    if trained:
+        _check_differentiable(layer, x.shape[0], memory, key)
+    return _dense(layer, x, kernel, memory, key), (x, kernel, memory, key, trained)
+
+
+def _backward(layer, residuals, g):
+    x, kernel, memory, key, trained = residuals
+    dx = lax.dot_general(g, kernel, (((1,), (1,)), ((), ())), precision=layer.precision)
+    if not trained:
+        return dx.astype(x.dtype), *jax.tree.map(jnp.zeros_like, (kernel, memory)), None
+
+    xh, gh = _join(memory, x, g)
+    largest = _largest_storable(memory, xh, gh)
+    scores, finite = row_scores(xh, gh, largest)
+    chosen, weights = _select(layer, key, scores)
+
+    lost = ~finite.at[chosen].set(True)[:, None]  # NaN or infinite rows that nobody chose
+    xs, gs = _join(memory, x, g, chosen)
+    xs = jnp.where(_lost_columns(xh, lost, largest), jnp.nan, xs)
+    gs = jnp.where(_lost_columns(gh, lost, largest) | _misused(memory), jnp.nan, gs)
+    dw = _sum_of_outer_products(layer, xs.astype(x.dtype), gs.astype(g.dtype), weights)
+
+    if memory is not None:
+        waiting = finite.at[chosen].set(False)[:, None]
+        scale = math.sqrt(layer.config.decay)
+        memory = Memory(
+            inputs=jnp.where(waiting, scale * xh, 0).astype(memory.inputs.dtype),
+            cotangents=jnp.where(waiting, scale * gh, 0).astype(memory.cotangents.dtype),
+            uses=jnp.ones_like(memory.uses),
+        )
+    return dx.astype(x.dtype), dw.astype(kernel.dtype), memory, None
+
+
+_dense.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def dense(
+    x: chex.Array,
+    kernel: chex.Array,
+    memory: Memory | None = None,
+    *,
+    config: MemAOP | None = None,
+    key: chex.PRNGKey | None = None,
+    precision: lax.PrecisionLike = None,
+    name: str = "dense",
+) -> chex.Array:
+    """`x @ kernel`, with the weight gradient of Mem-AOP-GD (arXiv 2110.09164, section III).
+
+    The result and the gradient of `x` are exact. The gradient of `kernel` is the sum of k of the
+    rows' outer products, those that `config.policy` chooses; the "gradient" of `memory` is the
+    next memory, to be passed in the next step. Products accumulate in float32 (float64 for
+    float64). A row with a NaN or infinity makes the same entries of the kernel's gradient
+    non-finite as in the exact layer, and never enters the memory.
+
+    Without a memory, the layer can be evaluated on a batch of any size, and differentiated with
+    respect to `x`.
+
+    Args:
+      x: `(..., in_features)` floating. All dimensions but the last together are the rows.
+      kernel: `(in_features, out_features)` floating.
+      memory: the layer's memory for this number of rows, from `init_memory` or the last step;
+        None where the configuration has none, and to evaluate.
+      config: what to compute; None is an exact layer.
+      key: PRNG key, needed by the policies "weightedk" and "randk"; handed to any policy.
+      precision: as in `jax.lax.dot_general`, for all products.
+      name: the layer's name in error messages.
+
+    Returns:
+      `(..., out_features)`, in the dtype of `jax.lax.dot_general`.
+
+    Raises:
+      TypeError: integer or complex `x` or `kernel`; a `memory` that is not a `Memory`, or of
+        another dtype.
+      ValueError: shapes that do not fit each other, the memory or the configuration; while
+        differentiating with respect to `kernel`: a missing memory or key, or k larger than the
+        number of rows.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mem_aop_jax as aop
+      >>> config = aop.MemAOP(k=2)
+      >>> x, kernel = jnp.ones((8, 3)), jnp.ones((3, 4))
+      >>> memory = aop.init_memory(config, 8, 3, 4)
+      >>> def loss(kernel, memory):
+      ...     return aop.dense(x, kernel, memory, config=config).sum()
+      >>> grad, memory = jax.grad(loss, argnums=(0, 1))(kernel, memory)
+      >>> float(grad[0, 0]), float(memory.inputs.sum())  # 2 of 8 rows; 6 wait
+      (2.0, 18.0)
+    """
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    _check_shapes(name, x, kernel)
+    if config is None:
+        if memory is not None:
+            raise ValueError(f"{name}: got a memory but no config; pass config=aop.MemAOP(...).")
+        return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
+    _check_floating(name, x, kernel)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if memory is not None:
+        memory = _checked_memory(name, config, rows, kernel.shape[1], memory)
+    y = _dense(_Layer(config, precision, name), rows, kernel, memory, key)
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+# ---- the steps of the backward rule
+
+
+def _join(memory, x, g, rows=None):
+    """Xh and Gh, or just some rows of them, in float32 (float64 for float64)."""
+
+    def join(fresh, kept):
+        wide = jnp.float64 if fresh.dtype == jnp.float64 else jnp.float32
+        parts = [fresh] if kept is None else [kept, fresh]
+        if rows is not None:  # a row that does not exist is NaN
+            parts = [part.at[rows].get(mode="fill", fill_value=jnp.nan) for part in parts]
+        return sum(part.astype(wide) for part in parts)
+
+    kept = (None, None) if memory is None else memory[:2]
+    return join(x, kept[0]), join(g, kept[1])
+
+
+def _largest_storable(memory, *rows):
+    """The magnitude beyond which an entry of the joined rows is infinite, now or once stored."""
+    arrays = rows if memory is None else (*rows, *memory[:2])
+    return min(float(jnp.finfo(array.dtype).max) for array in arrays)
+
+
+def _select(layer, key, scores):
+    policy = POLICIES.get(layer.config.policy, layer.config.policy)
+    k = layer.config.selected_rows(scores.shape[0], layer.name)
+    selection = policy(key, scores, k)
+    wanted = f"aop.Selection(indices, weights) with integer indices of shape ({k},)"
+    if not isinstance(selection, Selection):
+        raise TypeError(
+            f"{layer.name}: policy {policy} returned {type(selection).__name__}; it must return "
+            f"{wanted}."
+        )
+    indices, weights = selection
+    indices = jnp.asarray(indices)
+    if indices.shape != (k,) or not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise ValueError(
+            f"{layer.name}: policy {policy} returned indices of shape {indices.shape} and dtype "
+            f"{indices.dtype} for k={k} of {scores.shape[0]} rows; it must return {wanted}."
+        )
+    if weights is not None:
+        weights = jnp.asarray(weights)
+        if weights.shape != (k,) or not jnp.issubdtype(weights.dtype, jnp.floating):
+            raise ValueError(
+                f"{layer.name}: policy {policy} returned weights of shape {weights.shape} and "
+                f"dtype {weights.dtype}; they must be floating of shape ({k},), or None for ones."
+            )
+    return indices.astype(jnp.int32), weights
+
+
+def _lost_columns(rows, lost, largest):
+    """`(1, features)`: the columns in which a lost row has a NaN or infinity."""
+    return jnp.any(lost & ~(jnp.abs(rows) <= largest), axis=0, keepdims=True)
+
+
+def _misused(memory):
+    """Whether the memory was added up, averaged or scaled since the last step."""
+    return False if memory is None else (memory.uses != 0) & (memory.uses != 1)
+
+
+def _sum_of_outer_products(layer, xs, gs, weights):
+    """Xs^T diag(weights) Gs, with the weights folded into the smaller factor."""
+    if weights is not None and gs.shape[1] <= xs.shape[1]:
+        gs = gs * weights[:, None].astype(gs.dtype)
+    elif weights is not None:
+        xs = xs * weights[:, None].astype(xs.dtype)
+    wide = jnp.float64 if jnp.float64 in (xs.dtype, gs.dtype) else jnp.float32
+    return lax.dot_general(
+        xs, gs, (((0,), (0,)), ((), ())), precision=layer.precision, preferred_element_type=wide
+    )
+
+
+def _is_primal(leaf):
+    return isinstance(leaf, CustomVJPPrimal)
+
+
+# ---- bad input
+
+
+def _check_shapes(name, x, kernel):
+    if kernel.ndim != 2:
+        raise ValueError(
+            f"{name}: kernel has shape {kernel.shape}; it must have two dimensions, (in_features, "
+            "out_features). Reshape it, and the result."
+        )
+    if x.ndim == 0 or x.shape[-1] != kernel.shape[0]:
+        raise ValueError(
+            f"{name}: x has shape {x.shape} and kernel {kernel.shape}; the last dimension of x "
+            "must be the first of kernel, (..., in_features) and (in_features, out_features)."
+        )
+
+
+def _check_floating(name, x, kernel):
+    for argument, array in (("x", x), ("kernel", kernel)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(
+                f"{name}: {argument} has dtype {array.dtype}; Mem-AOP needs a floating dtype. "
+                f"Convert it, for instance with {argument}.astype(jnp.float32)."
+            )
+
+
+def _checked_memory(name, config, rows, out_features, memory):
+    if not config.keeps_rows:
+        raise ValueError(
+            f"{name}: got a memory, but the configuration has memory=None; pass memory=None to the "
+            "layer, or configure MemAOP(memory='rows')."
+        )
+    if not isinstance(memory, Memory):
+        raise TypeError(
+            f"{name}: memory is of type {type(memory).__name__}; it must be an aop.Memory (a "
+            "restored dict becomes one again with aop.Memory(**memory))."
+        )
+    memory = jax.tree.map(jnp.asarray, memory)
+    dtype = config.stored_dtype(rows.dtype)
+    m, n = rows.shape
+    for field, shape in (("inputs", (m, n)), ("cotangents", (m, out_features))):
+        given = getattr(memory, field)
+        if given.shape != shape:
+            raise ValueError(
+                f"{name}: memory.{field} has shape {given.shape}, but a batch of {m} rows through "
+                f"a kernel of shape {(n, out_features)} needs {shape}. A memory belongs to one "
+                "layer and one batch size: keep the batch size (drop a last partial batch), start "
+                f"anew with aop.init_memory(config, {m}, {n}, {out_features}, jnp.{dtype}), or, to "
+                "evaluate, leave the memory out."
+            )
+        if given.dtype != dtype:
+            raise TypeError(
+                f"{name}: memory.{field} has dtype {given.dtype}, but inputs of {rows.dtype} with "
+                f"memory_dtype={config.memory_dtype} need {dtype}. Start anew with "
+                f"aop.init_memory(config, {m}, {n}, {out_features}, jnp.{dtype}), or set "
+                f"memory_dtype=jnp.{given.dtype} in the configuration."
+            )
+    if memory.uses.shape != () or memory.uses.dtype != jnp.float32:
+        raise ValueError(
+            f"{name}: memory.uses has shape {memory.uses.shape} and dtype {memory.uses.dtype}; it "
+            "must be a float32 scalar. Use the memory that the last step returned, unchanged."
+        )
+    return memory
+
+
+def _check_differentiable(layer, rows, memory, key):
+    name, config = layer.name, layer.config
+    if config.keeps_rows and memory is None:
+        raise ValueError(
+            f"{name}: differentiated with respect to its kernel without its memory. Pass the "
+            "memory (aop.init_memory at the start, then what the last step returned; in Linen the "
+            "collection aop.linen.COLLECTION), or configure MemAOP(memory=None). Only evaluation "
+            "works without."
+        )
+    if config.needs_key and key is None:
+        raise ValueError(
+            f"{name}: policy {config.policy!r} draws at random and got no key. Pass key= a new "
+            "jax.random.key each step (in Linen: apply(..., rngs={aop.linen.RNG: key}))."
+        )
+    config.selected_rows(rows, name)

@@ -1,0 +1,182 @@
+"""Optax: the transform that carries the memory in the optimizer state."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from mem_aop_jax.memory import Memory
+
+_MISSING = object()
+
+
+class CarryMemoryState(NamedTuple):
+    """State of `carry_memory`.
+
+    Attributes:
+      memory: the memory for the next step, of the structure given to `carry_memory`.
+      count: `()` int32, the number of updates so far.
+    """
+
+    memory: chex.ArrayTree
+    count: chex.Array
+
+
+def carry_memory(
+    memory: chex.ArrayTree, learning_rate: optax.ScalarOrSchedule | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Holds the layers' memories in the optimizer state; passes the updates through unchanged.
+
+    The new memory, which `jax.grad` returns as the gradient of the old one, goes in as the keyword
+    `memory` of `update`; `get_memory(opt_state)` takes it out for the next step. A layer that took
+    no part in the loss keeps its memory.
+
+    The memory is in gradient units. Where the learning rate eta changes from one step to the next,
+    the paper's algorithm (which keeps sqrt(eta) times as much) multiplies it by
+    `sqrt(eta_t / eta_{t+1})`; where eta_{t+1} is 0 it stays.
+
+    Args:
+      memory: any pytree of `Memory`, for instance the collection `aop.linen.COLLECTION`; None and
+        an empty one are fine. The state starts from it, without a copy: a training step that
+        donates its state takes the buffers with it.
+      learning_rate: the optimizer's schedule, if it has one. A constant changes nothing.
+
+    Returns:
+      A transformation to chain in front of any optimizer.
+
+    Raises:
+      TypeError: from `update`, without `memory=`.
+      ValueError: from `update`, for a memory of another structure, shape or dtype, or one that
+        was added up, averaged or scaled (found where values are known, that is, outside `jit`;
+        inside, the layer's next weight gradient is NaN).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, mem_aop_jax as aop
+      >>> config = aop.MemAOP(k=2)
+      >>> kernel, memory = jnp.ones((3, 4)), aop.init_memory(config, 8, 3, 4)
+      >>> tx = optax.chain(aop.carry_memory(memory), optax.adam(1e-3))
+      >>> opt_state = tx.init(kernel)
+      >>> def loss(kernel, memory):
+      ...     return aop.dense(jnp.ones((8, 3)), kernel, memory, config=config).sum()
+      >>> grad, memory = jax.grad(loss, argnums=(0, 1))(kernel, aop.get_memory(opt_state))
+      >>> updates, opt_state = tx.update(grad, opt_state, kernel, memory=memory)
+    """
+
+    def init(params):
+        del params
+        return CarryMemoryState(jax.tree.map(_live_array, memory), jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None, *, memory=_MISSING, **extra_args):
+        del params, extra_args
+        if memory is _MISSING:
+            raise TypeError(
+                "carry_memory: update got no memory. Differentiate the loss with respect to the "
+                "memory too, and pass its gradient: tx.update(grads, opt_state, params, "
+                "memory=memory)."
+            )
+        _check_same_kind(state.memory, memory)
+        factor = _factor(learning_rate, state.count)
+
+        def carry(old, new):
+            _check_uses(new.uses)
+            current = jax.tree.map(lambda o, n: jnp.where(new.uses == 0, o, n), old, new)
+            return Memory(
+                _rescaled(current.inputs, factor),
+                _rescaled(current.cotangents, factor),
+                jnp.asarray(new.uses),
+            )
+
+        carried = jax.tree.map(carry, state.memory, memory, is_leaf=_is_memory)
+        return updates, CarryMemoryState(carried, optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def mem_aop_sgd(
+    learning_rate: optax.ScalarOrSchedule, memory: chex.ArrayTree, momentum: float | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """The paper's optimizer: `carry_memory` and `optax.sgd` with the same learning rate.
+
+    Args:
+      learning_rate: a number or a schedule.
+      memory: as in `carry_memory`.
+      momentum: as in `optax.sgd`; the paper has none.
+    """
+    return optax.chain(carry_memory(memory, learning_rate), optax.sgd(learning_rate, momentum))
+
+
+def get_memory(opt_state: chex.ArrayTree) -> chex.ArrayTree:
+    """The memory in an optimizer state, wherever `carry_memory` stands in the chain.
+
+    Raises:
+      ValueError: no `carry_memory` state in `opt_state`, or more than one.
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, CarryMemoryState))
+    states = [node for node in nodes if isinstance(node, CarryMemoryState)]
+    if len(states) != 1:
+        raise ValueError(
+            f"get_memory: found {len(states)} carry_memory states in the optimizer state; there "
+            "must be exactly one. Chain one aop.carry_memory, with the memory of the whole model, "
+            "into the optimizer, and restore checkpoints into the structure of tx.init(params)."
+        )
+    return states[0].memory
+
+
+def _factor(learning_rate, count):
+    """sqrt(eta_t / eta_{t+1}), 1 where eta_{t+1} is 0; None for a constant rate."""
+    if not callable(learning_rate):
+        return None
+    now, then = jnp.asarray(learning_rate(count)), jnp.asarray(learning_rate(count + 1))
+    return jnp.where(then == 0, jnp.ones_like(then), jnp.sqrt(now / jnp.where(then == 0, 1, then)))
+
+
+def _rescaled(rows, factor):
+    if factor is None:
+        return rows
+    wide = jnp.float64 if rows.dtype == jnp.float64 else jnp.float32
+    return (rows.astype(wide) * factor.astype(wide)).astype(rows.dtype)
+
+
+def _is_memory(node):
+    return isinstance(node, Memory)
+
+
+def _live_array(leaf):
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
+        raise ValueError(
+            "carry_memory: the memory given was donated to a training step and is gone; make it "
+            "anew with aop.init_memory (or model.init) and build the optimizer again."
+        )
+    return jnp.asarray(leaf)
+
+
+def _check_same_kind(old, new):
+    """Same structure, shapes and dtypes."""
+
+    def kinds(tree):
+        leaves, structure = jax.tree.flatten(tree)
+        return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+
+    if kinds(old) != kinds(new):
+        raise ValueError(
+            f"carry_memory: the memory given to update is {_describe(new)}, but the state holds "
+            f"{_describe(old)}. Pass the gradient of the loss with respect to "
+            "aop.get_memory(opt_state), unchanged."
+        )
+
+
+def _describe(tree):
+    return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf).name}{list(jnp.shape(leaf))}", tree)
+
+
+def _check_uses(uses):
+    if isinstance(uses, jax.core.Tracer) or bool(jnp.all((uses == 0) | (uses == 1))):
+        return
+    raise ValueError(
+        f"carry_memory: the new memory has uses={uses} where 1 is wanted (0: not used). It was "
+        "added up over several uses (one memory for two layers or two micro-batches, an unbatched "
+        "memory under vmap), averaged over devices or scaled. Each use in a step needs a memory of "
+        "its own, and its gradient must reach update unchanged."
+    )

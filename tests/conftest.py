@@ -1,0 +1,16 @@
+"""Strict arrays in the tests: an implicit promotion of dtypes or ranks is an error."""
+
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def standard_promotion():
+    """For Optax and Flax, which mix dtypes under x64."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
