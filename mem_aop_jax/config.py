@@ -1,8 +1,9 @@
 """The static configuration of an approximate dense layer."""
 
 import dataclasses
-import math
+import numbers
 import operator
+from collections.abc import Hashable
 
 import chex
 import jax
@@ -55,11 +56,16 @@ class MemAOP:
             object.__setattr__(self, "k", _count("k", self.k))
         else:
             object.__setattr__(self, "ratio", _fraction("ratio", self.ratio, include_zero=False))
-        if not (callable(self.policy) or self.policy in POLICIES):
+        if not (callable(self.policy) or self.policy in tuple(POLICIES)):
             raise ValueError(
                 f"MemAOP got policy={self.policy!r}; the known ones are "
                 f"{', '.join(map(repr, POLICIES))}, or give a callable "
                 "policy(key, scores, k) -> Selection."
+            )
+        if not isinstance(self.policy, Hashable):
+            raise TypeError(
+                f"MemAOP got policy={self.policy!r}, which is not hashable; give a function, or an "
+                "object with __hash__ (for instance a frozen dataclass)."
             )
         if self.memory not in MEMORIES:
             raise ValueError(
@@ -119,13 +125,11 @@ def _count(name: str, value: int) -> int:
 
 def _fraction(name: str, value: float, *, include_zero: bool) -> float:
     bounds = "[0, 1]" if include_zero else "(0, 1]"
-    try:
-        value = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"MemAOP got {name}={value!r}; it must be a number in {bounds}.") from None
-    if math.isnan(value) or not 0 <= value <= 1 or (value == 0 and not include_zero):
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"MemAOP got {name}={value!r}; it must be a number in {bounds}.")
+    if not 0 <= value <= 1 or (value == 0 and not include_zero):  # NaN fails too
         raise ValueError(f"MemAOP got {name}={value}; it must lie in {bounds}.")
-    return value
+    return float(value)
 
 
 def _floating_dtype(dtype: chex.ArrayDType) -> jnp.dtype:

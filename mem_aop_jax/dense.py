@@ -55,14 +55,15 @@ def _backward(layer, residuals, g):
         return dx.astype(x.dtype), *jax.tree.map(jnp.zeros_like, (kernel, memory)), None
 
     xh, gh = _join(memory, x, g)
-    largest = _largest_storable(memory, xh, gh)
-    scores, finite = row_scores(xh, gh, largest)
+    scores, finite = row_scores(xh, gh)
+    finite &= _fits(memory, xh) & _fits(memory, gh)
     chosen, weights = _select(layer, key, scores)
 
-    lost = ~finite.at[chosen].set(True)[:, None]  # NaN or infinite rows that nobody chose
     xs, gs = _join(memory, x, g, chosen)
-    xs = jnp.where(_lost_columns(xh, lost, largest), jnp.nan, xs)
-    gs = jnp.where(_lost_columns(gh, lost, largest) | _misused(memory), jnp.nan, gs)
+    lost = ~finite.at[chosen].set(True)  # neither chosen nor fit for the memory
+    bad_x, bad_g = lax.cond(jnp.any(lost), _bad_columns, _no_columns, lost, memory, x, g)
+    xs = jnp.where(bad_x, jnp.nan, xs)
+    gs = jnp.where(bad_g | _misused(memory), jnp.nan, gs)
     dw = _sum_of_outer_products(layer, xs.astype(x.dtype), gs.astype(g.dtype), weights)
 
     if memory is not None:
@@ -162,12 +163,6 @@ def _join(memory, x, g, rows=None):
     return join(x, kept[0]), join(g, kept[1])
 
 
-def _largest_storable(memory, *rows):
-    """The magnitude beyond which an entry of the joined rows is infinite, now or once stored."""
-    arrays = rows if memory is None else (*rows, *memory[:2])
-    return min(float(jnp.finfo(array.dtype).max) for array in arrays)
-
-
 def _select(layer, key, scores):
     policy = POLICIES.get(layer.config.policy, layer.config.policy)
     k = layer.config.selected_rows(scores.shape[0], layer.name)
@@ -195,9 +190,29 @@ def _select(layer, key, scores):
     return indices.astype(jnp.int32), weights
 
 
-def _lost_columns(rows, lost, largest):
-    """`(1, features)`: the columns in which a lost row has a NaN or infinity."""
-    return jnp.any(lost & ~(jnp.abs(rows) <= largest), axis=0, keepdims=True)
+def _fits(memory, rows):
+    """Which finite rows stay finite in the memory: all, unless its dtype has a narrower range."""
+    if memory is None or jnp.finfo(memory.inputs.dtype).maxexp >= jnp.finfo(rows.dtype).maxexp:
+        return True
+    return jnp.all(_storable(memory, rows), axis=1)
+
+
+def _storable(memory, rows):
+    arrays = (rows,) if memory is None else (rows, memory.inputs)
+    return jnp.abs(rows) <= min(float(jnp.finfo(array.dtype).max) for array in arrays)
+
+
+def _bad_columns(lost, memory, x, g):
+    """`(1, in_features)` and `(1, out_features)`: where a lost row is not finite."""
+    return tuple(
+        jnp.any(lost[:, None] & ~_storable(memory, rows), axis=0, keepdims=True)
+        for rows in _join(memory, x, g)
+    )
+
+
+def _no_columns(lost, memory, x, g):
+    del lost, memory
+    return tuple(jnp.zeros((1, rows.shape[1]), bool) for rows in (x, g))
 
 
 def _misused(memory):

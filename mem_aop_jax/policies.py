@@ -9,6 +9,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Selection(NamedTuple):
@@ -50,38 +51,47 @@ POLICIES: dict[str, Policy] = {"topk": topk, "weightedk": weightedk, "randk": ra
 RANDOM_POLICIES = frozenset({"weightedk", "randk"})  # those that cannot do without a key
 
 
-def row_scores(
-    inputs: chex.Array, cotangents: chex.Array, largest: float = float("inf")
-) -> tuple[chex.Array, chex.Array]:
+def row_scores(inputs: chex.Array, cotangents: chex.Array) -> tuple[chex.Array, chex.Array]:
     """The score of each row, (||inputs[m]|| ||cotangents[m]||)^2, relative to the largest.
 
-    Both arrays are normalised before anything is squared, so a constant factor from 1e-15 to 1e15
-    on either changes no score: the scores are those of the paper up to one common factor.
+    A constant factor on either array changes no score, although squared norms of small gradients
+    underflow: the scores are the paper's up to one common factor.
 
     Args:
       inputs: `(rows, in_features)` floating.
       cotangents: `(rows, out_features)` floating.
-      largest: the magnitude beyond which an entry counts as infinite.
 
     Returns:
       `(rows,)` float32 scores, the largest of them 1 (all 0 where every product is 0), and
       `(rows,)` bool, False for the rows with a NaN or infinity: their score is 0.
     """
-    input_norms, finite_inputs = _relative_norms(inputs, largest)
-    cotangent_norms, finite_cotangents = _relative_norms(cotangents, largest)
-    finite = finite_inputs & finite_cotangents
-    products = jnp.where(finite, input_norms * cotangent_norms, 0)
-    return jnp.square(products / _nonzero(jnp.max(products, initial=0))), finite
+    input_norms, cotangent_norms = _norms(inputs), _norms(cotangents)
+    finite = jnp.isfinite(input_norms) & jnp.isfinite(cotangent_norms)
+    relative = [_over_largest(jnp.where(finite, n, 0)) for n in (input_norms, cotangent_norms)]
+    return jnp.square(_over_largest(relative[0] * relative[1])), finite
 
 
-def _relative_norms(rows: chex.Array, largest: float) -> tuple[chex.Array, chex.Array]:
-    """Row norms in units of the largest finite entry, float32, and which rows are finite."""
-    peaks = jnp.max(jnp.abs(rows), axis=1, initial=0)
-    finite = (peaks <= largest) & (peaks < jnp.inf)  # False for NaN too
-    unit = _nonzero(jnp.max(jnp.where(finite, peaks, 0), initial=0))
-    scaled = (rows / unit).astype(jnp.float32)
-    return jnp.sqrt(jnp.sum(jnp.square(scaled), axis=1)), finite
+def _norms(rows: chex.Array) -> chex.Array:
+    """Euclidean norms of rows of any finite size, without under- or overflow.
+
+    Two scaled sums of squares, of which one is good. A single reduction of two operands, since
+    only that reads the rows once and stores nothing of their size on every backend.
+    """
+    zero = np.zeros((), rows.dtype)
+    up, down = jax.lax.reduce(
+        (jnp.square(rows * 2.0**40), jnp.square(rows * 2.0**-64)),
+        (zero, zero),
+        _add_pairs,
+        dimensions=(1,),
+    )
+    return jnp.where(up < jnp.inf, jnp.sqrt(up) * 2.0**-40, jnp.sqrt(down) * 2.0**64)
 
 
-def _nonzero(scale: chex.Array) -> chex.Array:
-    return jnp.where(scale > 0, scale, jnp.ones_like(scale))
+def _add_pairs(a, b):
+    return a[0] + b[0], a[1] + b[1]
+
+
+def _over_largest(values: chex.Array) -> chex.Array:
+    """Values in units of the largest, float32."""
+    largest = jnp.max(values, initial=0)
+    return (values / jnp.where(largest > 0, largest, 1)).astype(jnp.float32)

@@ -1,0 +1,91 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mem_aop_jax as aop
+
+
+@dataclasses.dataclass
+class Unhashable:
+    def __call__(self, key, scores, k):
+        return aop.Selection(jnp.arange(k))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, r"k=None and ratio=None; give exactly one"),
+        ({"k": 3, "ratio": 0.5}, ValueError, r"k=3 and ratio=0.5; give exactly one"),
+        ({"k": 0}, ValueError, r"k=0; it must be at least 1"),
+        ({"k": 2.5}, TypeError, r"k=2.5; it must be an integer"),
+        ({"ratio": 0.0}, ValueError, r"ratio=0.0; it must lie in \(0, 1\]"),
+        ({"ratio": 1.5}, ValueError, r"ratio=1.5; it must lie in \(0, 1\]"),
+        ({"ratio": float("nan")}, ValueError, r"ratio=nan; it must lie in \(0, 1\]"),
+        ({"ratio": "half"}, TypeError, r"ratio='half'; it must be a number in \(0, 1\]"),
+        ({"k": 1, "decay": -0.1}, ValueError, r"decay=-0.1; it must lie in \[0, 1\]"),
+        ({"k": 1, "decay": 1.1}, ValueError, r"decay=1.1; it must lie in \[0, 1\]"),
+        (
+            {"k": 1, "policy": "top-k"},
+            ValueError,
+            r"policy='top-k'; the known ones are 'topk', 'weightedk', 'randk', or give a callable",
+        ),
+        ({"k": 1, "policy": ["topk"]}, ValueError, r"policy=\['topk'\]; the known ones"),
+        ({"k": 1, "policy": Unhashable()}, TypeError, r"which is not hashable; give a function"),
+        ({"k": 1, "memory": "row"}, ValueError, r"memory='row'; it is one of 'auto', 'rows', None"),
+        ({"k": 1, "memory_dtype": jnp.int8}, TypeError, r"memory_dtype=int8; .* floating dtype"),
+    ],
+)
+def test_bad_configurations_name_what_was_given_and_wanted(arguments, error, message):
+    with pytest.raises(error, match=message):
+        aop.MemAOP(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rows", "k"),
+    [(0.25, 128, 32), (0.125, 64, 8), (0.01, 8, 1), (1.0, 7, 7), (0.5, 5, 2), (0.3, 9, 3)],
+)
+def test_ratio_is_rounded_and_at_least_one(ratio, rows, k):
+    assert aop.MemAOP(ratio=ratio).selected_rows(rows) == k
+
+
+def test_k_beyond_the_rows():
+    with pytest.raises(ValueError, match=r"k=9 outer products asked of a batch of 8 rows.*ratio="):
+        aop.init_memory(aop.MemAOP(k=9), 8, 3, 2)
+
+
+def test_frozen_hashable_and_static_under_jit():
+    config = aop.MemAOP(k=np.int64(2), memory_dtype=jnp.bfloat16)
+    same = aop.MemAOP(k=2, memory_dtype="bfloat16")
+    assert config == same
+    assert hash(config) == hash(same)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.k = 3
+
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def static(config, x):
+        traces.append(config)
+        return x * config.k
+
+    @jax.jit
+    def as_pytree(config, x):
+        return static(config, x)
+
+    assert static(config, 2) == static(same, 2) == as_pytree(same, 2) == 4
+    assert len(traces) == 1
+
+
+def test_init_memory():
+    config = aop.MemAOP(k=2, memory_dtype=jnp.bfloat16)
+    memory = aop.init_memory(config, 8, 3, 2, jnp.float32)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), memory)
+    assert shapes == aop.Memory(((8, 3), "bfloat16"), ((8, 2), "bfloat16"), ((), "float32"))
+    assert not any(np.any(leaf) for leaf in memory)
+    assert aop.init_memory(aop.MemAOP(k=2), 8, 3, 2, jnp.float64).inputs.dtype == jnp.float64
+    assert aop.init_memory(aop.MemAOP(k=2, memory=None), 8, 3, 2) is None
+    assert aop.init_memory(None, 8, 3, 2) is None

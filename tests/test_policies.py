@@ -1,0 +1,114 @@
+import itertools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from mem_aop_jax.policies import POLICIES, row_scores
+
+DATA = pathlib.Path(__file__).parent / "data"
+SCORES = np.array([0.5, 3.0, 0.02, 1.0, 0.3, 1.5], np.float32)
+
+
+def subset_probabilities(weights, k):
+    """NumPy oracle: k draws one after the other, each in proportion to the weights that are left."""
+    weights = np.asarray(weights, np.float64)
+    probabilities = dict.fromkeys(itertools.combinations(range(len(weights)), k), 0.0)
+    for order in itertools.permutations(range(len(weights)), k):
+        left = weights.sum() - np.concatenate([[0], np.cumsum(weights[list(order)])[:-1]])
+        probabilities[tuple(sorted(order))] += np.prod(weights[list(order)] / left)
+    assert math.isclose(sum(probabilities.values()), 1)
+    return probabilities
+
+
+def draw(policy, scores, k, draws):
+    keys = jax.random.split(jax.random.key(2110), draws)
+    select = jax.jit(jax.vmap(lambda key: POLICIES[policy](key, jnp.asarray(scores), k).indices))
+    return np.asarray(select(keys))
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize(("policy", "weights"), [("weightedk", SCORES), ("randk", np.ones(6))])
+def test_random_policies_draw_without_replacement_with_the_right_frequencies(policy, weights, k):
+    draws = 20_000
+    expected = subset_probabilities(weights, k)
+    subsets = [tuple(sorted(row)) for row in draw(policy, SCORES, k, draws).tolist()]
+    observed = np.array([subsets.count(subset) for subset in expected])
+    assert observed.sum() == draws  # every draw is a set of k different rows
+    expected = draws * np.array(list(expected.values()))
+    rare = expected < 5
+    if rare.any():
+        observed = np.append(observed[~rare], observed[rare].sum())
+        expected = np.append(expected[~rare], expected[rare].sum())
+    assert scipy.stats.chisquare(observed, expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_all_rows_at_k_equal_rows(policy):
+    assert sorted(draw(policy, SCORES, 6, 1)[0].tolist()) == list(range(6))
+
+
+def test_topk_takes_the_largest_scores():
+    assert set(draw("topk", SCORES, 3, 1)[0].tolist()) == {1, 5, 3}
+
+
+@pytest.mark.parametrize("policy", ["topk", "weightedk"])
+def test_rows_of_zero_score_come_last(policy):
+    scores = np.array([0, 0, 1e-12, 0, 1, 0], np.float32)
+    drawn = draw(policy, scores, 3, 200)
+    assert {2, 4} <= set.intersection(*map(set, drawn.tolist()))
+
+
+def test_scores_are_those_of_the_trace_after_the_memory_is_added():
+    trace = np.load(DATA / "a_topk_K3_mem_d0.9.npz")
+    lr = np.sqrt(trace["lr"][0])
+    for t in range(1, 25):
+        scores, _ = row_scores(
+            jnp.asarray(trace["memA"][t - 1] + lr * trace["X"][t]),
+            jnp.asarray(trace["memB"][t - 1] + lr * trace["G"][t]),
+        )
+        assert scores.dtype == jnp.float32
+        np.testing.assert_allclose(scores, trace["scores"][t] / trace["scores"][t].max(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1e-15, 1e-6, 1.0, 1e6, 1e15])
+@pytest.mark.parametrize("side", ["inputs", "cotangents", "both"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("policy", ["topk", "weightedk"])
+def test_selection_ignores_constant_factors(policy, side, factor, dtype):
+    rng = np.random.default_rng(0)
+    inputs, cotangents = rng.normal(size=(64, 9)), 1e-6 * rng.normal(size=(64, 5))
+    key = jax.random.key(3)
+
+    def selection(input_factor, cotangent_factor):
+        scores, finite = row_scores(
+            jnp.asarray(inputs * input_factor, dtype), jnp.asarray(cotangents * cotangent_factor, dtype)
+        )
+        assert finite.all()
+        return set(POLICIES[policy](key, scores, 16).indices.tolist())
+
+    power = 2.0 ** round(math.log2(factor))  # exact in every dtype: rounding cannot turn a tie
+    assert selection(1, 1) == selection(
+        1 if side == "cotangents" else power, 1 if side == "inputs" else power
+    )
+
+
+def test_scores_of_rows_across_the_range_of_float32():
+    rows = jnp.asarray(np.logspace(-18, 18, 13)[:, None] * np.ones((13, 4)), jnp.float32)
+    scores, finite = row_scores(rows, jnp.ones((13, 1), jnp.float32))
+    assert finite.all()
+    np.testing.assert_allclose(np.sqrt(scores[6:]), np.logspace(-18, 0, 7), rtol=1e-5)
+
+
+def test_rows_that_are_not_finite_score_zero():
+    rows = jnp.asarray([[1.0, 2.0], [jnp.nan, 0.0], [1.0, jnp.inf], [0.5, 0.5]], jnp.float32)
+    scores, finite = row_scores(rows, jnp.ones((4, 1), jnp.float32).at[3].set(-jnp.inf))
+    assert finite.tolist() == [True, False, False, False]
+    assert scores.tolist() == [1, 0, 0, 0]
+    zeros, finite = row_scores(jnp.zeros((4, 2)), jnp.zeros((4, 1)))
+    assert finite.all()
+    assert not zeros.any()
