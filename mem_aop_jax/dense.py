@@ -22,7 +22,7 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal
 
 from mem_aop_jax.config import MemAOP
-from mem_aop_jax.memory import Memory
+from mem_aop_jax.memory import Memory, wide
 from mem_aop_jax.policies import POLICIES, Selection, row_scores
 
 
@@ -41,8 +41,9 @@ def _dense(layer, x, kernel, memory, key):
 
 
 def _forward(layer, *primals):
-    x, kernel, memory, key = jax.tree.map(lambda primal: primal.value, primals, is_leaf=_is_primal)
-    trained = primals[1].perturbed  # a frozen kernel needs neither dW nor memory
+    x, kernel, memory, key = _tree_map(lambda primal: primal.value, primals)
+    _, *trained, _ = _tree_map(lambda primal: primal.perturbed, primals)
+    trained = any(jax.tree.leaves(trained))  # else the kernel is frozen: neither dW nor memory
     if trained:
         _check_differentiable(layer, x.shape[0], memory, key)
     return _dense(layer, x, kernel, memory, key), (x, kernel, memory, key, trained)
@@ -50,6 +51,7 @@ def _forward(layer, *primals):
 
 def _backward(layer, residuals, g):
     x, kernel, memory, key, trained = residuals
+    g = jnp.asarray(g)
     dx = lax.dot_general(g, kernel, (((1,), (1,)), ((), ())), precision=layer.precision)
     if not trained:
         return dx.astype(x.dtype), *jax.tree.map(jnp.zeros_like, (kernel, memory)), None
@@ -61,19 +63,14 @@ def _backward(layer, residuals, g):
 
     xs, gs = _join(memory, x, g, chosen)
     lost = ~finite.at[chosen].set(True)  # neither chosen nor fit for the memory
-    bad_x, bad_g = lax.cond(jnp.any(lost), _bad_columns, _no_columns, lost, memory, x, g)
+    bad_x, bad_g = lax.cond(jnp.any(lost), _bad_columns, _no_columns, lost, x, g)
     xs = jnp.where(bad_x, jnp.nan, xs)
     gs = jnp.where(bad_g | _misused(memory), jnp.nan, gs)
     dw = _sum_of_outer_products(layer, xs.astype(x.dtype), gs.astype(g.dtype), weights)
 
     if memory is not None:
-        waiting = finite.at[chosen].set(False)[:, None]
-        scale = math.sqrt(layer.config.decay)
-        memory = Memory(
-            inputs=jnp.where(waiting, scale * xh, 0).astype(memory.inputs.dtype),
-            cotangents=jnp.where(waiting, scale * gh, 0).astype(memory.cotangents.dtype),
-            uses=jnp.ones_like(memory.uses),
-        )
+        waiting = finite.at[chosen].set(False)
+        memory = _write(memory, x, g, waiting, layer.config.decay, after=(xs, gs))
     return dx.astype(x.dtype), dw.astype(kernel.dtype), memory, None
 
 
@@ -149,18 +146,32 @@ def dense(
 # ---- the steps of the backward rule
 
 
-def _join(memory, x, g, rows=None):
-    """Xh and Gh, or just some rows of them, in float32 (float64 for float64)."""
+def _join(memory, x, g, chosen=None):
+    """Xh and Gh, or the chosen rows of them, in float32 (float64 for float64)."""
 
-    def join(fresh, kept):
-        wide = jnp.float64 if fresh.dtype == jnp.float64 else jnp.float32
-        parts = [fresh] if kept is None else [kept, fresh]
-        if rows is not None:  # a row that does not exist is NaN
-            parts = [part.at[rows].get(mode="fill", fill_value=jnp.nan) for part in parts]
-        return sum(part.astype(wide) for part in parts)
+    def join(kept, fresh):
+        parts = [fresh] if memory is None else [kept, fresh]
+        if chosen is not None:  # before the sum, not to store it whole; a missing row is NaN
+            parts = [a.at[chosen].get(mode="fill", fill_value=jnp.nan) for a in parts]
+        return sum(a.astype(wide(fresh.dtype)) for a in parts)
 
-    kept = (None, None) if memory is None else memory[:2]
-    return join(x, kept[0]), join(g, kept[1])
+    kept_x, kept_g, _ = memory or (None, None, None)
+    return join(kept_x, x), join(kept_g, g)
+
+
+def _write(memory, x, g, waiting, decay, after):
+    """The next memory: the waiting rows of Xh and Gh, written over the last one.
+
+    The barrier lets XLA reuse the buffers of a donated memory: the rows are joined anew, after all
+    that reads the last memory is done.
+    """
+    x, g, waiting, _ = lax.optimization_barrier((x, g, waiting, after))
+    xh, gh = (jnp.where(waiting[:, None], math.sqrt(decay) * a, 0) for a in _join(memory, x, g))
+    return Memory(
+        inputs=xh.astype(memory.inputs.dtype),
+        cotangents=gh.astype(memory.cotangents.dtype),
+        uses=jnp.ones_like(memory.uses),
+    )
 
 
 def _select(layer, key, scores):
@@ -194,25 +205,27 @@ def _fits(memory, rows):
     """Which finite rows stay finite in the memory: all, unless its dtype has a narrower range."""
     if memory is None or jnp.finfo(memory.inputs.dtype).maxexp >= jnp.finfo(rows.dtype).maxexp:
         return True
-    return jnp.all(_storable(memory, rows), axis=1)
+    return jnp.all(jnp.abs(rows) <= float(jnp.finfo(memory.inputs.dtype).max), axis=1)
 
 
-def _storable(memory, rows):
-    arrays = (rows,) if memory is None else (rows, memory.inputs)
-    return jnp.abs(rows) <= min(float(jnp.finfo(array.dtype).max) for array in arrays)
+def _bad_columns(lost, x, g):
+    """`(1, in_features)` and `(1, out_features)`: where a lost row is not finite.
+
+    (0 * NaN is NaN: where a chosen row is not finite, too, but there the gradient is not either.)
+    A row that only grew too large for the memory's dtype when it was added up is bad throughout.
+    """
+
+    def product(a, b):
+        return lax.dot(a, b, preferred_element_type=wide(a.dtype))
+
+    fresh = jnp.stack([product(a, jnp.ones_like(a[0])) for a in (x, g)])
+    outgrown = jnp.any(lost & jnp.all(jnp.isfinite(fresh), axis=0))
+    return tuple(~jnp.isfinite(product(lost.astype(a.dtype)[None], a)) | outgrown for a in (x, g))
 
 
-def _bad_columns(lost, memory, x, g):
-    """`(1, in_features)` and `(1, out_features)`: where a lost row is not finite."""
-    return tuple(
-        jnp.any(lost[:, None] & ~_storable(memory, rows), axis=0, keepdims=True)
-        for rows in _join(memory, x, g)
-    )
-
-
-def _no_columns(lost, memory, x, g):
-    del lost, memory
-    return tuple(jnp.zeros((1, rows.shape[1]), bool) for rows in (x, g))
+def _no_columns(lost, x, g):
+    del lost
+    return tuple(jnp.zeros((1, a.shape[1]), bool) for a in (x, g))
 
 
 def _misused(memory):
@@ -226,14 +239,17 @@ def _sum_of_outer_products(layer, xs, gs, weights):
         gs = gs * weights[:, None].astype(gs.dtype)
     elif weights is not None:
         xs = xs * weights[:, None].astype(xs.dtype)
-    wide = jnp.float64 if jnp.float64 in (xs.dtype, gs.dtype) else jnp.float32
     return lax.dot_general(
-        xs, gs, (((0,), (0,)), ((), ())), precision=layer.precision, preferred_element_type=wide
+        xs,
+        gs,
+        (((0,), (0,)), ((), ())),
+        precision=layer.precision,
+        preferred_element_type=max(wide(xs.dtype), wide(gs.dtype)),  # of mixed inputs, the wider
     )
 
 
-def _is_primal(leaf):
-    return isinstance(leaf, CustomVJPPrimal)
+def _tree_map(function, primals):
+    return jax.tree.map(function, primals, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
 
 
 # ---- bad input

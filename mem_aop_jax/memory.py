@@ -60,3 +60,8 @@ def init_memory(
         cotangents=jnp.zeros((rows, out_features), dtype),
         uses=jnp.zeros((), jnp.float32),
     )
+
+
+def wide(dtype: chex.ArrayDType) -> jnp.dtype:
+    """The dtype in which rows are added and products accumulate: float32, or float64 for itself."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mem_aop_jax.memory import Memory
+from mem_aop_jax.memory import Memory, wide
 
 _MISSING = object()
 
@@ -135,8 +135,8 @@ def _factor(learning_rate, count):
 def _rescaled(rows, factor):
     if factor is None:
         return rows
-    wide = jnp.float64 if rows.dtype == jnp.float64 else jnp.float32
-    return (rows.astype(wide) * factor.astype(wide)).astype(rows.dtype)
+    dtype = wide(rows.dtype)
+    return (rows.astype(dtype) * factor.astype(dtype)).astype(rows.dtype)
 
 
 def _is_memory(node):

@@ -15,7 +15,7 @@ SCORES = np.array([0.5, 3.0, 0.02, 1.0, 0.3, 1.5], np.float32)
 
 
 def subset_probabilities(weights, k):
-    """NumPy oracle: k draws one after the other, each in proportion to the weights that are left."""
+    """NumPy oracle: k draws one after the other, in proportion to the weights that are left."""
     weights = np.asarray(weights, np.float64)
     probabilities = dict.fromkeys(itertools.combinations(range(len(weights)), k), 0.0)
     for order in itertools.permutations(range(len(weights)), k):
@@ -86,7 +86,8 @@ def test_selection_ignores_constant_factors(policy, side, factor, dtype):
 
     def selection(input_factor, cotangent_factor):
         scores, finite = row_scores(
-            jnp.asarray(inputs * input_factor, dtype), jnp.asarray(cotangents * cotangent_factor, dtype)
+            jnp.asarray(inputs * input_factor, dtype),
+            jnp.asarray(cotangents * cotangent_factor, dtype),
         )
         assert finite.all()
         return set(POLICIES[policy](key, scores, 16).indices.tolist())
