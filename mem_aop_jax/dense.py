@@ -167,10 +167,11 @@ def _write(memory, x, g, waiting, decay, after):
     """
     x, g, waiting, _ = lax.optimization_barrier((x, g, waiting, after))
     xh, gh = (jnp.where(waiting[:, None], math.sqrt(decay) * a, 0) for a in _join(memory, x, g))
+    one = jnp.ones_like(memory.uses)
     return Memory(
         inputs=xh.astype(memory.inputs.dtype),
         cotangents=gh.astype(memory.cotangents.dtype),
-        uses=jnp.ones_like(memory.uses),
+        uses=jnp.where(waiting[0], one, one),  # under vmap one per batch, which a sum then shows
     )
 
 

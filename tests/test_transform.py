@@ -1,0 +1,260 @@
+"""The memory in the optimizer state."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mem_aop_jax as aop
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+M, N, P = 8, 4, 3
+CONFIG = aop.MemAOP(k=2)
+
+
+def setup(dtype=jnp.float32, config=CONFIG):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((M, N), (N, P)))
+    return x, kernel, aop.init_memory(config, M, N, P, dtype)
+
+
+def make_step(tx, config=CONFIG):
+    """A training step that counts its traces."""
+    traces = []
+
+    def step(params, opt_state, x):
+        traces.append(1)
+
+        def loss_fn(params, memory):
+            return jnp.mean(aop.dense(x, params, memory, config=config) ** 2)
+
+        grads, memory = jax.grad(loss_fn, argnums=(0, 1))(params, aop.get_memory(opt_state))
+        updates, opt_state = tx.update(grads, opt_state, params, memory=memory)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step, traces
+
+
+@pytest.mark.parametrize("memory_dtype", [None, "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("schedule", [None, optax.linear_schedule(0.1, 0.01, 50)])
+def test_a_training_step_compiles_once(dtype, memory_dtype, schedule):
+    config = aop.MemAOP(k=2, memory_dtype=memory_dtype)
+    x, kernel, memory = setup(dtype, config)
+    rate = 0.01 if schedule is None else schedule
+    tx = optax.chain(aop.carry_memory(memory, rate), optax.sgd(rate, momentum=0.9))
+    step, traces = make_step(tx, config)
+    step = jax.jit(step, donate_argnums=(0, 1))
+    state = tx.init(kernel)
+    for _ in range(100):
+        kernel, state = step(kernel, state, x)
+    assert len(traces) == 1
+    assert kernel.dtype == dtype
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        aop.get_memory(state), aop.init_memory(config, M, N, P, dtype)
+    )
+
+
+@pytest.mark.parametrize("memory_dtype", [None, "bfloat16"])
+def test_a_donated_state_holds_the_memory_once(memory_dtype):
+    m, n, p = 512, 256, 128
+    config = aop.MemAOP(k=64, memory_dtype=memory_dtype)
+    memory = aop.init_memory(config, m, n, p)
+    tx = optax.chain(aop.carry_memory(memory), optax.adam(1e-3))
+    step, _ = make_step(tx, config)
+    kernel = jax.ShapeDtypeStruct((n, p), jnp.float32)
+    x = jax.ShapeDtypeStruct((m, n), jnp.float32)
+    state = jax.eval_shape(tx.init, kernel)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(kernel, state, x).compile()
+    donated = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((kernel, state)))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory))
+    assert donated > held
+    assert compiled.memory_analysis().alias_size_in_bytes >= donated
+
+
+def test_init_starts_from_the_given_memory_without_a_copy():
+    _, kernel, memory = setup()
+    state = aop.carry_memory(memory).init(kernel)
+    pointer = memory.inputs.unsafe_buffer_pointer()
+    assert aop.get_memory(state).inputs.unsafe_buffer_pointer() == pointer
+
+
+def test_a_memory_that_was_donated_is_named():
+    _, kernel, memory = setup()
+    tx = aop.carry_memory(memory)
+    jax.jit(lambda memory: jax.tree.map(jnp.negative, memory), donate_argnums=0)(memory)
+    with pytest.raises(ValueError, match=r"was donated .* aop.init_memory"):
+        tx.init(kernel)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_layer_out_of_use_for_a_step_keeps_its_memory(jit):
+    x, kernel, _ = setup()
+    kernels = {"a": kernel, "b": kernel}
+    memory = {name: aop.init_memory(CONFIG, M, N, P) for name in kernels}
+    tx = optax.chain(aop.carry_memory(memory), optax.sgd(0.1))
+
+    def step(params, state, used):
+        def loss_fn(params, memory):
+            outputs = [aop.dense(x, params[n], memory[n], config=CONFIG) for n in used]
+            return sum(jnp.mean(y**2) for y in outputs)
+
+        grads, memory = jax.grad(loss_fn, argnums=(0, 1))(params, aop.get_memory(state))
+        updates, state = tx.update(grads, state, params, memory=memory)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, static_argnums=2) if jit else step
+    params, state = step(kernels, tx.init(kernels), ("a", "b"))
+    before = aop.get_memory(state)
+    params, state = step(params, state, ("a",))
+    after = aop.get_memory(state)
+    assert before["b"].inputs.any()
+    chex.assert_trees_all_equal(after["b"][:2], before["b"][:2])
+    assert (after["a"].inputs != before["a"].inputs).any()
+    assert (before["b"].uses, after["a"].uses, after["b"].uses) == (1, 1, 0)
+    params, state = step(params, state, ("a", "b"))
+    assert aop.get_memory(state)["b"].uses == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_memory_follows_the_learning_rate(dtype):
+    _, kernel, memory = setup(dtype)
+    rates = [0.1, 0.4, 0.0, 0.0, 0.9, 0.9]
+    tx = aop.carry_memory(memory, lambda count: jnp.asarray(rates)[count])
+    state = tx.init(kernel)
+    new = aop.Memory(jnp.ones((M, N), dtype), jnp.ones((M, P), dtype), jnp.ones((), jnp.float32))
+    for now, then in zip(rates, [*rates[1:], rates[-1]], strict=True):
+        _, state = tx.update(kernel, state, memory=new)
+        wanted = 1.0 if then == 0 else np.sqrt(now / then)
+        for rows in aop.get_memory(state)[:2]:
+            assert rows.dtype == dtype
+            np.testing.assert_allclose(rows.astype(jnp.float32), wanted, rtol=0.01)
+
+
+def test_a_constant_rate_leaves_the_memory_bit_for_bit():
+    x, kernel, memory = setup()
+    new = aop.Memory(x, x[:, :P], jnp.ones((), jnp.float32))
+    for rate in (None, 0.1, jnp.asarray(0.1)):
+        tx = aop.carry_memory(memory, rate)
+        _, state = tx.update(kernel, tx.init(kernel), memory=new)
+        chex.assert_trees_all_equal(aop.get_memory(state), new)
+
+
+@pytest.mark.parametrize("schedule", [None, optax.cosine_decay_schedule(0.1, 20)])
+def test_mem_aop_sgd_is_the_chain(schedule):
+    x, kernel, memory = setup()
+    rate = 0.1 if schedule is None else schedule
+    chain = optax.chain(aop.carry_memory(memory, rate), optax.sgd(rate, momentum=0.5))
+    results = []
+    for tx in (aop.mem_aop_sgd(rate, memory, momentum=0.5), chain):
+        step, _ = make_step(tx)
+        params, state = kernel, tx.init(kernel)
+        for _ in range(10):
+            params, state = jax.jit(step)(params, state, x)
+        results.append((params, aop.get_memory(state)))
+    chex.assert_trees_all_equal(*results)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx, optax.adam(1e-3)),
+        lambda tx: optax.chain(optax.chain(optax.identity(), tx), optax.scale(-0.1)),
+        lambda tx: optax.apply_if_finite(optax.chain(tx, optax.sgd(0.1)), 3),
+        lambda tx: {"my state": tx},
+    ],
+    ids=["chain", "nested", "wrapper", "none"],
+)
+def test_get_memory_finds_it_anywhere(wrap):
+    x, kernel, memory = setup()
+    memory = memory._replace(inputs=x)
+    wrapped = wrap(aop.carry_memory(memory))
+    if isinstance(wrapped, dict):
+        state = {"my state": [wrapped["my state"].init(kernel)]}
+    else:
+        state = wrapped.init(kernel)
+    chex.assert_trees_all_equal(aop.get_memory(state), memory)
+
+
+@pytest.mark.parametrize("empty", [None, {}, {"layer": None}])
+def test_a_model_without_memory(empty):
+    _, kernel, _ = setup()
+    tx = aop.carry_memory(empty)
+    updates, state = tx.update(kernel, tx.init(kernel), memory=empty)
+    assert updates is kernel
+    assert aop.get_memory(state) == empty
+
+
+def test_a_memory_restored_as_numpy_arrays_gives_the_same_steps():
+    x, kernel, memory = setup()
+    step, _ = make_step(aop.mem_aop_sgd(0.1, memory))
+    step = jax.jit(step)
+    params, state = step(kernel, aop.mem_aop_sgd(0.1, memory).init(kernel), x)
+    restored = jax.tree.map(np.array, (params, state))
+    chex.assert_trees_all_equal(step(params, state, x), step(*restored, x))
+    from_numpy = aop.carry_memory(jax.tree.map(np.array, aop.get_memory(state))).init(kernel)
+    chex.assert_trees_all_equal(aop.get_memory(from_numpy), aop.get_memory(state))
+    eager, _ = make_step(aop.mem_aop_sgd(0.1, memory))
+    chex.assert_trees_all_close(eager(*restored, x), step(params, state, x), rtol=1e-6)
+
+
+def test_update_without_memory():
+    _, kernel, memory = setup()
+    tx = optax.chain(aop.carry_memory(memory), optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"update got no memory.*tx.update\(.*memory=memory\)"):
+        tx.update(kernel, tx.init(kernel), kernel)
+
+
+def test_a_memory_of_another_kind():
+    _, kernel, memory = setup()
+    tx = aop.carry_memory(memory)
+    state = tx.init(kernel)
+    for other in (
+        aop.init_memory(CONFIG, 2 * M, N, P),
+        aop.init_memory(CONFIG, M, N, P, jnp.bfloat16),
+        {"dense": memory},
+        None,
+    ):
+        with pytest.raises(ValueError, match=r"memory given to update is .*but the state holds"):
+            tx.update(kernel, state, memory=other)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_exactly_one_carry_memory(count):
+    _, kernel, memory = setup()
+    tx = optax.chain(optax.sgd(0.1), *[aop.carry_memory(memory)] * count)
+    with pytest.raises(ValueError, match=f"found {count} carry_memory states.*exactly one"):
+        aop.get_memory(tx.init(kernel))
+
+
+@pytest.mark.parametrize("misuse", ["summed", "averaged", "scaled"])
+def test_a_memory_that_was_added_up_does_not_pass_unnoticed(misuse):
+    x, kernel, memory = setup()
+    tx = aop.mem_aop_sgd(0.1, memory)
+
+    def loss_fn(kernel, memory, x):
+        return jnp.mean(aop.dense(x, kernel, memory, config=CONFIG) ** 2)
+
+    grad_fn = jax.grad(loss_fn, argnums=(0, 1))
+    if misuse == "summed":  # an unbatched memory under vmap: one memory for two batches
+        _, new = jax.grad(
+            lambda kernel, memory: jax.vmap(loss_fn, (None, None, 0))(
+                kernel, memory, jnp.stack([x, x])
+            ).sum(),
+            argnums=(0, 1),
+        )(kernel, memory)
+        assert new.uses == 2
+    else:
+        _, new = grad_fn(kernel, memory, x)
+        factor = {"averaged": 1.5, "scaled": 0.25}[misuse]
+        new = jax.tree.map(lambda leaf: factor * leaf, new)
+    state = tx.init(kernel)
+    with pytest.raises(ValueError, match=r"uses=.* where 1 is wanted.*added up"):
+        tx.update(kernel, state, memory=new)
+    _, state = jax.jit(functools.partial(tx.update))(kernel, state, memory=new)  # values unknown
+    assert jnp.isnan(grad_fn(kernel, aop.get_memory(state), x)[0]).all()
