@@ -72,7 +72,7 @@ def test_follows_a_numpy_loop_in_every_dtype_of_inputs_and_memory(dtype, memory_
 shapes = st.tuples(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 6), st.integers(1, 6))
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(deadline=None, max_examples=15, derandomize=True)
 @given(
     shapes,
     st.sampled_from(list(EPS)),

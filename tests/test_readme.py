@@ -1,4 +1,4 @@
-"""The README's code runs as written."""
+"""The code in the README and in the docstrings runs as written."""
 
 import pathlib
 import re
@@ -9,6 +9,24 @@ import pytest
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+DOCTESTS = """
+import doctest, importlib, pkgutil, mem_aop_jax
+names = [f"mem_aop_jax.{module.name}" for module in pkgutil.iter_modules(mem_aop_jax.__path__)]
+results = [doctest.testmod(importlib.import_module(name)) for name in names]
+assert sum(r.attempted for r in results) > 10 and not any(r.failed for r in results), results
+"""
+
+
+def run(code):
+    """In a new process, as in a user's: without the flags of the tests."""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+def test_the_docstrings():
+    run(DOCTESTS)
 
 
 def test_the_first_example_has_ten_lines():
@@ -22,8 +40,7 @@ def test_the_code_runs(number):
         1: "assert loss < 5 and prediction.shape == (1, 1)",
         2: "assert flops < 0.72 * exact_flops",
     }[number]
-    run = subprocess.run([sys.executable, "-c", BLOCKS[number] + check], capture_output=True)
-    assert run.returncode == 0, run.stderr.decode()
+    run(BLOCKS[number] + check)
 
 
 def test_there_is_a_command_for_the_main_job_and_one_for_the_tests():
