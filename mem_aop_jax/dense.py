@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal
 
+from mem_aop_jax import checks
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.memory import Memory, wide
-from mem_aop_jax.policies import POLICIES, Selection, row_scores
+from mem_aop_jax.policies import POLICIES, row_scores
 
 
 class _Layer(NamedTuple):
@@ -45,7 +46,7 @@ def _forward(layer, *primals):
     _, *trained, _ = _tree_map(lambda primal: primal.perturbed, primals)
     trained = any(jax.tree.leaves(trained))  # else the kernel is frozen: neither dW nor memory
     if trained:
-        _check_differentiable(layer, x.shape[0], memory, key)
+        checks.differentiable(layer.name, layer.config, x.shape[0], memory, key)
     return _dense(layer, x, kernel, memory, key), (x, kernel, memory, key, trained)
 
 
@@ -66,7 +67,7 @@ def _backward(layer, residuals, g):
     bad_x, bad_g = lax.cond(jnp.any(lost), _bad_columns, _no_columns, lost, x, g)
     xs = jnp.where(bad_x, jnp.nan, xs)
     gs = jnp.where(bad_g | _misused(memory), jnp.nan, gs)
-    dw = _sum_of_outer_products(layer, xs.astype(x.dtype), gs.astype(g.dtype), weights)
+    dw = _sum_of_outer_products(layer, xs, gs, weights, (x.dtype, g.dtype))
 
     if memory is not None:
         waiting = finite.at[chosen].set(False)
@@ -130,15 +131,15 @@ def dense(
       (2.0, 18.0)
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
-    _check_shapes(name, x, kernel)
+    checks.shapes(name, x, kernel)
     if config is None:
         if memory is not None:
             raise ValueError(f"{name}: got a memory but no config; pass config=aop.MemAOP(...).")
         return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
-    _check_floating(name, x, kernel)
+    checks.floating(name, x, kernel)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if memory is not None:
-        memory = _checked_memory(name, config, rows, kernel.shape[1], memory)
+        memory = checks.memory(name, config, rows, kernel.shape[1], memory)
     y = _dense(_Layer(config, precision, name), rows, kernel, memory, key)
     return y.reshape(*x.shape[:-1], kernel.shape[1])
 
@@ -176,29 +177,9 @@ def _write(memory, x, g, waiting, decay, after):
 
 
 def _select(layer, key, scores):
-    policy = POLICIES.get(layer.config.policy, layer.config.policy)
     k = layer.config.selected_rows(scores.shape[0], layer.name)
-    selection = policy(key, scores, k)
-    wanted = f"aop.Selection(indices, weights) with integer indices of shape ({k},)"
-    if not isinstance(selection, Selection):
-        raise TypeError(
-            f"{layer.name}: policy {policy} returned {type(selection).__name__}; it must return "
-            f"{wanted}."
-        )
-    indices, weights = selection
-    indices = jnp.asarray(indices)
-    if indices.shape != (k,) or not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise ValueError(
-            f"{layer.name}: policy {policy} returned indices of shape {indices.shape} and dtype "
-            f"{indices.dtype} for k={k} of {scores.shape[0]} rows; it must return {wanted}."
-        )
-    if weights is not None:
-        weights = jnp.asarray(weights)
-        if weights.shape != (k,) or not jnp.issubdtype(weights.dtype, jnp.floating):
-            raise ValueError(
-                f"{layer.name}: policy {policy} returned weights of shape {weights.shape} and "
-                f"dtype {weights.dtype}; they must be floating of shape ({k},), or None for ones."
-            )
+    policy = POLICIES.get(layer.config.policy, layer.config.policy)
+    indices, weights = checks.selection(layer.name, policy, policy(key, scores, k), k)
     return indices.astype(jnp.int32), weights
 
 
@@ -234,101 +215,20 @@ def _misused(memory):
     return False if memory is None else (memory.uses != 0) & (memory.uses != 1)
 
 
-def _sum_of_outer_products(layer, xs, gs, weights):
-    """Xs^T diag(weights) Gs, with the weights folded into the smaller factor."""
-    if weights is not None and gs.shape[1] <= xs.shape[1]:
+def _sum_of_outer_products(layer, xs, gs, weights, dtypes):
+    """Xs^T diag(weights) Gs, multiplied in the inputs' dtypes and accumulated in a wide one."""
+    if weights is not None and gs.shape[1] <= xs.shape[1]:  # into the smaller factor
         gs = gs * weights[:, None].astype(gs.dtype)
     elif weights is not None:
         xs = xs * weights[:, None].astype(xs.dtype)
     return lax.dot_general(
-        xs,
-        gs,
+        xs.astype(dtypes[0]),
+        gs.astype(dtypes[1]),
         (((0,), (0,)), ((), ())),
         precision=layer.precision,
-        preferred_element_type=max(wide(xs.dtype), wide(gs.dtype)),  # of mixed inputs, the wider
+        preferred_element_type=max(xs.dtype, gs.dtype),
     )
 
 
 def _tree_map(function, primals):
     return jax.tree.map(function, primals, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
-
-
-# ---- bad input
-
-
-def _check_shapes(name, x, kernel):
-    if kernel.ndim != 2:
-        raise ValueError(
-            f"{name}: kernel has shape {kernel.shape}; it must have two dimensions, (in_features, "
-            "out_features). Reshape it, and the result."
-        )
-    if x.ndim == 0 or x.shape[-1] != kernel.shape[0]:
-        raise ValueError(
-            f"{name}: x has shape {x.shape} and kernel {kernel.shape}; the last dimension of x "
-            "must be the first of kernel, (..., in_features) and (in_features, out_features)."
-        )
-
-
-def _check_floating(name, x, kernel):
-    for argument, array in (("x", x), ("kernel", kernel)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(
-                f"{name}: {argument} has dtype {array.dtype}; Mem-AOP needs a floating dtype. "
-                f"Convert it, for instance with {argument}.astype(jnp.float32)."
-            )
-
-
-def _checked_memory(name, config, rows, out_features, memory):
-    if not config.keeps_rows:
-        raise ValueError(
-            f"{name}: got a memory, but the configuration has memory=None; pass memory=None to the "
-            "layer, or configure MemAOP(memory='rows')."
-        )
-    if not isinstance(memory, Memory):
-        raise TypeError(
-            f"{name}: memory is of type {type(memory).__name__}; it must be an aop.Memory (a "
-            "restored dict becomes one again with aop.Memory(**memory))."
-        )
-    memory = jax.tree.map(jnp.asarray, memory)
-    dtype = config.stored_dtype(rows.dtype)
-    m, n = rows.shape
-    for field, shape in (("inputs", (m, n)), ("cotangents", (m, out_features))):
-        given = getattr(memory, field)
-        if given.shape != shape:
-            raise ValueError(
-                f"{name}: memory.{field} has shape {given.shape}, but a batch of {m} rows through "
-                f"a kernel of shape {(n, out_features)} needs {shape}. A memory belongs to one "
-                "layer and one batch size: keep the batch size (drop a last partial batch), start "
-                f"anew with aop.init_memory(config, {m}, {n}, {out_features}, jnp.{dtype}), or, to "
-                "evaluate, leave the memory out."
-            )
-        if given.dtype != dtype:
-            raise TypeError(
-                f"{name}: memory.{field} has dtype {given.dtype}, but inputs of {rows.dtype} with "
-                f"memory_dtype={config.memory_dtype} need {dtype}. Start anew with "
-                f"aop.init_memory(config, {m}, {n}, {out_features}, jnp.{dtype}), or set "
-                f"memory_dtype=jnp.{given.dtype} in the configuration."
-            )
-    if memory.uses.shape != () or memory.uses.dtype != jnp.float32:
-        raise ValueError(
-            f"{name}: memory.uses has shape {memory.uses.shape} and dtype {memory.uses.dtype}; it "
-            "must be a float32 scalar. Use the memory that the last step returned, unchanged."
-        )
-    return memory
-
-
-def _check_differentiable(layer, rows, memory, key):
-    name, config = layer.name, layer.config
-    if config.keeps_rows and memory is None:
-        raise ValueError(
-            f"{name}: differentiated with respect to its kernel without its memory. Pass the "
-            "memory (aop.init_memory at the start, then what the last step returned; in Linen the "
-            "collection aop.linen.COLLECTION), or configure MemAOP(memory=None). Only evaluation "
-            "works without."
-        )
-    if config.needs_key and key is None:
-        raise ValueError(
-            f"{name}: policy {config.policy!r} draws at random and got no key. Pass key= a new "
-            "jax.random.key each step (in Linen: apply(..., rngs={aop.linen.RNG: key}))."
-        )
-    config.selected_rows(rows, name)

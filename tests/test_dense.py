@@ -367,7 +367,7 @@ def test_a_random_policy_without_a_key(policy):
     [
         (jnp.arange(K), TypeError, r"returned \w+; it must return aop.Selection"),
         (aop.Selection(jnp.arange(3)), ValueError,
-         r"indices of shape \(3,\) and dtype int\d+ for k=4 of 12 rows.*of shape \(4,\)"),
+         r"indices of shape \(3,\) and dtype int\d+; .* 4 integer indices, of shape \(4,\)"),
         (aop.Selection(jnp.ones(K)), ValueError, r"indices of shape \(4,\) and dtype float64"),
         (aop.Selection(jnp.arange(K), jnp.ones((K, 1))), ValueError, r"weights of shape \(4, 1\)"),
         (aop.Selection(jnp.arange(K), jnp.arange(K)), ValueError, r"dtype int\d+; .* be floating"),

@@ -1,0 +1,114 @@
+"""What a layer refuses, and what it says then: what was given, what is wanted, how to mend it.
+
+Every function takes the layer's name first.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mem_aop_jax.memory import Memory
+from mem_aop_jax.policies import Selection
+
+
+def shapes(name, x, kernel):
+    """x `(..., in_features)` and kernel `(in_features, out_features)`."""
+    if kernel.ndim != 2:
+        raise ValueError(
+            f"{name}: kernel has shape {kernel.shape}; it must have two dimensions, (in_features, "
+            "out_features). Reshape it, and the result."
+        )
+    if x.ndim == 0 or x.shape[-1] != kernel.shape[0]:
+        raise ValueError(
+            f"{name}: x has shape {x.shape} and kernel {kernel.shape}; the last dimension of x "
+            "must be the first of kernel, (..., in_features) and (in_features, out_features)."
+        )
+
+
+def floating(name, x, kernel):
+    """Real floating dtypes."""
+    for argument, array in (("x", x), ("kernel", kernel)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(
+                f"{name}: {argument} has dtype {array.dtype}; Mem-AOP needs a floating dtype. "
+                f"Convert it, for instance with {argument}.astype(jnp.float32)."
+            )
+
+
+def memory(name, config, rows, out_features, given):
+    """The given memory as JAX arrays, if it is one for these `(rows, in_features)`."""
+    if not config.keeps_rows:
+        raise ValueError(
+            f"{name}: got a memory, but the configuration has memory=None; pass memory=None to the "
+            "layer, or configure MemAOP(memory='rows')."
+        )
+    if not isinstance(given, Memory):
+        raise TypeError(
+            f"{name}: memory is of type {type(given).__name__}; it must be an aop.Memory (a "
+            "restored dict becomes one again with aop.Memory(**memory))."
+        )
+    given = jax.tree.map(jnp.asarray, given)
+    dtype = config.stored_dtype(rows.dtype)
+    m, n = rows.shape
+    anew = f"aop.init_memory(config, {m}, {n}, {out_features}, jnp.{dtype})"
+    for field, shape in (("inputs", (m, n)), ("cotangents", (m, out_features))):
+        array = getattr(given, field)
+        if array.shape != shape:
+            raise ValueError(
+                f"{name}: memory.{field} has shape {array.shape}, but a batch of {m} rows through "
+                f"a kernel of shape {(n, out_features)} needs {shape}. A memory belongs to one "
+                "layer and one batch size: keep the batch size (drop a last partial batch), start "
+                f"anew with {anew}, or, to evaluate, leave the memory out."
+            )
+        if array.dtype != dtype:
+            raise TypeError(
+                f"{name}: memory.{field} has dtype {array.dtype}, but inputs of {rows.dtype} with "
+                f"memory_dtype={config.memory_dtype} need {dtype}. Start anew with {anew}, or set "
+                f"memory_dtype=jnp.{array.dtype} in the configuration."
+            )
+    if given.uses.shape != () or given.uses.dtype != jnp.float32:
+        raise ValueError(
+            f"{name}: memory.uses has shape {given.uses.shape} and dtype {given.uses.dtype}; it "
+            "must be a float32 scalar. Use the memory that the last step returned, unchanged."
+        )
+    return given
+
+
+def differentiable(name, config, rows, memory, key):
+    """All that the backward pass needs beside the inputs."""
+    if config.keeps_rows and memory is None:
+        raise ValueError(
+            f"{name}: differentiated with respect to its kernel without its memory. Pass the "
+            "memory (aop.init_memory at the start, then what the last step returned; in Linen the "
+            "collection aop.linen.COLLECTION), or configure MemAOP(memory=None). Only evaluation "
+            "works without."
+        )
+    if config.needs_key and key is None:
+        raise ValueError(
+            f"{name}: policy {config.policy!r} draws at random and got no key. Pass key= a new "
+            "jax.random.key each step (in Linen: apply(..., rngs={aop.linen.RNG: key}))."
+        )
+    config.selected_rows(rows, name)
+
+
+def selection(name, policy, returned, k):
+    """What a policy returned, if it is a choice of k rows."""
+    wanted = f"aop.Selection(indices, weights) with {k} integer indices, of shape ({k},)"
+    if not isinstance(returned, Selection):
+        raise TypeError(
+            f"{name}: policy {policy} returned {type(returned).__name__}; it must return {wanted}."
+        )
+    indices, weights = returned
+    indices = jnp.asarray(indices)
+    if indices.shape != (k,) or not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise ValueError(
+            f"{name}: policy {policy} returned indices of shape {indices.shape} and dtype "
+            f"{indices.dtype}; it must return {wanted}."
+        )
+    if weights is not None:
+        weights = jnp.asarray(weights)
+        if weights.shape != (k,) or not jnp.issubdtype(weights.dtype, jnp.floating):
+            raise ValueError(
+                f"{name}: policy {policy} returned weights of shape {weights.shape} and dtype "
+                f"{weights.dtype}; they must be floating of shape ({k},), or None for ones."
+            )
+    return indices, weights
