@@ -88,7 +88,7 @@ def dense(
     precision: lax.PrecisionLike = None,
     name: str = "dense",
 ) -> chex.Array:
-    """`x @ kernel`, with the weight gradient of Mem-AOP-GD (arXiv 2110.09164, section III).
+    """`x @ kernel`, with the weight gradient of Mem-AOP-GD (arXiv 2110.09164).
 
     The result and the gradient of `x` are exact. The gradient of `kernel` is the sum of k of the
     rows' outer products, those that `config.policy` chooses; the "gradient" of `memory` is the
