@@ -2,7 +2,7 @@
 
 from mem_aop_jax import linen
 from mem_aop_jax.config import MemAOP
-from mem_aop_jax.dense import dense
+from mem_aop_jax.dense import dense, dot_general
 from mem_aop_jax.memory import Memory, init_memory
 from mem_aop_jax.policies import Selection
 from mem_aop_jax.transform import carry_memory, get_memory, mem_aop_sgd
@@ -13,6 +13,7 @@ __all__ = [
     "Selection",
     "carry_memory",
     "dense",
+    "dot_general",
     "get_memory",
     "init_memory",
     "linen",

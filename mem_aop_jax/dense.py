@@ -13,6 +13,7 @@ is returned as the cotangent of the memory, so every JAX transform of a gradient
 
 import functools
 import math
+import warnings
 from typing import NamedTuple
 
 import chex
@@ -32,13 +33,20 @@ class _Layer(NamedTuple):
 
     config: MemAOP
     precision: lax.PrecisionLike
+    preferred_element_type: chex.ArrayDType | None
     name: str
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dense(layer, x, kernel, memory, key):
     del memory, key
-    return lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), precision=layer.precision)
+    return lax.dot_general(
+        x,
+        kernel,
+        (((1,), (0,)), ((), ())),
+        precision=layer.precision,
+        preferred_element_type=layer.preferred_element_type,
+    )
 
 
 def _forward(layer, *primals):
@@ -132,16 +140,95 @@ def dense(
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     checks.shapes(name, x, kernel)
-    if config is None:
-        if memory is not None:
-            raise ValueError(f"{name}: got a memory but no config; pass config=aop.MemAOP(...).")
-        return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
-    checks.floating(name, x, kernel)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return dot_general(
+        x,
+        kernel,
+        (((x.ndim - 1,), (0,)), ((), ())),
+        precision,
+        memory=memory,
+        config=config,
+        key=key,
+        name=name,
+    )
+
+
+def dot_general(
+    lhs: chex.Array,
+    rhs: chex.Array,
+    dimension_numbers: lax.DotDimensionNumbers,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: chex.ArrayDType | None = None,
+    *,
+    memory: Memory | None = None,
+    config: MemAOP | None = None,
+    key: chex.PRNGKey | None = None,
+    name: str = "dot_general",
+    **options,
+) -> chex.Array:
+    """`jax.lax.dot_general` of inputs with a kernel, with the kernel's gradient as in `dense`.
+
+    Any contraction without batch dimensions is a dense layer: the free dimensions of `lhs` together
+    are the rows, the contracted ones the in_features, the free dimensions of `rhs` the
+    out_features, each in the order in which they stand in the array (in_features: in that of
+    `dimension_numbers`). A contraction with batch dimensions runs exact, and says so once.
+
+    Args:
+      lhs: the inputs, floating.
+      rhs: the kernel, floating.
+      dimension_numbers: as in `jax.lax.dot_general`.
+      precision: as in `jax.lax.dot_general`, for all products.
+      preferred_element_type: the dtype of the result, as in `jax.lax.dot_general`.
+      memory: as in `dense`, for these rows, in_features and out_features.
+      config: as in `dense`.
+      key: as in `dense`.
+      name: the layer's name in messages.
+      **options: further arguments of `jax.lax.dot_general`, for an exact product only.
+
+    Returns:
+      The free dimensions of `lhs`, then those of `rhs`.
+
+    Raises:
+      TypeError: as in `dense`; options that only an exact product takes.
+      ValueError: as in `dense`.
+    """
+    if config is None and memory is not None:
+        raise ValueError(f"{name}: got a memory but no config; pass config=aop.MemAOP(...).")
+    (lhs_contracting, rhs_contracting), (lhs_batch, _) = dimension_numbers
+    if config is not None and len(lhs_batch):
+        _warn_once(
+            f"{name}: the contraction {dimension_numbers} has batch dimensions, so it runs exact; "
+            "Mem-AOP needs one kernel for all rows."
+        )
+    if config is None or len(lhs_batch):
+        return lax.dot_general(
+            lhs,
+            rhs,
+            dimension_numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            **options,
+        )
+    options = {option: value for option, value in options.items() if value is not None}
+    if options:
+        raise TypeError(f"{name}: {', '.join(options)} cannot be combined with a configuration.")
+
+    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    checks.floating(name, lhs, rhs)
+    row_dims = [d for d in range(lhs.ndim) if d not in lhs_contracting]
+    out_dims = [d for d in range(rhs.ndim) if d not in rhs_contracting]
+    row_shape, out_shape = [lhs.shape[d] for d in row_dims], [rhs.shape[d] for d in out_dims]
+    rows, out_features = math.prod(row_shape), math.prod(out_shape)
+    x = lhs.transpose(*row_dims, *lhs_contracting).reshape(rows, lhs.size // max(rows, 1))
+    kernel = rhs.transpose(*rhs_contracting, *out_dims).reshape(x.shape[1], out_features)
     if memory is not None:
-        memory = checks.memory(name, config, rows, kernel.shape[1], memory)
-    y = _dense(_Layer(config, precision, name), rows, kernel, memory, key)
-    return y.reshape(*x.shape[:-1], kernel.shape[1])
+        memory = checks.memory(name, config, x, out_features, memory)
+    layer = _Layer(config, precision, preferred_element_type, name)
+    return _dense(layer, x, kernel, memory, key).reshape(*row_shape, *out_shape)
+
+
+@functools.cache
+def _warn_once(message):
+    warnings.warn(message, stacklevel=3)
 
 
 # ---- the steps of the backward rule

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
 from mem_aop_jax.config import MemAOP
-from mem_aop_jax.dense import dense
+from mem_aop_jax.dense import dot_general
 from mem_aop_jax.memory import Memory, init_memory
 
 COLLECTION = OVERWRITE_WITH_GRADIENT  # TrainState replaces its variables by their gradients
@@ -64,23 +64,69 @@ class Dense(nn.Dense):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        y = dense(
-            inputs,
-            kernel,
-            _memory_of_this_call(self, self.config, inputs, self.features),
-            config=self.config,
-            key=self.make_rng(RNG) if self.has_rng(RNG) else None,
-            precision=self.precision,
-            name=_name(self),
-        )
+        contraction = (((inputs.ndim - 1,), (0,)), ((), ()))
+        y = _dot_general(self, self.config, inputs, kernel, contraction, self.precision)
         return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+
+
+class DotGeneral(nn.Module):
+    """The `dot_general_cls` of a Flax layer, with its memory in a submodule of that layer.
+
+    For `nn.Dense` and `nn.DenseGeneral` (`dot_general_cls`) and the projections of
+    `nn.MultiHeadDotProductAttention` (`qkv_dot_general_cls`, `out_dot_general_cls`). The parameters
+    and their initial values stay as they are; everything else is as in `Dense`.
+
+    Attributes:
+      config: what to compute of the kernel gradient; None is an exact product.
+
+    Example:
+      >>> import functools, flax.linen as nn, jax, jax.numpy as jnp, mem_aop_jax as aop
+      >>> product = functools.partial(aop.linen.DotGeneral, config=aop.MemAOP(ratio=0.25))
+      >>> layer = nn.Dense(4, dot_general_cls=product)
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((8, 3)))
+      >>> variables[aop.linen.COLLECTION]["DotGeneral_0"]["memory"].inputs.shape
+      (8, 3)
+    """
+
+    config: MemAOP | None = None
+
+    @nn.compact
+    def __call__(self, lhs: chex.Array, rhs: chex.Array, *args, **options) -> chex.Array:
+        """`jax.lax.dot_general`, with the same arguments."""
+        return _dot_general(self, self.config, lhs, rhs, *args, **options)
+
+
+def _dot_general(module, config, lhs, rhs, dimension_numbers, *args, **options):
+    """`dot_general` with the memory, the key and the name of a module."""
+    (lhs_contracting, _), (lhs_batch, _) = dimension_numbers
+    memory = None
+    if not len(lhs_batch):
+        in_features = math.prod(lhs.shape[d] for d in lhs_contracting)
+        sizes = lhs.size // in_features, in_features, rhs.size // in_features
+        memory = _memory_of_this_call(module, config, *sizes, lhs.dtype)
+    return dot_general(
+        lhs,
+        rhs,
+        dimension_numbers,
+        *args,
+        memory=memory,
+        config=config,
+        key=module.make_rng(RNG) if module.has_rng(RNG) else None,
+        name=_name(module),
+        **options,
+    )
 
 
 _calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # root scope -> calls by path
 
 
 def _memory_of_this_call(
-    module: nn.Module, config: MemAOP | None, inputs: chex.Array, out_features: int
+    module: nn.Module,
+    config: MemAOP | None,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    dtype: chex.ArrayDType,
 ) -> Memory | None:
     """The variable for the n-th call of a module in this forward pass; None where there is none."""
     if config is None or not config.keeps_rows:
@@ -89,9 +135,8 @@ def _memory_of_this_call(
     name = f"memory_{calls[module.path]}" if calls[module.path] else "memory"
     calls[module.path] += 1
     if module.is_initializing() and not module.has_variable(COLLECTION, name):
-        rows = math.prod(inputs.shape[:-1])
         config.selected_rows(rows, _name(module))
-        memory = init_memory(config, rows, inputs.shape[-1], out_features, inputs.dtype)
+        memory = init_memory(config, rows, in_features, out_features, dtype)
         module.put_variable(COLLECTION, name, memory)
     return module.get_variable(COLLECTION, name)
 

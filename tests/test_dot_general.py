@@ -1,0 +1,176 @@
+"""Contractions of any number of dimensions, alone and inside stock Flax layers."""
+
+import functools
+import warnings
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mem_aop_jax as aop
+
+COLLECTION = aop.linen.COLLECTION
+
+
+def arrays(*shapes, dtype="float32"):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+CONTRACTIONS = {
+    "dense": ((6, 5), (5, 3), ((1,), (0,))),
+    "batch and time": ((2, 3, 5), (5, 3), ((2,), (0,))),
+    "several features": ((6, 5), (5, 2, 4), ((1,), (0,))),
+    "several contracted": ((2, 3, 4, 5), (4, 5, 3), ((2, 3), (0, 1))),
+    "contracted in another order": ((2, 3, 4, 5), (5, 4, 3), ((2, 3), (1, 0))),
+    "contracted in front": ((5, 2, 3), (3, 5), ((0,), (1,))),
+    "kernel in the middle": ((4, 6, 5), (2, 5, 3, 4), ((0, 2), (3, 1))),
+}
+
+
+@pytest.mark.parametrize("policy", ["topk", "weightedk"])
+@pytest.mark.parametrize("name", CONTRACTIONS)
+def test_any_contraction_is_a_dense_layer(name, policy):
+    lhs_shape, rhs_shape, contracting = CONTRACTIONS[name]
+    lhs, rhs = arrays(lhs_shape, rhs_shape)
+    numbers = (contracting, ((), ()))
+    exact = functools.partial(jax.lax.dot_general, dimension_numbers=numbers)
+    (g,) = arrays(exact(lhs, rhs).shape)
+    exact_dx, exact_dw = jax.vjp(exact, lhs, rhs)[1](g)
+
+    in_features = np.prod([lhs_shape[d] for d in contracting[0]])
+    rows, out_features = lhs.size // in_features, rhs.size // in_features
+    memory = aop.init_memory(aop.MemAOP(k=1), rows, in_features, out_features)
+    (kept,) = arrays((rows, in_features + out_features))
+    memory = memory._replace(inputs=kept[:, :in_features], cotangents=kept[:, in_features:])
+    key = jax.random.key(0)
+
+    @jax.jit
+    def of_dense(x, kernel, memory, g):  # the same contraction after moving axes, config of k = 2
+        layer = functools.partial(aop.dense, config=aop.MemAOP(k=2, policy=policy), key=key)
+        return jax.vjp(layer, x, kernel, memory)[1](g)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def of_dot_general(config, lhs, rhs, memory, g):
+        def layer(lhs, rhs, memory):
+            return aop.dot_general(lhs, rhs, numbers, memory=memory, config=config, key=key)
+
+        y, pull_back = jax.vjp(layer, lhs, rhs, memory)
+        return y, *pull_back(g)
+
+    empty = jax.tree.map(jnp.zeros_like, memory)
+    y, dx, dw, after = of_dot_general(aop.MemAOP(k=rows, policy=policy), lhs, rhs, empty, g)
+    chex.assert_trees_all_close(
+        (y, dx, dw), (exact(lhs, rhs), exact_dx, exact_dw), rtol=1e-5, atol=1e-5
+    )
+    assert not any(rows.any() for rows in after[:2])
+
+    free = [d for d in range(lhs.ndim) if d not in contracting[0]]
+    features = [d for d in range(rhs.ndim) if d not in contracting[1]]
+    x = lhs.transpose(*free, *contracting[0]).reshape(rows, in_features)
+    kernel = rhs.transpose(*contracting[1], *features).reshape(in_features, out_features)
+    _, dw_2d, after_2d = of_dense(x, kernel, memory, g.reshape(rows, out_features))
+    _, _, dw, after = of_dot_general(aop.MemAOP(k=2, policy=policy), lhs, rhs, memory, g)
+    dw = dw.transpose(*contracting[1], *features).reshape(in_features, out_features)
+    chex.assert_trees_all_close((dw, after), (dw_2d, after_2d), rtol=1e-5, atol=1e-5)
+
+
+def test_preferred_element_type():
+    x, kernel = arrays((6, 5), (5, 3), dtype="bfloat16")
+    numbers = (((1,), (0,)), ((), ()))
+    config = aop.MemAOP(k=6, memory=None)
+
+    def layer(x, kernel):
+        return aop.dot_general(x, kernel, numbers, None, jnp.float32, config=config)
+
+    y, pull_back = jax.vjp(layer, x, kernel)
+    dx, dw = pull_back(jnp.ones_like(y))
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    np.testing.assert_array_equal(y, jax.lax.dot_general(x, kernel, numbers, None, jnp.float32))
+
+
+def test_batch_dimensions_run_exact_and_say_so_once():
+    lhs, rhs = arrays((2, 6, 5), (2, 5, 3))
+    numbers = (((2,), (1,)), ((0,), (0,)))
+    layer = functools.partial(aop.dot_general, dimension_numbers=numbers, name="scores of heads")
+
+    def gradients(config):
+        return jax.grad(lambda *a: layer(*a, config=config).sum(), argnums=(0, 1))(lhs, rhs)
+
+    with pytest.warns(UserWarning, match="scores of heads: .* batch dimensions, so it runs exact"):
+        approximate = gradients(aop.MemAOP(k=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients(aop.MemAOP(k=1))
+        chex.assert_trees_all_equal(approximate, gradients(None))
+
+
+def test_options_of_an_exact_product():
+    lhs, rhs = arrays((6, 5), (5, 3))
+    numbers = (((1,), (0,)), ((), ()))
+    config = aop.MemAOP(k=1)
+    np.testing.assert_array_equal(
+        aop.dot_general(lhs, rhs, numbers, out_sharding=None, config=config), lhs @ rhs
+    )
+    with pytest.raises(TypeError, match="out_sharding cannot be combined with a configuration"):
+        aop.dot_general(lhs, rhs, numbers, out_sharding="rows", config=config)
+
+
+PRODUCT = functools.partial(aop.linen.DotGeneral, config=aop.MemAOP(ratio=1.0))
+LAYERS = {
+    "Dense": lambda cls: nn.Dense(6, dot_general_cls=cls),
+    "DenseGeneral": lambda cls: nn.DenseGeneral((2, 3), axis=(-2, -1), dot_general_cls=cls),
+    "attention": lambda cls: nn.MultiHeadDotProductAttention(
+        2, qkv_dot_general_cls=cls, out_dot_general_cls=cls
+    ),
+    "remat": lambda cls: nn.remat(nn.Dense)(6, dot_general_cls=cls),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.usefixtures("standard_promotion")
+def test_dot_general_cls_of_stock_layers(name):
+    """The same parameters and outputs, and at k = rows the same gradients, for three steps."""
+    x = arrays((3, 4, 8))[0]
+    theirs, ours = LAYERS[name](None), LAYERS[name](PRODUCT)
+    variables = ours.init(jax.random.key(0), x)
+    params, memory = variables["params"], variables[COLLECTION]
+    chex.assert_trees_all_equal(params, theirs.init(jax.random.key(0), x)["params"])
+
+    @jax.jit
+    def step(params, memory):
+        def loss_fn(params, memory):
+            return jnp.mean(ours.apply({"params": params, COLLECTION: memory}, x) ** 2)
+
+        return jax.grad(loss_fn, argnums=(0, 1))(params, memory)
+
+    @jax.jit
+    def exact(params):
+        return jax.grad(lambda p: jnp.mean(theirs.apply({"params": p}, x) ** 2))(params)
+
+    for _ in range(3):
+        grads, memory = step(params, memory)
+        chex.assert_trees_all_close(grads, exact(params), rtol=1e-4, atol=1e-5)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    np.testing.assert_allclose(
+        ours.apply({"params": params}, x), theirs.apply({"params": params}, x), rtol=1e-5
+    )
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_rows_wait_in_the_memories_of_an_attention_layer():
+    config = aop.MemAOP(ratio=0.25, policy="randk")
+    product = functools.partial(aop.linen.DotGeneral, config=config)
+    model, x = LAYERS["attention"](product), arrays((3, 4, 8))[0]
+    variables = model.init(jax.random.key(0), x)
+    rngs = {aop.linen.RNG: jax.random.key(1)}
+    grads = jax.grad(lambda v: jnp.mean(model.apply(v, x, rngs=rngs) ** 2))(variables)
+    memories = [
+        grads[COLLECTION][n]["DotGeneral_0"]["memory"] for n in ("query", "key", "value", "out")
+    ]
+    for memory in memories:
+        assert (memory.inputs.any(axis=1).sum(), memory.uses) == (9, 1)
+    assert len({tuple(memory.inputs.any(axis=1).tolist()) for memory in memories}) > 1
