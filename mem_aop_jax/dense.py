@@ -20,7 +20,6 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import CustomVJPPrimal
 
 from mem_aop_jax import checks
 from mem_aop_jax.config import MemAOP
@@ -33,37 +32,41 @@ class _Layer(NamedTuple):
 
     config: MemAOP
     precision: lax.PrecisionLike
-    preferred_element_type: chex.ArrayDType | None
     name: str
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dense(layer, x, kernel, memory, key):
-    del memory, key
-    return lax.dot_general(
+def _matmul(layer, x, kernel, memory, key, preferred_element_type):
+    """X W: exact and differentiable in X as usual; what W contributes is left to `_share`."""
+    y = lax.dot_general(
         x,
-        kernel,
+        lax.stop_gradient(kernel),
         (((1,), (0,)), ((), ())),
         precision=layer.precision,
-        preferred_element_type=layer.preferred_element_type,
+        preferred_element_type=preferred_element_type,
     )
+    return y + _share(layer, lax.stop_gradient(y), lax.stop_gradient(x), kernel, memory, key)
 
 
-def _forward(layer, *primals):
-    x, kernel, memory, key = _tree_map(lambda primal: primal.value, primals)
-    _, *trained, _ = _tree_map(lambda primal: primal.perturbed, primals)
-    trained = any(jax.tree.leaves(trained))  # else the kernel is frozen: neither dW nor memory
-    if trained:
-        checks.differentiable(layer.name, layer.config, x.shape[0], memory, key)
-    return _dense(layer, x, kernel, memory, key), (x, kernel, memory, key, trained)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _share(layer, y, x, kernel, memory, key):
+    """Zeros like y, which XLA drops: a term with the approximate gradient of the kernel.
+
+    It is apart from the product so that nobody who differentiates only the inputs pays for it or
+    needs a memory.
+    """
+    del layer, x, kernel, memory, key
+    zeros = jnp.zeros_like(y)
+    return jnp.where(jnp.isnan(y), zeros, zeros)  # under vmap batched as y is
+
+
+def _forward(layer, y, x, kernel, memory, key):
+    checks.differentiable(layer.name, layer.config, x.shape[0], memory, key)
+    return _share(layer, y, x, kernel, memory, key), (x, kernel, memory, key)
 
 
 def _backward(layer, residuals, g):
-    x, kernel, memory, key, trained = residuals
+    x, kernel, memory, key = residuals
     g = jnp.asarray(g)
-    dx = lax.dot_general(g, kernel, (((1,), (1,)), ((), ())), precision=layer.precision)
-    if not trained:
-        return dx.astype(x.dtype), *jax.tree.map(jnp.zeros_like, (kernel, memory)), None
 
     xh, gh = _join(memory, x, g)
     scores, finite = row_scores(xh, gh)
@@ -80,10 +83,10 @@ def _backward(layer, residuals, g):
     if memory is not None:
         waiting = finite.at[chosen].set(False)
         memory = _write(memory, x, g, waiting, layer.config.decay, after=(xs, gs))
-    return dx.astype(x.dtype), dw.astype(kernel.dtype), memory, None
+    return None, None, dw.astype(kernel.dtype), memory, None
 
 
-_dense.defvjp(_forward, _backward, symbolic_zeros=True)
+_share.defvjp(_forward, _backward)
 
 
 def dense(
@@ -222,8 +225,9 @@ def dot_general(
     kernel = rhs.transpose(*rhs_contracting, *out_dims).reshape(x.shape[1], out_features)
     if memory is not None:
         memory = checks.memory(name, config, x, out_features, memory)
-    layer = _Layer(config, precision, preferred_element_type, name)
-    return _dense(layer, x, kernel, memory, key).reshape(*row_shape, *out_shape)
+    layer = _Layer(config, precision, name)
+    y = _matmul(layer, x, kernel, memory, key, preferred_element_type)
+    return y.reshape(*row_shape, *out_shape)
 
 
 @functools.cache
@@ -315,7 +319,3 @@ def _sum_of_outer_products(layer, xs, gs, weights, dtypes):
         precision=layer.precision,
         preferred_element_type=max(xs.dtype, gs.dtype),
     )
-
-
-def _tree_map(function, primals):
-    return jax.tree.map(function, primals, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
