@@ -6,6 +6,7 @@ Every function takes the layer's name first.
 import jax
 import jax.numpy as jnp
 
+from mem_aop_jax.compat import varying_axes
 from mem_aop_jax.memory import Memory
 from mem_aop_jax.policies import Selection
 
@@ -58,6 +59,14 @@ def memory(name, config, rows, out_features, given):
                 f"a kernel of shape {(n, out_features)} needs {shape}. A memory belongs to one "
                 "layer and one batch size: keep the batch size (drop a last partial batch), start "
                 f"anew with {anew}, or, to evaluate, leave the memory out."
+            )
+        replicated = varying_axes(rows) - varying_axes(array)
+        if replicated:
+            raise ValueError(
+                f"{name}: memory.{field} is the same on all devices of the mesh axes "
+                f"{sorted(replicated)}, over which the batch is sharded. A memory's rows belong to "
+                "the batch's rows: give it the batch's PartitionSpec in shard_map's in_specs and "
+                "out_specs (and P() for `uses`)."
             )
         if array.dtype != dtype:
             raise TypeError(

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mem_aop_jax import checks
+from mem_aop_jax.compat import vary, varying_axes
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.memory import Memory, wide
 from mem_aop_jax.policies import POLICIES, row_scores
@@ -37,6 +38,7 @@ class _Layer(NamedTuple):
 
 def _matmul(layer, x, kernel, memory, key, preferred_element_type):
     """X W: exact and differentiable in X as usual; what W contributes is left to `_share`."""
+    kernel = vary(kernel, varying_axes(x))  # one kernel on all devices: the transpose sums dW
     y = lax.dot_general(
         x,
         lax.stop_gradient(kernel),
@@ -259,11 +261,13 @@ def _write(memory, x, g, waiting, decay, after):
     """
     x, g, waiting, _ = lax.optimization_barrier((x, g, waiting, after))
     xh, gh = (jnp.where(waiting[:, None], math.sqrt(decay) * a, 0) for a in _join(memory, x, g))
-    one = jnp.ones_like(memory.uses)
+    uses = vary(jnp.ones_like(memory.uses), varying_axes(memory.uses))
+    if varying_axes(waiting) == varying_axes(uses):
+        uses = jnp.where(waiting[0], uses, uses)  # under vmap one per batch, so that a sum shows
     return Memory(
         inputs=xh.astype(memory.inputs.dtype),
         cotangents=gh.astype(memory.cotangents.dtype),
-        uses=jnp.where(waiting[0], one, one),  # under vmap one per batch, which a sum then shows
+        uses=uses,
     )
 
 
@@ -298,7 +302,7 @@ def _bad_columns(lost, x, g):
 
 def _no_columns(lost, x, g):
     del lost
-    return tuple(jnp.zeros((1, a.shape[1]), bool) for a in (x, g))
+    return tuple(vary(jnp.zeros((1, a.shape[1]), bool), varying_axes(a)) for a in (x, g))
 
 
 def _misused(memory):

@@ -1,8 +1,10 @@
-"""Strict arrays in the tests: an implicit promotion of dtypes or ranks is an error."""
+"""Four CPU devices, and strict arrays: an implicit promotion of dtypes or ranks is an error."""
 
+import chex
 import jax
 import pytest
 
+chex.set_n_cpu_devices(4)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,21 @@
+"""All that differs between the supported versions of JAX."""
+
+import jax
+
+
+def varying_axes(x) -> frozenset[str]:
+    """The manual mesh axes (of `jax.shard_map`) over which x differs from device to device."""
+    aval = jax.typeof(x)
+    if hasattr(aval, "vma"):  # jax < 0.10
+        return aval.vma
+    return aval.manual_axis_type.varying
+
+
+def vary(x, axes: frozenset[str]):
+    """x, typed as differing over these mesh axes too. Its transpose sums over the new ones."""
+    new = tuple(sorted(axes - varying_axes(x)))
+    if not new:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, new, to="varying")
+    return jax.lax.pvary(x, new)  # jax < 0.9
