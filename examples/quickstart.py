@@ -245,8 +245,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if not options.out.parent.is_dir():
         parser.error(f"--out {options.out}: the folder {options.out.parent} does not exist")
     formats = FigureCanvasBase.get_supported_filetypes()
-    if options.out.suffix.removeprefix(".") not in formats:
+    if options.out.suffix.lower().removeprefix(".") not in formats:
         parser.error(f"--out {options.out}: end the name with .png or one of {', '.join(formats)}")
+    try:
+        options.out.open("ab").close()  # before the training, not after it
+    except OSError as error:
+        parser.error(f"--out {options.out}: cannot be written ({error.strerror})")
+    options.ratio = list(dict.fromkeys(options.ratio))
     return options
 
 

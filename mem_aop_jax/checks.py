@@ -7,8 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from mem_aop_jax.compat import varying_axes
+from mem_aop_jax.config import MemAOP
 from mem_aop_jax.memory import Memory
 from mem_aop_jax.policies import Selection
+
+
+def config(name, given):
+    """A `MemAOP` or None."""
+    if not (given is None or isinstance(given, MemAOP)):
+        raise TypeError(
+            f"{name}: config is of type {type(given).__name__}; it must be an aop.MemAOP, or None "
+            "for an exact layer."
+        )
 
 
 def shapes(name, x, kernel):
@@ -88,8 +98,8 @@ def differentiable(name, config, rows, memory, key):
         raise ValueError(
             f"{name}: differentiated with respect to its kernel without its memory. Pass the "
             "memory (aop.init_memory at the start, then what the last step returned; in Linen the "
-            "collection aop.linen.COLLECTION), or configure MemAOP(memory=None). Only evaluation "
-            "works without."
+            "collection aop.linen.COLLECTION; a call that init did not see has none), or configure "
+            "MemAOP(memory=None). Only evaluation works without."
         )
     if config.needs_key and key is None:
         raise ValueError(

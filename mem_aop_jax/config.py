@@ -3,7 +3,7 @@
 import dataclasses
 import numbers
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 import chex
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mem_aop_jax.policies import POLICIES, RANDOM_POLICIES, Policy
 
-MEMORIES = ("auto", "rows", None)
+MEMORIES = ("auto", "rows")
 
 
 @jax.tree_util.register_static
@@ -53,10 +53,10 @@ class MemAOP:
                 "for instance MemAOP(ratio=0.25) or MemAOP(k=32)."
             )
         if self.k is not None:
-            object.__setattr__(self, "k", _count("k", self.k))
+            object.__setattr__(self, "k", _count(self.k))
         else:
             object.__setattr__(self, "ratio", _fraction("ratio", self.ratio, include_zero=False))
-        if not (callable(self.policy) or self.policy in tuple(POLICIES)):
+        if not (callable(self.policy) or _is_one_of(self.policy, POLICIES)):
             raise ValueError(
                 f"MemAOP got policy={self.policy!r}; the known ones are "
                 f"{', '.join(map(repr, POLICIES))}, or give a callable "
@@ -67,15 +67,16 @@ class MemAOP:
                 f"MemAOP got policy={self.policy!r}, which is not hashable; give a function, or an "
                 "object with __hash__ (for instance a frozen dataclass)."
             )
-        if self.memory not in MEMORIES:
+        if not (self.memory is None or _is_one_of(self.memory, MEMORIES)):
             raise ValueError(
                 f"MemAOP got memory={self.memory!r}; it is one of "
-                f"{', '.join(map(repr, MEMORIES))}: 'rows' keeps the rows that were not chosen, "
-                "None drops them."
+                f"{', '.join(map(repr, MEMORIES))}, None: 'rows' keeps the rows that were not "
+                "chosen, None drops them."
             )
         object.__setattr__(self, "decay", _fraction("decay", self.decay, include_zero=True))
         if self.memory_dtype is not None:
-            object.__setattr__(self, "memory_dtype", _floating_dtype(self.memory_dtype))
+            dtype = floating_dtype("memory_dtype", self.memory_dtype)
+            object.__setattr__(self, "memory_dtype", dtype)
 
     @property
     def keeps_rows(self) -> bool:
@@ -89,7 +90,8 @@ class MemAOP:
 
     def stored_dtype(self, inputs: chex.ArrayDType) -> jnp.dtype:
         """The dtype of the memory of a layer whose inputs have dtype `inputs`."""
-        return jnp.dtype(inputs) if self.memory_dtype is None else self.memory_dtype
+        dtype = inputs if self.memory_dtype is None else self.memory_dtype
+        return jnp.zeros((), dtype).dtype  # float32 for float64 where x64 is off, as JAX has it
 
     def selected_rows(self, rows: int, layer: str = "MemAOP") -> int:
         """The number of outer products computed for a batch of `rows` rows (the paper's K of M).
@@ -101,6 +103,8 @@ class MemAOP:
         Raises:
           ValueError: k is larger than rows.
         """
+        if rows == 0:
+            raise ValueError(f"{layer}: the batch has no rows; there is nothing to select from.")
         k = max(1, round(self.ratio * rows)) if self.k is None else self.k
         if k > rows:
             raise ValueError(
@@ -111,32 +115,38 @@ class MemAOP:
         return k
 
 
-def _count(name: str, value: int) -> int:
+def _is_one_of(value: object, names: Iterable[str]) -> bool:
+    return isinstance(value, str) and value in names
+
+
+def _count(k: int) -> int:
     try:
-        value = operator.index(value)
+        k = operator.index(None if isinstance(k, bool) else k)
     except TypeError:
-        raise TypeError(
-            f"MemAOP got {name}={value!r}; it must be an integer, at least 1."
-        ) from None
-    if value < 1:
-        raise ValueError(f"MemAOP got {name}={value}; it must be at least 1.")
-    return value
+        raise TypeError(f"MemAOP got k={k!r}; it must be an integer, at least 1.") from None
+    if k < 1:
+        raise ValueError(f"MemAOP got k={k}; it must be at least 1.")
+    return k
 
 
 def _fraction(name: str, value: float, *, include_zero: bool) -> float:
     bounds = "[0, 1]" if include_zero else "(0, 1]"
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"MemAOP got {name}={value!r}; it must be a number in {bounds}.")
     if not 0 <= value <= 1 or (value == 0 and not include_zero):  # NaN fails too
         raise ValueError(f"MemAOP got {name}={value}; it must lie in {bounds}.")
     return float(value)
 
 
-def _floating_dtype(dtype: chex.ArrayDType) -> jnp.dtype:
-    resolved = jnp.dtype(dtype)
-    if not jnp.issubdtype(resolved, jnp.floating):
+def floating_dtype(name: str, dtype: chex.ArrayDType) -> jnp.dtype:
+    """`dtype` as a NumPy dtype, if it is floating; `name` is the argument, for the error."""
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError:
+        resolved = None
+    if resolved is None or not jnp.issubdtype(resolved, jnp.floating):
         raise TypeError(
-            f"MemAOP got memory_dtype={resolved.name}; it must be a floating dtype, for instance "
-            "jnp.float32 or jnp.bfloat16, or None for that of the layer's inputs."
+            f"mem_aop_jax got {name}={getattr(resolved, 'name', dtype)}; it must be a floating "
+            "dtype, for instance jnp.float32 or jnp.bfloat16."
         )
     return resolved

@@ -38,7 +38,8 @@ class _Layer(NamedTuple):
 
 def _matmul(layer, x, kernel, memory, key, preferred_element_type):
     """X W: exact and differentiable in X as usual; what W contributes is left to `_share`."""
-    kernel = vary(kernel, varying_axes(x))  # one kernel on all devices: the transpose sums dW
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves((x, memory, key))))
+    kernel = vary(kernel, axes)  # in shard_map: one kernel on all devices, its transpose sums dW
     y = lax.dot_general(
         x,
         lax.stop_gradient(kernel),
@@ -56,9 +57,12 @@ def _share(layer, y, x, kernel, memory, key):
     It is apart from the product so that nobody who differentiates only the inputs pays for it or
     needs a memory.
     """
-    del layer, x, kernel, memory, key
+    del layer, x, kernel
     zeros = jnp.zeros_like(y)
-    return jnp.where(jnp.isnan(y), zeros, zeros)  # under vmap batched as y is
+    zeros = jnp.where(jnp.isnan(y), zeros, zeros)  # under vmap batched where y, the memory or
+    for leaf in jax.tree.leaves((memory, key)):  # the key is: each example has its own cotangent
+        zeros = jnp.where(_first(leaf) == 0, zeros, zeros)
+    return zeros
 
 
 def _forward(layer, y, x, kernel, memory, key):
@@ -80,7 +84,13 @@ def _backward(layer, residuals, g):
     bad_x, bad_g = lax.cond(jnp.any(lost), _bad_columns, _no_columns, lost, x, g)
     xs = jnp.where(bad_x, jnp.nan, xs)
     gs = jnp.where(bad_g | _misused(memory), jnp.nan, gs)
-    dw = _sum_of_outer_products(layer, xs, gs, weights, (x.dtype, g.dtype))
+    if weights is not None and gs.shape[1] <= xs.shape[1]:  # into the smaller factor
+        gs = gs * weights[:, None].astype(gs.dtype)
+    elif weights is not None:
+        xs = xs * weights[:, None].astype(xs.dtype)
+    if memory is None or x.dtype != jnp.float16:  # in which a sum of rows could overflow
+        xs, gs = xs.astype(x.dtype), gs.astype(g.dtype)
+    dw = _sum_of_outer_products(layer, xs, gs)
 
     if memory is not None:
         waiting = finite.at[chosen].set(False)
@@ -198,6 +208,7 @@ def dot_general(
     """
     if config is None and memory is not None:
         raise ValueError(f"{name}: got a memory but no config; pass config=aop.MemAOP(...).")
+    checks.config(name, config)
     (lhs_contracting, rhs_contracting), (lhs_batch, _) = dimension_numbers
     if config is not None and len(lhs_batch):
         _warn_once(
@@ -222,9 +233,10 @@ def dot_general(
     row_dims = [d for d in range(lhs.ndim) if d not in lhs_contracting]
     out_dims = [d for d in range(rhs.ndim) if d not in rhs_contracting]
     row_shape, out_shape = [lhs.shape[d] for d in row_dims], [rhs.shape[d] for d in out_dims]
-    rows, out_features = math.prod(row_shape), math.prod(out_shape)
-    x = lhs.transpose(*row_dims, *lhs_contracting).reshape(rows, lhs.size // max(rows, 1))
-    kernel = rhs.transpose(*rhs_contracting, *out_dims).reshape(x.shape[1], out_features)
+    in_features = math.prod(lhs.shape[d] for d in lhs_contracting)
+    out_features = math.prod(out_shape)
+    x = lhs.transpose(*row_dims, *lhs_contracting).reshape(math.prod(row_shape), in_features)
+    kernel = rhs.transpose(*rhs_contracting, *out_dims).reshape(in_features, out_features)
     if memory is not None:
         memory = checks.memory(name, config, x, out_features, memory)
     layer = _Layer(config, precision, name)
@@ -295,7 +307,8 @@ def _bad_columns(lost, x, g):
     def product(a, b):
         return lax.dot(a, b, preferred_element_type=wide(a.dtype))
 
-    fresh = jnp.stack([product(a, jnp.ones_like(a[0])) for a in (x, g)])
+    small = 2.0**-20  # no sum of finite numbers overflows
+    fresh = jnp.stack([product(a, jnp.full_like(a[0], small)) for a in (x, g)])
     outgrown = jnp.any(lost & jnp.all(jnp.isfinite(fresh), axis=0))
     return tuple(~jnp.isfinite(product(lost.astype(a.dtype)[None], a)) | outgrown for a in (x, g))
 
@@ -310,16 +323,19 @@ def _misused(memory):
     return False if memory is None else (memory.uses != 0) & (memory.uses != 1)
 
 
-def _sum_of_outer_products(layer, xs, gs, weights, dtypes):
-    """Xs^T diag(weights) Gs, multiplied in the inputs' dtypes and accumulated in a wide one."""
-    if weights is not None and gs.shape[1] <= xs.shape[1]:  # into the smaller factor
-        gs = gs * weights[:, None].astype(gs.dtype)
-    elif weights is not None:
-        xs = xs * weights[:, None].astype(xs.dtype)
+def _sum_of_outer_products(layer, xs, gs):
+    """Xs^T Gs, accumulated in float32 (float64 for float64)."""
     return lax.dot_general(
-        xs.astype(dtypes[0]),
-        gs.astype(dtypes[1]),
+        xs,
+        gs,
         (((0,), (0,)), ((), ())),
         precision=layer.precision,
-        preferred_element_type=max(xs.dtype, gs.dtype),
+        preferred_element_type=max(wide(xs.dtype), wide(gs.dtype)),  # of mixed inputs, the wider
     )
+
+
+def _first(leaf):
+    """The first number of an array or of a PRNG key."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return leaf.ravel()[0]

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
+from mem_aop_jax import checks
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.dense import dot_general
 from mem_aop_jax.memory import Memory, init_memory
@@ -29,8 +30,10 @@ class Dense(nn.Dense):
     collection is the next memory. Hand it on with `carry_memory`; or keep all variables in the
     `params` of an unmodified `flax.training.train_state.TrainState`, which overwrites the
     collection with its gradient (there, a layer that takes no part in a step loses its memory, and
-    a learning-rate schedule does not rescale it). A layer that is called several times in a
-    forward pass has one memory per call.
+    a learning-rate schedule does not rescale it).
+
+    A layer that is called several times in a forward pass has one memory per call. Inside
+    `nn.remat` or `nn.jit` the calls share one, which is an error in the next step.
 
     Without the collection the layer is exact, at any batch size; differentiating it with respect
     to its parameters is then an error if the configuration has a memory.
@@ -100,7 +103,8 @@ def _dot_general(module, config, lhs, rhs, dimension_numbers, *args, **options):
     """`dot_general` with the memory, the key and the name of a module."""
     (lhs_contracting, _), (lhs_batch, _) = dimension_numbers
     memory = None
-    if not len(lhs_batch):
+    if config is not None and not len(lhs_batch):
+        checks.floating(_name(module), lhs, rhs)
         in_features = math.prod(lhs.shape[d] for d in lhs_contracting)
         sizes = lhs.size // in_features, in_features, rhs.size // in_features
         memory = _memory_of_this_call(module, config, *sizes, lhs.dtype)
@@ -134,7 +138,8 @@ def _memory_of_this_call(
     calls = _calls.setdefault(module.scope.root, collections.Counter())
     name = f"memory_{calls[module.path]}" if calls[module.path] else "memory"
     calls[module.path] += 1
-    if module.is_initializing() and not module.has_variable(COLLECTION, name):
+    new = module.is_initializing() and not module.has_variable(COLLECTION, name)
+    if new and module.is_mutable_collection(COLLECTION):
         config.selected_rows(rows, _name(module))
         memory = init_memory(config, rows, in_features, out_features, dtype)
         module.put_variable(COLLECTION, name, memory)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
-from mem_aop_jax.config import MemAOP
+from mem_aop_jax.config import MemAOP, floating_dtype
 
 
 class Memory(NamedTuple):
@@ -47,14 +47,17 @@ def init_memory(
       A `Memory` of zeros, or None where the configuration has none.
 
     Raises:
+      TypeError: `config` is no `MemAOP`, or `dtype` is not floating.
       ValueError: `config.k` is larger than `rows`.
     """
     if config is None:
         return None
+    if not isinstance(config, MemAOP):
+        raise TypeError(f"init_memory: config is of type {type(config).__name__}, not aop.MemAOP.")
     config.selected_rows(rows, "init_memory")
     if not config.keeps_rows:
         return None
-    dtype = config.stored_dtype(dtype)
+    dtype = config.stored_dtype(floating_dtype("dtype", dtype))
     return Memory(
         inputs=jnp.zeros((rows, in_features), dtype),
         cotangents=jnp.zeros((rows, out_features), dtype),

@@ -72,23 +72,23 @@ def row_scores(inputs: chex.Array, cotangents: chex.Array) -> tuple[chex.Array, 
 
 
 def _norms(rows: chex.Array) -> chex.Array:
-    """Euclidean norms of rows of any finite size, without under- or overflow.
+    """Euclidean norms of rows of any finite size, in units of 256, without under- or overflow.
 
-    Two scaled sums of squares, of which one is good. A single reduction of two operands, since
-    only that reads the rows once and stores nothing of their size on every backend.
+    Three scaled sums of squares, of which the first finite one is good. A single reduction of three
+    operands, since only that reads the rows once and stores nothing of their size everywhere.
     """
+    scales = (2.0**80, 1.0, 2.0**-80)
+    squares = tuple(jnp.square(rows * scale) for scale in scales)
     zero = np.zeros((), rows.dtype)
-    up, down = jax.lax.reduce(
-        (jnp.square(rows * 2.0**40), jnp.square(rows * 2.0**-64)),
-        (zero, zero),
-        _add_pairs,
-        dimensions=(1,),
+    sums = jax.lax.reduce(squares, (zero,) * len(scales), _add_each, dimensions=(1,))
+    small, medium, large = (
+        jnp.sqrt(total) * (2.0**-8 / scale) for total, scale in zip(sums, scales, strict=True)
     )
-    return jnp.where(up < jnp.inf, jnp.sqrt(up) * 2.0**-40, jnp.sqrt(down) * 2.0**64)
+    return jnp.where(sums[0] < jnp.inf, small, jnp.where(sums[1] < jnp.inf, medium, large))
 
 
-def _add_pairs(a, b):
-    return a[0] + b[0], a[1] + b[1]
+def _add_each(a, b):
+    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def _over_largest(values: chex.Array) -> chex.Array:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mem_aop_jax.memory import Memory, wide
@@ -37,6 +38,9 @@ def carry_memory(
     the paper's algorithm (which keeps sqrt(eta) times as much) multiplies it by
     `sqrt(eta_t / eta_{t+1})`; where eta_{t+1} is 0 it stays.
 
+    Chain it outside `optax.MultiSteps`, which would drop the memory of all micro-steps but the
+    last, and never average a memory over devices or micro-batches: its rows belong to the batch's.
+
     Args:
       memory: any pytree of `Memory`, for instance the collection `aop.linen.COLLECTION`; None and
         an empty one are fine. The state starts from it, without a copy: a training step that
@@ -47,10 +51,10 @@ def carry_memory(
       A transformation to chain in front of any optimizer.
 
     Raises:
-      TypeError: from `update`, without `memory=`.
+      TypeError: a leaf of `memory` that is no `Memory`; from `update`, without `memory=`.
       ValueError: from `update`, for a memory of another structure, shape or dtype, or one that
-        was added up, averaged or scaled (found where values are known, that is, outside `jit`;
-        inside, the layer's next weight gradient is NaN).
+        was added up or scaled (found where values are known, that is, outside `jit`; inside, the
+        layer's next weight gradient is NaN).
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mem_aop_jax as aop
@@ -63,6 +67,14 @@ def carry_memory(
       >>> grad, memory = jax.grad(loss, argnums=(0, 1))(kernel, aop.get_memory(opt_state))
       >>> updates, opt_state = tx.update(grad, opt_state, kernel, memory=memory)
     """
+
+    for leaf in jax.tree.leaves(memory, is_leaf=_is_memory):
+        if not _is_memory(leaf):
+            raise TypeError(
+                f"carry_memory: memory has a leaf of type {type(leaf).__name__}; it must be a "
+                "pytree of aop.Memory alone, such as variables[aop.linen.COLLECTION] (a restored "
+                "dict becomes a memory again with aop.Memory(**memory))."
+            )
 
     def init(params):
         del params
@@ -81,12 +93,13 @@ def carry_memory(
 
         def carry(old, new):
             _check_uses(new.uses)
-            current = jax.tree.map(lambda o, n: jnp.where(new.uses == 0, o, n), old, new)
-            return Memory(
-                _rescaled(current.inputs, factor),
-                _rescaled(current.cotangents, factor),
-                jnp.asarray(new.uses),
+            uses = jnp.asarray(new.uses)
+            unused = uses[..., None, None] == 0  # of stacked memories each has its own
+            inputs, cotangents = (
+                _rescaled(jnp.where(unused, was, now), factor)
+                for was, now in zip(old[:2], new[:2], strict=True)
             )
+            return Memory(inputs, cotangents, uses)
 
         carried = jax.tree.map(carry, state.memory, memory, is_leaf=_is_memory)
         return updates, CarryMemoryState(carried, optax.safe_increment(state.count))
@@ -136,7 +149,9 @@ def _rescaled(rows, factor):
     if factor is None:
         return rows
     dtype = wide(rows.dtype)
-    return (rows.astype(dtype) * factor.astype(dtype)).astype(rows.dtype)
+    largest = float(jnp.finfo(rows.dtype).max)
+    rescaled = rows.astype(dtype) * factor.astype(dtype)
+    return jnp.clip(rescaled, -largest, largest).astype(rows.dtype)
 
 
 def _is_memory(node):
@@ -172,11 +187,11 @@ def _describe(tree):
 
 
 def _check_uses(uses):
-    if isinstance(uses, jax.core.Tracer) or bool(jnp.all((uses == 0) | (uses == 1))):
+    if isinstance(uses, jax.core.Tracer) or np.isin(np.asarray(uses), (0, 1)).all():
         return
     raise ValueError(
         f"carry_memory: the new memory has uses={uses} where 1 is wanted (0: not used). It was "
         "added up over several uses (one memory for two layers or two micro-batches, an unbatched "
-        "memory under vmap), averaged over devices or scaled. Each use in a step needs a memory of "
-        "its own, and its gradient must reach update unchanged."
+        "memory under vmap, a layer inside nn.remat or nn.jit that is called twice) or scaled. "
+        "Each use in a step needs a memory of its own, whose gradient must reach update unchanged."
     )

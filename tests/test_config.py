@@ -21,6 +21,14 @@ class Unhashable:
         ({}, ValueError, r"k=None and ratio=None; give exactly one"),
         ({"k": 3, "ratio": 0.5}, ValueError, r"k=3 and ratio=0.5; give exactly one"),
         ({"k": 0}, ValueError, r"k=0; it must be at least 1"),
+        ({"k": True}, TypeError, r"k=True; it must be an integer"),
+        ({"ratio": True}, TypeError, r"ratio=True; it must be a number"),
+        ({"k": 1, "memory_dtype": "banana"}, TypeError, r"memory_dtype=banana; .* floating"),
+        (
+            {"k": 1, "memory": np.ones(2)},
+            ValueError,
+            r"memory=array.*; it is one of 'auto', 'rows'",
+        ),
         ({"k": 2.5}, TypeError, r"k=2.5; it must be an integer"),
         ({"ratio": 0.0}, ValueError, r"ratio=0.0; it must lie in \(0, 1\]"),
         ({"ratio": 1.5}, ValueError, r"ratio=1.5; it must lie in \(0, 1\]"),
@@ -36,7 +44,7 @@ class Unhashable:
         ({"k": 1, "policy": ["topk"]}, ValueError, r"policy=\['topk'\]; the known ones"),
         ({"k": 1, "policy": Unhashable()}, TypeError, r"which is not hashable; give a function"),
         ({"k": 1, "memory": "row"}, ValueError, r"memory='row'; it is one of 'auto', 'rows', None"),
-        ({"k": 1, "memory_dtype": jnp.int8}, TypeError, r"memory_dtype=int8; .* floating dtype"),
+        ({"k": 1, "memory_dtype": jnp.int8}, TypeError, r"memory_dtype=int8; .* floating"),
     ],
 )
 def test_bad_configurations_name_what_was_given_and_wanted(arguments, error, message):
@@ -55,6 +63,23 @@ def test_ratio_is_rounded_and_at_least_one(ratio, rows, k):
 def test_k_beyond_the_rows():
     with pytest.raises(ValueError, match=r"k=9 outer products asked of a batch of 8 rows.*ratio="):
         aop.init_memory(aop.MemAOP(k=9), 8, 3, 2)
+
+
+def test_bad_arguments_of_init_memory():
+    with pytest.raises(TypeError, match=r"config is of type dict, not aop\.MemAOP"):
+        aop.init_memory({"k": 1}, 8, 3, 2)
+    with pytest.raises(TypeError, match="dtype=int32; it must be a floating"):
+        aop.init_memory(aop.MemAOP(k=1), 8, 3, 2, jnp.int32)
+    with pytest.raises(ValueError, match="the batch has no rows"):
+        aop.init_memory(aop.MemAOP(ratio=0.5), 0, 3, 2)
+
+
+def test_a_float64_memory_without_x64_is_float32():
+    with jax.enable_x64(False):
+        config = aop.MemAOP(k=1, memory_dtype=jnp.float64)
+        memory = aop.init_memory(config, 2, 3, 4)
+        assert memory.inputs.dtype == jnp.float32
+        assert aop.dense(jnp.ones((2, 3)), jnp.ones((3, 4)), memory, config=config).shape == (2, 4)
 
 
 def test_frozen_hashable_and_static_under_jit():

@@ -166,21 +166,43 @@ def test_rows_that_are_not_finite_show_in_the_gradient_and_never_wait(bad, kind,
             assert jnp.any(memory.inputs != 0, axis=1).nonzero()[0].tolist() == waiting
 
 
-def test_a_row_that_outgrows_float16_shows_in_the_gradient_and_does_not_wait():
-    config = aop.MemAOP(k=1)
-    x, kernel, g = jnp.full((3, 2), 6e4, "float16"), jnp.ones((2, 2), "float16"), jnp.ones((3, 2))
-    g = g.astype(jnp.float16)
-    _, dw, memory = gradients(
-        x, kernel, aop.init_memory(config, 3, 2, 2, "float16"), g, config=config
-    )
+@pytest.mark.parametrize("side", ["inputs", "cotangents"])
+def test_a_row_that_outgrows_float16_shows_in_the_gradient_and_does_not_wait(side):
+    def last(key, scores, k):
+        return aop.Selection(jnp.asarray([2]))
+
+    config = aop.MemAOP(k=1, policy=last)
+    x, g = jnp.ones((3, 2), "float16"), jnp.ones((3, 2), "float16")
+    large = jnp.asarray(
+        [[6e4, 1], [1, 1], [1, 1]], "float16"
+    )  # its first row outgrows it in a step
+    x, g = (large, g) if side == "inputs" else (x, large)
+    memory = aop.init_memory(config, 3, 2, 2, "float16")
+    kernel = jnp.ones((2, 2), "float16")
+    _, dw, memory = gradients(x, kernel, memory, g, config=config)
     assert jnp.isfinite(dw).all()
+    assert getattr(memory, side).tolist() == [[6e4, 1], [1, 1], [0, 0]]
     _, dw, memory = gradients(x, kernel, memory, g, config=config)
     assert not jnp.isfinite(dw).any()
-    assert memory.inputs.tolist() == [
-        [6e4, 6e4],
-        [0, 0],
-        [0, 0],
-    ]  # of the first two, one was chosen
+    assert getattr(memory, side).tolist() == [[0, 0], [2, 2], [0, 0]]
+
+
+def test_a_large_sum_of_float16_rows_is_multiplied_in_float32():
+    config = aop.MemAOP(k=1, memory_dtype="float32")
+    x, g = jnp.full((1, 1), 6e4, "float16"), jnp.full((1, 1), 1e-3, "float16")
+    memory = aop.init_memory(config, 1, 1, 1, "float16")._replace(
+        inputs=x.astype("float32"), cotangents=g.astype("float32")
+    )
+    _, dw, _ = gradients(x, jnp.ones((1, 1), "float16"), memory, g, config=config)
+    np.testing.assert_allclose(dw, 1.2e5 * 2e-3, rtol=1e-2)
+
+
+def test_a_row_of_the_largest_numbers_is_not_lost():
+    x = jnp.ones((3, 2), jnp.float32).at[1].set(3e38)
+    g = jnp.full((3, 2), 1e-30, jnp.float32)
+    config = aop.MemAOP(k=1, memory=None)
+    _, dw, _ = gradients(x, jnp.ones((2, 2), jnp.float32), None, g, config=config)
+    np.testing.assert_allclose(dw, 3e8, rtol=1e-5)
 
 
 @pytest.mark.parametrize("uses", [2.0, 0.5, jnp.nan])
@@ -236,6 +258,46 @@ def test_the_same_under_transforms(policy, kind):
         jax.vmap(remat), jax.jit(jax.vmap(remat)),
     ):  # fmt: skip
         chex.assert_trees_all_close(transformed(*args), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batched", ["key", "memory", "x", "all"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_the_gradient_of_a_sum_over_vmap_is_the_sum_of_the_gradients(batched, jit):
+    """Whatever is batched: inputs, memory (each example has its own) or keys alone."""
+    config = aop.MemAOP(k=K, policy="randk")
+    x, kept_x, kept_g, kernel = arrays((3, M, N), (3, M, N), (3, M, P), (N, P))
+    args = {
+        "x": x,
+        "memory": aop.Memory(kept_x, kept_g, jnp.ones(3, jnp.float32)),
+        "key": jax.random.split(jax.random.key(0), 3),
+    }
+    axes = {name: 0 if batched in (name, "all") else None for name in args}
+    first = {name: jax.tree.map(lambda leaf: leaf[0], args[name]) for name in args}
+    given = {name: args[name] if axes[name] == 0 else first[name] for name in args}
+
+    def loss(kernel, x, memory, key):
+        return jnp.sum(aop.dense(x, kernel, memory, config=config, key=key) ** 2)
+
+    def summed(kernel, x, memory, key):
+        per_example = jax.vmap(loss, (None, axes["x"], axes["memory"], axes["key"]))
+        return per_example(kernel, x, memory, key).sum()
+
+    grad = jax.grad(summed, argnums=(0, 2))
+    dw, memory = (jax.jit(grad) if jit else grad)(kernel, *given.values())
+    one = [
+        {
+            n: jax.tree.map(lambda leaf, i=i: leaf[i], given[n]) if axes[n] == 0 else given[n]
+            for n in args
+        }
+        for i in range(3)
+    ]
+    wanted = [jax.grad(loss, argnums=(0, 2))(kernel, *example.values()) for example in one]
+    np.testing.assert_allclose(dw, sum(w[0] for w in wanted), rtol=1e-4, atol=1e-4)
+    if axes["memory"] == 0:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[w[1] for w in wanted])
+        chex.assert_trees_all_close(memory, stacked, rtol=1e-5, atol=1e-5)
+    else:
+        assert memory.uses == 3  # added up, and it shows
 
 
 def test_forward_mode_is_an_error_of_jax():
@@ -386,6 +448,18 @@ def test_a_policy_that_chooses_a_row_that_does_not_exist(outside):
         k=1, policy=lambda key, scores, k: aop.Selection(jnp.asarray([outside])), memory=None
     )
     assert jnp.isnan(gradients(x, kernel, None, g, config=config)[1]).all()
+
+
+def test_a_config_of_another_type():
+    x, kernel, g = arrays((M, N), (N, P), (M, P))
+    raises(TypeError, "config is of type dict; it must be an aop.MemAOP", x, kernel, None, g,
+           config={"k": 3})  # fmt: skip
+
+
+def test_an_empty_batch():
+    _, kernel, _ = arrays((M, N), (N, P), (M, P))
+    raises(ValueError, "the batch has no rows", jnp.zeros((0, N), "float32"), kernel, None,
+           jnp.zeros((0, P), "float32"), config=aop.MemAOP(ratio=0.5, memory=None))  # fmt: skip
 
 
 def test_numpy_arrays_and_restored_memories_work():

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 OURS = pathlib.Path(__file__).parent / "data"
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "golden"  # other people's data: optional
 TRACES = sorted(OURS.glob("*.npz"))
-ENERGY = sorted(SHARED.glob("c_energy_topk*.npz"))
+ENERGY = [SHARED / f"c_energy_topk_K{k}_{m}.npz" for k in (3, 9, 18) for m in ("mem_d1.0", "nomem")]
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}  # of the array's maximum
 
 
@@ -71,6 +71,8 @@ def learning_rate(trace, dtype):
 @pytest.mark.parametrize("path", TRACES + ENERGY, ids=lambda path: path.stem)
 def test_functional(path, dtype, jit):
     """aop.dense, aop.carry_memory and optax.sgd."""
+    if not path.exists():
+        pytest.skip("the energy traces come from a data set and are not part of this repository")
     trace, meta, suffixes = load(path)
     configs = configurations(meta, suffixes)
     params = [

@@ -238,6 +238,56 @@ def test_lifted_transforms_give_the_same_gradients_and_memory(lift):
     chex.assert_trees_all_close(*grads, rtol=1e-5, atol=1e-6)
 
 
+def test_layers_stacked_by_scan_with_carry_memory():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.tanh(aop.linen.Dense(4, config=CONFIG)(x)), None
+
+    axes = {"params": 0, COLLECTION: 0}
+    model = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=3)()
+    x = inputs(8, 4)
+    variables = model.init(jax.random.key(0), x, None)
+    params, memory = variables["params"], variables[COLLECTION]
+    tx = aop.mem_aop_sgd(optax.linear_schedule(0.1, 0.05, 10), memory)
+    opt_state = tx.init(params)
+    separate = [jax.tree.map(lambda leaf, i=i: leaf[i], params["Dense_0"]) for i in range(3)]
+
+    def by_hand(layers, memories, x):
+        for layer, memory in zip(layers, memories, strict=True):
+            x = aop.dense(x, layer["kernel"], memory, config=CONFIG) + layer["bias"]
+            x = nn.tanh(x)
+        return jnp.mean(x**2)
+
+    for _ in range(3):
+        memory = aop.get_memory(opt_state)
+        own = [
+            jax.tree.map(lambda leaf, i=i: leaf[i], memory["Dense_0"]["memory"]) for i in range(3)
+        ]
+        wanted, wanted_memory = jax.grad(by_hand, argnums=(0, 1))(separate, own, x)
+        grads, memory = jax.grad(
+            lambda p, m: jnp.mean(model.apply({"params": p, COLLECTION: m}, x, None)[0] ** 2),
+            argnums=(0, 1),
+        )(params, memory)
+        for ours, theirs in (
+            (grads["Dense_0"], wanted),
+            (memory["Dense_0"]["memory"], wanted_memory),
+        ):
+            theirs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *theirs)
+            chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        updates, opt_state = tx.update(grads, opt_state, memory=memory)
+        params = optax.apply_updates(params, updates)
+        separate = [jax.tree.map(lambda leaf, i=i: leaf[i], params["Dense_0"]) for i in range(3)]
+
+
+def test_init_of_the_parameters_alone():
+    """As nn.Dense: where the collection is not mutable there is no memory, and it evaluates."""
+    layer, x = aop.linen.Dense(3, config=CONFIG), inputs(8, 3)
+    variables = layer.init(jax.random.key(0), x, mutable=["params"])
+    assert list(variables) == ["params"]
+    assert layer.apply(variables, x).shape == (8, 3)
+
+
 def test_train_state_compiles_once():
     model, x = MLP(CONFIG), inputs(8, 3)
     variables = model.init(jax.random.key(0), x)

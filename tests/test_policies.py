@@ -75,13 +75,13 @@ def test_scores_are_those_of_the_trace_after_the_memory_is_added():
         np.testing.assert_allclose(scores, trace["scores"][t] / trace["scores"][t].max(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("factor", [1e-15, 1e-6, 1.0, 1e6, 1e15])
+@pytest.mark.parametrize("factor", [1e-15, 1e-12, 1e-6, 1.0, 1e6, 1e15])
 @pytest.mark.parametrize("side", ["inputs", "cotangents", "both"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("policy", ["topk", "weightedk"])
 def test_selection_ignores_constant_factors(policy, side, factor, dtype):
     rng = np.random.default_rng(0)
-    inputs, cotangents = rng.normal(size=(64, 9)), 1e-6 * rng.normal(size=(64, 5))
+    inputs, cotangents = 1e-6 * rng.normal(size=(64, 9)), 1e-9 * rng.normal(size=(64, 5))
     key = jax.random.key(3)
 
     def selection(input_factor, cotangent_factor):
@@ -103,6 +103,13 @@ def test_scores_of_rows_across_the_range_of_float32():
     scores, finite = row_scores(rows, jnp.ones((13, 1), jnp.float32))
     assert finite.all()
     np.testing.assert_allclose(np.sqrt(scores[6:]), np.logspace(-18, 0, 7), rtol=1e-5)
+
+
+def test_the_largest_finite_rows_are_finite():
+    rows = jnp.full((3, 64), 3.4e38, jnp.float32).at[1].set(3.4e-30)
+    scores, finite = row_scores(rows, rows)
+    assert finite.all()
+    assert scores.tolist() == [1, 0, 1]
 
 
 def test_rows_that_are_not_finite_score_zero():
