@@ -37,7 +37,7 @@ class _Layer(NamedTuple):
 
 
 def _matmul(layer, x, kernel, memory, key, preferred_element_type):
-    """X W: exact and differentiable in X as usual; what W contributes is left to `_share`."""
+    """X W: exact and differentiable in X as usual; what W contributes is left to `_kernel_term`."""
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves((x, memory, key))))
     kernel = vary(kernel, axes)  # in shard_map: one kernel on all devices, its transpose sums dW
     y = lax.dot_general(
@@ -47,11 +47,11 @@ def _matmul(layer, x, kernel, memory, key, preferred_element_type):
         precision=layer.precision,
         preferred_element_type=preferred_element_type,
     )
-    return y + _share(layer, lax.stop_gradient(y), lax.stop_gradient(x), kernel, memory, key)
+    return y + _kernel_term(layer, lax.stop_gradient(y), lax.stop_gradient(x), kernel, memory, key)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _share(layer, y, x, kernel, memory, key):
+def _kernel_term(layer, y, x, kernel, memory, key):
     """Zeros like y, which XLA drops: a term with the approximate gradient of the kernel.
 
     It is apart from the product so that nobody who differentiates only the inputs pays for it or
@@ -67,7 +67,7 @@ def _share(layer, y, x, kernel, memory, key):
 
 def _forward(layer, y, x, kernel, memory, key):
     checks.differentiable(layer.name, layer.config, x.shape[0], memory, key)
-    return _share(layer, y, x, kernel, memory, key), (x, kernel, memory, key)
+    return _kernel_term(layer, y, x, kernel, memory, key), (x, kernel, memory, key)
 
 
 def _backward(layer, residuals, g):
@@ -84,13 +84,16 @@ def _backward(layer, residuals, g):
     bad_x, bad_g = lax.cond(jnp.any(lost), _bad_columns, _no_columns, lost, x, g)
     xs = jnp.where(bad_x, jnp.nan, xs)
     gs = jnp.where(bad_g | _misused(memory), jnp.nan, gs)
-    if weights is not None and gs.shape[1] <= xs.shape[1]:  # into the smaller factor
-        gs = gs * weights[:, None].astype(gs.dtype)
-    elif weights is not None:
-        xs = xs * weights[:, None].astype(xs.dtype)
+    xs, gs = _weigh(xs, gs, weights)
     if memory is None or x.dtype != jnp.float16:  # in which a sum of rows could overflow
         xs, gs = xs.astype(x.dtype), gs.astype(g.dtype)
-    dw = _sum_of_outer_products(layer, xs, gs)
+    dw = lax.dot_general(
+        xs,
+        gs,
+        (((0,), (0,)), ((), ())),
+        precision=layer.precision,
+        preferred_element_type=max(wide(xs.dtype), wide(gs.dtype)),  # of mixed inputs, the wider
+    )
 
     if memory is not None:
         waiting = finite.at[chosen].set(False)
@@ -98,7 +101,7 @@ def _backward(layer, residuals, g):
     return None, None, dw.astype(kernel.dtype), memory, None
 
 
-_share.defvjp(_forward, _backward)
+_kernel_term.defvjp(_forward, _backward)
 
 
 def dense(
@@ -323,15 +326,13 @@ def _misused(memory):
     return False if memory is None else (memory.uses != 0) & (memory.uses != 1)
 
 
-def _sum_of_outer_products(layer, xs, gs):
-    """Xs^T Gs, accumulated in float32 (float64 for float64)."""
-    return lax.dot_general(
-        xs,
-        gs,
-        (((0,), (0,)), ((), ())),
-        precision=layer.precision,
-        preferred_element_type=max(wide(xs.dtype), wide(gs.dtype)),  # of mixed inputs, the wider
-    )
+def _weigh(xs, gs, weights):
+    """The rows with the weights folded into the smaller factor."""
+    if weights is None:
+        return xs, gs
+    if gs.shape[1] <= xs.shape[1]:
+        return xs, gs * weights[:, None].astype(gs.dtype)
+    return xs * weights[:, None].astype(xs.dtype), gs
 
 
 def _first(leaf):
