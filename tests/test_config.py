@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,8 @@ def test_a_float64_memory_without_x64_is_float32():
         config = aop.MemAOP(k=1, memory_dtype=jnp.float64)
         with pytest.warns(UserWarning, match="float64"):  # JAX's own
             memory = aop.init_memory(config, 2, 3, 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             y = aop.dense(jnp.ones((2, 3)), jnp.ones((3, 4)), memory, config=config)
     finally:
         jax.config.update("jax_enable_x64", True)
