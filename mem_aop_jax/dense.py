@@ -322,7 +322,7 @@ def _no_columns(lost, x, g):
 
 
 def _misused(memory):
-    """Whether the memory was added up, averaged or scaled since the last step."""
+    """Whether the memory was added up or scaled since the last step."""
     return False if memory is None else (memory.uses != 0) & (memory.uses != 1)
 
 
