@@ -45,8 +45,11 @@ def floating(name, x, kernel):
             )
 
 
-def memory(name, config, rows, out_features, given):
-    """The given memory as JAX arrays, if it is one for these `(rows, in_features)`."""
+def memory(name, config, x, sizes, given):
+    """The given memory as JAX arrays, if it is one for inputs x and these sizes.
+
+    `sizes` is (rows, in_features, out_features).
+    """
     if not config.keeps_rows:
         raise ValueError(
             f"{name}: got a memory, but the configuration has memory=None; pass memory=None to the "
@@ -58,19 +61,19 @@ def memory(name, config, rows, out_features, given):
             "restored dict becomes one again with aop.Memory(**memory))."
         )
     given = jax.tree.map(jnp.asarray, given)
-    dtype = config.stored_dtype(rows.dtype)
-    m, n = rows.shape
-    anew = f"aop.init_memory(config, {m}, {n}, {out_features}, jnp.{dtype})"
-    for field, shape in (("inputs", (m, n)), ("cotangents", (m, out_features))):
+    dtype = config.stored_dtype(x.dtype)
+    m, n, p = sizes
+    anew = f"aop.init_memory(config, {m}, {n}, {p}, jnp.{dtype})"
+    for field, shape in (("inputs", (m, n)), ("cotangents", (m, p))):
         array = getattr(given, field)
         if array.shape != shape:
             raise ValueError(
                 f"{name}: memory.{field} has shape {array.shape}, but a batch of {m} rows through "
-                f"a kernel of shape {(n, out_features)} needs {shape}. A memory belongs to one "
+                f"a kernel of shape {(n, p)} needs {shape}. A memory belongs to one "
                 "layer and one batch size: keep the batch size (drop a last partial batch), start "
                 f"anew with {anew}, or, to evaluate, leave the memory out."
             )
-        replicated = varying_axes(rows) - varying_axes(array)
+        replicated = varying_axes(x) - varying_axes(array)
         if replicated:
             raise ValueError(
                 f"{name}: memory.{field} is the same on all devices of the mesh axes "
@@ -80,7 +83,7 @@ def memory(name, config, rows, out_features, given):
             )
         if array.dtype != dtype:
             raise TypeError(
-                f"{name}: memory.{field} has dtype {array.dtype}, but inputs of {rows.dtype} with "
+                f"{name}: memory.{field} has dtype {array.dtype}, but inputs of {x.dtype} with "
                 f"memory_dtype={config.memory_dtype} need {dtype}. Start anew with {anew}, or set "
                 f"memory_dtype=jnp.{array.dtype} in the configuration."
             )

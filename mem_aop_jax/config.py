@@ -33,6 +33,10 @@ class MemAOP:
         published experiment has 1.
       memory_dtype: floating dtype of the memory, for instance `jnp.bfloat16`; None means that of
         the layer's inputs.
+      groups: the rows are split into that many contiguous groups of equal size, and an equal share
+        of k is chosen in each. With a multiple of the devices that share a batch under `jit`, no
+        row leaves its device. Under `shard_map` and `pmap` a device selects among its own rows
+        anyhow. With `ratio`, `k = groups * max(1, round(ratio * rows / groups))`.
 
     Raises:
       TypeError: an attribute of the wrong type.
@@ -45,6 +49,7 @@ class MemAOP:
     memory: str | None = "auto"
     decay: float = 1.0
     memory_dtype: chex.ArrayDType | None = None
+    groups: int = 1
 
     def __post_init__(self):
         if (self.k is None) == (self.ratio is None):
@@ -53,9 +58,15 @@ class MemAOP:
                 "for instance MemAOP(ratio=0.25) or MemAOP(k=32)."
             )
         if self.k is not None:
-            object.__setattr__(self, "k", _count(self.k))
+            object.__setattr__(self, "k", _count("k", self.k))
         else:
             object.__setattr__(self, "ratio", _fraction("ratio", self.ratio, include_zero=False))
+        object.__setattr__(self, "groups", _count("groups", self.groups))
+        if self.k is not None and self.k % self.groups:
+            raise ValueError(
+                f"MemAOP got k={self.k} and groups={self.groups}; each group gets an equal share, "
+                "so k must be a multiple of groups. Change one of them, or use ratio=."
+            )
         if not (callable(self.policy) or _is_one_of(self.policy, POLICIES)):
             raise ValueError(
                 f"MemAOP got policy={self.policy!r}; the known ones are "
@@ -101,32 +112,40 @@ class MemAOP:
           layer: who asks, for the error message.
 
         Raises:
-          ValueError: k is larger than rows.
+          ValueError: k is larger than rows, or `groups` does not divide them.
         """
         if rows == 0:
             raise ValueError(f"{layer}: the batch has no rows; there is nothing to select from.")
-        k = max(1, round(self.ratio * rows)) if self.k is None else self.k
-        if k > rows:
+        if rows % self.groups:
             raise ValueError(
-                f"{layer}: k={k} outer products asked of a batch of {rows} rows; k must be at "
-                f"most the number of rows. Use ratio= instead of k=, a smaller k, or a larger "
+                f"{layer}: groups={self.groups} do not divide a batch of {rows} rows; every group "
+                "has the same number of rows. Change groups or the batch size."
+            )
+        if self.k is None:
+            return self.groups * max(1, round(self.ratio * rows / self.groups))
+        if self.k > rows:
+            raise ValueError(
+                f"{layer}: k={self.k} outer products asked of a batch of {rows} rows; k must be at "
+                "most the number of rows. Use ratio= instead of k=, a smaller k, or a larger "
                 "batch (initialise a model on a batch of the size that it will train on)."
             )
-        return k
+        return self.k
 
 
 def _is_one_of(value: object, names: Iterable[str]) -> bool:
     return isinstance(value, str) and value in names
 
 
-def _count(k: int) -> int:
+def _count(name: str, value: int) -> int:
     try:
-        k = operator.index(None if isinstance(k, bool) else k)
+        count = operator.index(None if isinstance(value, bool) else value)
     except TypeError:
-        raise TypeError(f"MemAOP got k={k!r}; it must be an integer, at least 1.") from None
-    if k < 1:
-        raise ValueError(f"MemAOP got k={k}; it must be at least 1.")
-    return k
+        raise TypeError(
+            f"MemAOP got {name}={value!r}; it must be an integer, at least 1."
+        ) from None
+    if count < 1:
+        raise ValueError(f"MemAOP got {name}={count}; it must be at least 1.")
+    return count
 
 
 def _fraction(name: str, value: float, *, include_zero: bool) -> float:

@@ -20,6 +20,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from mem_aop_jax import checks
 from mem_aop_jax.compat import vary, varying_axes
@@ -32,20 +33,21 @@ class _Layer(NamedTuple):
     """What is static about one call. The name is for errors."""
 
     config: MemAOP
+    dimension_numbers: lax.DotDimensionNumbers
     precision: lax.PrecisionLike
     name: str
 
 
-def _matmul(layer, x, kernel, memory, key, preferred_element_type):
+def _product(layer, x, kernel, memory, key, **options):
     """X W: exact and differentiable in X as usual; what W contributes is left to `_kernel_term`."""
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves((x, memory, key))))
     kernel = vary(kernel, axes)  # in shard_map: one kernel on all devices, its transpose sums dW
     y = lax.dot_general(
         x,
         lax.stop_gradient(kernel),
-        (((1,), (0,)), ((), ())),
+        layer.dimension_numbers,
         precision=layer.precision,
-        preferred_element_type=preferred_element_type,
+        **options,
     )
     return y + _kernel_term(layer, lax.stop_gradient(y), lax.stop_gradient(x), kernel, memory, key)
 
@@ -61,26 +63,42 @@ def _kernel_term(layer, y, x, kernel, memory, key):
     zeros = jnp.zeros_like(y)
     zeros = jnp.where(jnp.isnan(y), zeros, zeros)  # under vmap batched where y, the memory or
     for leaf in jax.tree.leaves((memory, key)):  # the key is: each example has its own cotangent
-        zeros = jnp.where(_first(leaf) == 0, zeros, zeros)
+        zeros = jnp.where(_scalar(leaf) == 0, zeros, zeros)
     return zeros
 
 
 def _forward(layer, y, x, kernel, memory, key):
-    checks.differentiable(layer.name, layer.config, x.shape[0], memory, key)
+    rows, _, _ = contraction_sizes(x, kernel, layer.dimension_numbers)
+    checks.differentiable(layer.name, layer.config, rows, memory, key)
     return _kernel_term(layer, y, x, kernel, memory, key), (x, kernel, memory, key)
 
 
 def _backward(layer, residuals, g):
     x, kernel, memory, key = residuals
-    g = jnp.asarray(g)
+    rule = functools.partial(_weight_gradient, layer, kernel)
+    dw, memory = _automatic(rule, like=(kernel, memory))(x, jnp.asarray(g), memory, key)
+    return None, None, dw, memory, None
 
-    xh, gh = _join(memory, x, g)
+
+_kernel_term.defvjp(_forward, _backward)
+
+
+def _weight_gradient(layer, kernel, x, g, memory, key):
+    """dW and the next memory. Inside, all rows are `(groups, rows of a group, features)`."""
+    x, g = _as_rows(layer, x, g)
+    kept = memory and memory._replace(
+        inputs=memory.inputs.reshape(x.shape), cotangents=memory.cotangents.reshape(g.shape)
+    )
+    xh, gh = _join(kept, x, g)
     scores, finite = row_scores(xh, gh)
-    finite &= _fits(memory, xh) & _fits(memory, gh)
+    finite &= _fits(kept, xh) & _fits(kept, gh)
     chosen, weights = _select(layer, key, scores)
+    not_chosen = jax.vmap(lambda chosen, group: group.at[chosen].set(False))(
+        chosen, jnp.ones_like(finite)
+    )
 
-    xs, gs = _join(memory, x, g, chosen)
-    lost = ~finite.at[chosen].set(True)  # neither chosen nor fit for the memory
+    xs, gs = _join(kept, x, g, chosen)
+    lost = ~finite & not_chosen  # neither chosen nor fit for the memory
     bad_x, bad_g = lax.cond(jnp.any(lost), _bad_columns, _no_columns, lost, x, g)
     xs = jnp.where(bad_x, jnp.nan, xs)
     gs = jnp.where(bad_g | _misused(memory), jnp.nan, gs)
@@ -88,20 +106,18 @@ def _backward(layer, residuals, g):
     if memory is None or x.dtype != jnp.float16:  # in which a sum of rows could overflow
         xs, gs = xs.astype(x.dtype), gs.astype(g.dtype)
     dw = lax.dot_general(
-        xs,
-        gs,
+        xs.reshape(-1, xs.shape[-1]),
+        gs.reshape(-1, gs.shape[-1]),
         (((0,), (0,)), ((), ())),
         precision=layer.precision,
         preferred_element_type=max(wide(xs.dtype), wide(gs.dtype)),  # of mixed inputs, the wider
     )
+    dw = _as_kernel(layer, dw.astype(kernel.dtype), kernel)
 
-    if memory is not None:
-        waiting = finite.at[chosen].set(False)
-        memory = _write(memory, x, g, waiting, layer.config.decay, after=(xs, gs))
-    return None, None, dw.astype(kernel.dtype), memory, None
-
-
-_kernel_term.defvjp(_forward, _backward)
+    if memory is None:
+        return dw, None
+    kept = _write(kept, x, g, finite & not_chosen, layer.config.decay, after=(xs, gs))
+    return dw, jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), kept, memory)
 
 
 def dense(
@@ -200,19 +216,19 @@ def dot_general(
       config: as in `dense`.
       key: as in `dense`.
       name: the layer's name in messages.
-      **options: further arguments of `jax.lax.dot_general`, for an exact product only.
+      **options: further arguments of `jax.lax.dot_general`, for the product.
 
     Returns:
       The free dimensions of `lhs`, then those of `rhs`.
 
     Raises:
-      TypeError: as in `dense`; options that only an exact product takes.
+      TypeError: as in `dense`.
       ValueError: as in `dense`.
     """
     if config is None and memory is not None:
         raise ValueError(f"{name}: got a memory but no config; pass config=aop.MemAOP(...).")
     checks.config(name, config)
-    (lhs_contracting, rhs_contracting), (lhs_batch, _) = dimension_numbers
+    _, (lhs_batch, _) = dimension_numbers
     if config is not None and len(lhs_batch):
         _warn_once(
             f"{name}: the contraction {dimension_numbers} has batch dimensions, so it runs exact; "
@@ -227,24 +243,29 @@ def dot_general(
             preferred_element_type=preferred_element_type,
             **options,
         )
-    options = {option: value for option, value in options.items() if value is not None}
-    if options:
-        raise TypeError(f"{name}: {', '.join(options)} cannot be combined with a configuration.")
 
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
     checks.floating(name, lhs, rhs)
-    row_dims = [d for d in range(lhs.ndim) if d not in lhs_contracting]
-    out_dims = [d for d in range(rhs.ndim) if d not in rhs_contracting]
-    row_shape, out_shape = [lhs.shape[d] for d in row_dims], [rhs.shape[d] for d in out_dims]
-    in_features = math.prod(lhs.shape[d] for d in lhs_contracting)
-    out_features = math.prod(out_shape)
-    x = lhs.transpose(*row_dims, *lhs_contracting).reshape(math.prod(row_shape), in_features)
-    kernel = rhs.transpose(*rhs_contracting, *out_dims).reshape(in_features, out_features)
     if memory is not None:
-        memory = checks.memory(name, config, x, out_features, memory)
-    layer = _Layer(config, precision, name)
-    y = _matmul(layer, x, kernel, memory, key, preferred_element_type)
-    return y.reshape(*row_shape, *out_shape)
+        sizes = contraction_sizes(lhs, rhs, dimension_numbers)
+        memory = checks.memory(name, config, lhs, sizes, memory)
+    hashable_numbers = jax.tree.map(
+        int, tuple(tuple(map(tuple, dims)) for dims in dimension_numbers)
+    )
+    layer = _Layer(config, hashable_numbers, precision, name)
+    options |= {"preferred_element_type": preferred_element_type}
+    return _product(layer, lhs, rhs, memory, key, **options)
+
+
+def contraction_sizes(
+    lhs: chex.Array, rhs: chex.Array, dimension_numbers: lax.DotDimensionNumbers
+) -> tuple[int, int, int]:
+    """(rows, in_features, out_features) of a contraction without batch dimensions."""
+    (lhs_contracting, rhs_contracting), _ = dimension_numbers
+    rows = math.prod(lhs.shape[d] for d in range(lhs.ndim) if d not in lhs_contracting)
+    in_features = math.prod(lhs.shape[d] for d in lhs_contracting)
+    out_features = math.prod(rhs.shape[d] for d in range(rhs.ndim) if d not in rhs_contracting)
+    return rows, in_features, out_features
 
 
 @functools.cache
@@ -255,17 +276,54 @@ def _warn_once(message):
 # ---- the steps of the backward rule
 
 
+def _automatic(rule, like):
+    """The rule, with explicit axes of a mesh made automatic, and results sharded like `like`.
+
+    Selection depends on values, so shardings cannot be read off the types of its results.
+    """
+    types = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(like)]
+    if not any(AxisType.Explicit in sharding.mesh.axis_types for sharding in types):
+        return rule
+    shardings = jax.tree.unflatten(jax.tree.structure(like), types)
+    return jax.sharding.auto_axes(rule, out_sharding=shardings)
+
+
+def _as_rows(layer, x, g):
+    """x and g as `(groups, rows of a group, in_features)` and `(..., out_features)`."""
+    (contracting, _), _ = layer.dimension_numbers
+    groups = layer.config.groups
+    free = [d for d in range(x.ndim) if d not in contracting]
+    in_features = math.prod(x.shape[d] for d in contracting)
+    rows = math.prod(x.shape[d] for d in free)
+    out_shape = g.shape[len(free) :]
+    x = x.transpose(*free, *contracting).reshape(groups, rows // groups, in_features)
+    return x, g.reshape(groups, rows // groups, math.prod(out_shape))
+
+
+def _as_kernel(layer, dw, kernel):
+    """dw `(in_features, out_features)` in the shape of the kernel."""
+    (_, contracting), _ = layer.dimension_numbers
+    order = [*contracting, *(d for d in range(kernel.ndim) if d not in contracting)]
+    dw = dw.reshape([kernel.shape[d] for d in order])
+    return dw.transpose(sorted(range(kernel.ndim), key=order.__getitem__))
+
+
 def _join(memory, x, g, chosen=None):
     """Xh and Gh, or the chosen rows of them, in float32 (float64 for float64)."""
 
     def join(kept, fresh):
         parts = [fresh] if memory is None else [kept, fresh]
         if chosen is not None:  # before the sum, not to store it whole; a missing row is NaN
-            parts = [a.at[chosen].get(mode="fill", fill_value=jnp.nan) for a in parts]
+            parts = [_take(a, chosen) for a in parts]
         return sum(a.astype(wide(fresh.dtype)) for a in parts)
 
     kept_x, kept_g, _ = memory or (None, None, None)
     return join(kept_x, x), join(kept_g, g)
+
+
+@jax.vmap
+def _take(rows, chosen):
+    return rows.at[chosen].get(mode="fill", fill_value=jnp.nan)
 
 
 def _write(memory, x, g, waiting, decay, after):
@@ -275,10 +333,12 @@ def _write(memory, x, g, waiting, decay, after):
     that reads the last memory is done.
     """
     x, g, waiting, _ = lax.optimization_barrier((x, g, waiting, after))
-    xh, gh = (jnp.where(waiting[:, None], math.sqrt(decay) * a, 0) for a in _join(memory, x, g))
+    xh, gh = (jnp.where(waiting[..., None], math.sqrt(decay) * a, 0) for a in _join(memory, x, g))
     uses = vary(jnp.ones_like(memory.uses), varying_axes(memory.uses))
     if varying_axes(waiting) == varying_axes(uses):
-        uses = jnp.where(waiting[0], uses, uses)  # under vmap one per batch, so that a sum shows
+        uses = jnp.where(
+            jnp.any(waiting), uses, uses
+        )  # under vmap one per batch, so that a sum shows
     return Memory(
         inputs=xh.astype(memory.inputs.dtype),
         cotangents=gh.astype(memory.cotangents.dtype),
@@ -287,38 +347,48 @@ def _write(memory, x, g, waiting, decay, after):
 
 
 def _select(layer, key, scores):
-    k = layer.config.selected_rows(scores.shape[0], layer.name)
+    """`(groups, k / groups)` indices of rows of each group, and their weights or None."""
+    groups = layer.config.groups
+    k = layer.config.selected_rows(scores.size, layer.name) // groups
     policy = POLICIES.get(layer.config.policy, layer.config.policy)
-    indices, weights = checks.selection(layer.name, policy, policy(key, scores, k), k)
-    return indices.astype(jnp.int32), weights
+
+    def select(key, scores):
+        indices, weights = checks.selection(layer.name, policy, policy(key, scores, k), k)
+        return indices.astype(jnp.int32), weights
+
+    if groups == 1:
+        return jax.tree.map(lambda a: a[None], select(key, scores[0]))
+    keys = None if key is None else jax.random.split(key, groups)
+    return jax.vmap(select)(keys, scores)
 
 
 def _fits(memory, rows):
     """Which finite rows stay finite in the memory: all, unless its dtype has a narrower range."""
     if memory is None or jnp.finfo(memory.inputs.dtype).maxexp >= jnp.finfo(rows.dtype).maxexp:
         return True
-    return jnp.all(jnp.abs(rows) <= float(jnp.finfo(memory.inputs.dtype).max), axis=1)
+    return jnp.all(jnp.abs(rows) <= float(jnp.finfo(memory.inputs.dtype).max), axis=-1)
 
 
 def _bad_columns(lost, x, g):
-    """`(1, in_features)` and `(1, out_features)`: where a lost row is not finite.
+    """`(groups, 1, in_features)` and `(groups, 1, out_features)`: where a lost row is not finite.
 
     (0 * NaN is NaN: where a chosen row is not finite, too, but there the gradient is not either.)
     A row that only grew too large for the memory's dtype when it was added up is bad throughout.
     """
 
     def product(a, b):
-        return lax.dot(a, b, preferred_element_type=wide(a.dtype))
+        return jnp.matmul(a, b, preferred_element_type=wide(a.dtype))
 
     small = 2.0**-20  # no sum of finite numbers overflows
-    fresh = jnp.stack([product(a, jnp.full_like(a[0], small)) for a in (x, g)])
-    outgrown = jnp.any(lost & jnp.all(jnp.isfinite(fresh), axis=0))
-    return tuple(~jnp.isfinite(product(lost.astype(a.dtype)[None], a)) | outgrown for a in (x, g))
+    fresh = jnp.stack([product(a, jnp.full(a.shape[-1], small, a.dtype)) for a in (x, g)])
+    lost = lost[:, None, :]
+    outgrown = jnp.any(lost & jnp.all(jnp.isfinite(fresh), axis=0)[:, None, :], -1, keepdims=True)
+    return tuple(~jnp.isfinite(product(lost.astype(a.dtype), a)) | outgrown for a in (x, g))
 
 
 def _no_columns(lost, x, g):
     del lost
-    return tuple(vary(jnp.zeros((1, a.shape[1]), bool), varying_axes(a)) for a in (x, g))
+    return tuple(vary(jnp.zeros((len(a), 1, a.shape[-1]), bool), varying_axes(a)) for a in (x, g))
 
 
 def _misused(memory):
@@ -330,13 +400,13 @@ def _weigh(xs, gs, weights):
     """The rows with the weights folded into the smaller factor."""
     if weights is None:
         return xs, gs
-    if gs.shape[1] <= xs.shape[1]:
-        return xs, gs * weights[:, None].astype(gs.dtype)
-    return xs * weights[:, None].astype(xs.dtype), gs
+    if gs.shape[-1] <= xs.shape[-1]:
+        return xs, gs * weights[..., None].astype(gs.dtype)
+    return xs * weights[..., None].astype(xs.dtype), gs
 
 
-def _first(leaf):
-    """The first number of an array or of a PRNG key."""
+def _scalar(leaf):
+    """Some number that depends on an array or a PRNG key."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
-    return leaf.ravel()[0]
+    return leaf.sum()

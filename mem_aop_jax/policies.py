@@ -58,12 +58,12 @@ def row_scores(inputs: chex.Array, cotangents: chex.Array) -> tuple[chex.Array, 
     underflow: the scores are the paper's up to one common factor.
 
     Args:
-      inputs: `(rows, in_features)` floating.
-      cotangents: `(rows, out_features)` floating.
+      inputs: `(..., rows, in_features)` floating.
+      cotangents: `(..., rows, out_features)` floating.
 
     Returns:
-      `(rows,)` float32 scores, the largest of them 1 (all 0 where every product is 0), and
-      `(rows,)` bool, False for the rows with a NaN or infinity: their score is 0.
+      `(..., rows)` float32 scores, the largest of each group of rows 1 (all 0 where every product
+      is 0), and `(..., rows)` bool, False for the rows with a NaN or infinity: their score is 0.
     """
     input_norms, cotangent_norms = _norms(inputs), _norms(cotangents)
     finite = jnp.isfinite(input_norms) & jnp.isfinite(cotangent_norms)
@@ -80,7 +80,7 @@ def _norms(rows: chex.Array) -> chex.Array:
     scales = (2.0**80, 1.0, 2.0**-80)
     squares = tuple(jnp.square(rows * scale) for scale in scales)
     zero = np.zeros((), rows.dtype)
-    sums = jax.lax.reduce(squares, (zero,) * len(scales), _add_each, dimensions=(1,))
+    sums = jax.lax.reduce(squares, (zero,) * len(scales), _add_each, dimensions=(rows.ndim - 1,))
     small, medium, large = (
         jnp.sqrt(total) * (2.0**-8 / scale) for total, scale in zip(sums, scales, strict=True)
     )
@@ -92,6 +92,6 @@ def _add_each(a, b):
 
 
 def _over_largest(values: chex.Array) -> chex.Array:
-    """Values in units of the largest, float32."""
-    largest = jnp.max(values, initial=0)
+    """Values in units of the largest of their group, float32."""
+    largest = jnp.max(values, axis=-1, keepdims=True, initial=0)
     return (values / jnp.where(largest > 0, largest, 1)).astype(jnp.float32)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mem_aop_jax.compat import varying_axes
 from mem_aop_jax.memory import Memory, wide
 
 _MISSING = object()
@@ -54,7 +55,8 @@ def carry_memory(
       TypeError: a leaf of `memory` that is no `Memory`; from `update`, without `memory=`.
       ValueError: from `update`, for a memory of another structure, shape or dtype, or one that
         was added up or scaled (found where values are known, that is, outside `jit`; inside, the
-        layer's next weight gradient is NaN).
+        layer's next weight gradient is NaN), or averaged over devices (found in `shard_map`, not
+        in `pmap`).
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mem_aop_jax as aop
@@ -93,6 +95,7 @@ def carry_memory(
 
         def carry(old, new):
             _check_uses(new.uses)
+            _check_axes(old, new)
             uses = jnp.asarray(new.uses)
             unused = uses[..., None, None] == 0  # of stacked memories each has its own
             inputs, cotangents = (
@@ -195,3 +198,13 @@ def _check_uses(uses):
         "memory under vmap, a layer inside nn.remat or nn.jit that is called twice) or scaled. "
         "Each use in a step needs a memory of its own, whose gradient must reach update unchanged."
     )
+
+
+def _check_axes(old, new):
+    shared = varying_axes(jnp.asarray(old.inputs)) - varying_axes(jnp.asarray(new.inputs))
+    if shared:
+        raise ValueError(
+            f"carry_memory: the new memory was averaged or added up over the mesh axes "
+            f"{sorted(shared)}. Its rows belong to each device's own rows of the batch: apply "
+            "jax.lax.pmean to the gradients of the parameters alone."
+        )

@@ -46,6 +46,9 @@ class Unhashable:
         ({"k": 1, "policy": Unhashable()}, TypeError, r"which is not hashable; give a function"),
         ({"k": 1, "memory": "row"}, ValueError, r"memory='row'; it is one of 'auto', 'rows', None"),
         ({"k": 1, "memory_dtype": jnp.int8}, TypeError, r"memory_dtype=int8; .* floating"),
+        ({"k": 4, "groups": 0}, ValueError, r"groups=0; it must be at least 1"),
+        ({"k": 4, "groups": 1.5}, TypeError, r"groups=1.5; it must be an integer"),
+        ({"k": 6, "groups": 4}, ValueError, r"k=6 and groups=4; .* multiple of groups"),
     ],
 )
 def test_bad_configurations_name_what_was_given_and_wanted(arguments, error, message):
@@ -54,16 +57,28 @@ def test_bad_configurations_name_what_was_given_and_wanted(arguments, error, mes
 
 
 @pytest.mark.parametrize(
-    ("ratio", "rows", "k"),
-    [(0.25, 128, 32), (0.125, 64, 8), (0.01, 8, 1), (1.0, 7, 7), (0.5, 5, 2), (0.3, 9, 3)],
+    ("ratio", "groups", "rows", "k"),
+    [
+        (0.25, 1, 128, 32),
+        (0.125, 1, 64, 8),
+        (0.01, 1, 8, 1),
+        (1.0, 1, 7, 7),
+        (0.5, 1, 5, 2),
+        (0.3, 1, 9, 3),
+        (0.25, 4, 128, 32),
+        (0.3, 3, 27, 9),
+        (0.01, 4, 8, 4),
+    ],
 )
-def test_ratio_is_rounded_and_at_least_one(ratio, rows, k):
-    assert aop.MemAOP(ratio=ratio).selected_rows(rows) == k
+def test_ratio_is_rounded_and_at_least_one_in_each_group(ratio, groups, rows, k):
+    assert aop.MemAOP(ratio=ratio, groups=groups).selected_rows(rows) == k
 
 
-def test_k_beyond_the_rows():
+def test_rows_that_the_configuration_does_not_fit():
     with pytest.raises(ValueError, match=r"k=9 outer products asked of a batch of 8 rows.*ratio="):
         aop.init_memory(aop.MemAOP(k=9), 8, 3, 2)
+    with pytest.raises(ValueError, match=r"groups=3 do not divide a batch of 8 rows.*batch size"):
+        aop.init_memory(aop.MemAOP(k=3, groups=3), 8, 3, 2)
 
 
 def test_bad_arguments_of_init_memory():

@@ -1,18 +1,25 @@
-"""The primitive on four devices, against one device that is given the four shards in turn."""
+"""Four devices, however they share the batch, against one device that is given the four shards."""
 
 import functools
+import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mem_aop_jax as aop
 
 DEVICES, M, N, P = 4, 6, 5, 3  # M rows a device
-SHARDED = aop.Memory(PartitionSpec("data"), PartitionSpec("data"), PartitionSpec())
+ROWS, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
+SHARDED = aop.Memory(ROWS, ROWS, EVERYWHERE)
+POLICIES = ["topk", "weightedk", "randk"]
+
+
+def mesh_of(axis_type=AxisType.Auto):
+    return jax.make_mesh((DEVICES,), ("data",), axis_types=(axis_type,))
 
 
 def loss_fn(kernel, memory, x, key, config):
@@ -23,25 +30,26 @@ def loss_fn(kernel, memory, x, key, config):
 grad_fn = jax.grad(loss_fn, argnums=(0, 1))
 
 
-def setup(policy, kind):
+def setup(policy, kind, groups=1):
+    """For a device with 1 group; for all rows on one device with 4."""
     rng = np.random.default_rng(0)
-    config = aop.MemAOP(k=2, policy=policy, memory=kind)
+    config = aop.MemAOP(k=2 * groups, policy=policy, memory=kind, groups=groups)
     x, kernel, kept_x, kept_g = (
         jnp.asarray(rng.normal(size=shape), jnp.float32)
         for shape in ((DEVICES * M, N), (N, P), (DEVICES * M, N), (DEVICES * M, P))
     )
     memory = aop.Memory(kept_x, kept_g, jnp.ones((), jnp.float32)) if kind else None
-    keys = jax.random.split(jax.random.key(0), DEVICES)
-    return config, kernel, memory, x, keys
+    return config, kernel, memory, x, jax.random.key(0)
 
 
-def one_device(config, kernel, memory, x, keys):
+def shard_by_shard(policy, kind):
     """The sum of the shards' gradients, and the memories put together again."""
+    config, kernel, memory, x, key = setup(policy, kind)
     grads, memories = 0, []
-    for d in range(DEVICES):
+    for d, own_key in enumerate(jax.random.split(key, DEVICES)):
         rows = slice(d * M, (d + 1) * M)
         own = memory and aop.Memory(memory.inputs[rows], memory.cotangents[rows], memory.uses)
-        grad, own = grad_fn(kernel, own, x[rows], keys[d], config)
+        grad, own = grad_fn(kernel, own, x[rows], own_key, config)
         grads += grad
         memories.append(own)
     if memory is None:
@@ -50,65 +58,74 @@ def one_device(config, kernel, memory, x, keys):
     return grads, aop.Memory(jnp.concatenate(inputs), jnp.concatenate(cotangents), uses[0])
 
 
-def on_mesh(body, memory):
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+def in_shard_map(body, memory, mesh=None):
+    """`body(kernel, memory, rows of x, key)` on every device, jitted."""
     own = memory and SHARDED
-    rows, everywhere = PartitionSpec("data"), PartitionSpec()
-    return jax.shard_map(
-        body, mesh=mesh, in_specs=(everywhere, own, rows, rows), out_specs=(everywhere, own)
+    sharded = jax.shard_map(
+        lambda kernel, memory, x, keys: body(kernel, memory, x, keys[0]),
+        mesh=mesh or mesh_of(),
+        in_specs=(EVERYWHERE, own, ROWS, ROWS),
+        out_specs=(EVERYWHERE, own),
     )
+    return jax.jit(lambda *args, key: sharded(*args, jax.random.split(key, DEVICES)))
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("kind", ["rows", None])
-@pytest.mark.parametrize("policy", ["topk", "weightedk", "randk"])
-def test_shard_map(policy, kind, jit):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_groups_select_as_devices_do(policy, kind):
+    config, kernel, memory, x, key = setup(policy, kind, groups=DEVICES)
+    ours = jax.jit(grad_fn, static_argnums=4)(kernel, memory, x, key, config)
+    chex.assert_trees_all_close(ours, shard_by_shard(policy, kind), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["rows", None])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_shard_map(policy, kind):
     """With check_vma: dW is summed over devices, the memory stays where it is."""
-    config, kernel, memory, x, keys = setup(policy, kind)
-
-    def body(kernel, memory, x, keys):
-        return grad_fn(kernel, memory, x, keys[0], config)
-
-    sharded = on_mesh(body, memory)
-    sharded = jax.jit(sharded) if jit else sharded
-    wanted = one_device(config, kernel, memory, x, keys)
-    chex.assert_trees_all_close(sharded(kernel, memory, x, keys), wanted, rtol=1e-5, atol=1e-6)
+    config, kernel, memory, x, key = setup(policy, kind)
+    sharded = in_shard_map(functools.partial(grad_fn, config=config), memory)
+    ours = sharded(kernel, memory, x, key=key)
+    chex.assert_trees_all_close(ours, shard_by_shard(policy, kind), rtol=1e-5, atol=1e-6)
 
 
-def test_shard_map_with_rows_that_are_not_finite():
-    config, kernel, memory, x, keys = setup("topk", "rows")
-    x = x.at[jnp.arange(1, 4), 0].set(jnp.nan)  # three of one device, which chooses two
+def test_eager_shard_map():
+    config, kernel, memory, x, key = setup("weightedk", "rows")
+    sharded = in_shard_map(functools.partial(grad_fn, config=config), memory)
+    with jax.disable_jit():
+        ours = sharded(kernel, memory, x, key=key)
+    chex.assert_trees_all_close(ours, sharded(kernel, memory, x, key=key), rtol=1e-5, atol=1e-6)
 
-    def body(kernel, memory, x, keys):
-        return grad_fn(kernel, memory, x, keys[0], config)
 
-    grad, after = jax.jit(on_mesh(body, memory))(kernel, memory, x, keys)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_shard_map_with_rows_that_are_not_finite(groups):
+    config, kernel, memory, x, key = setup("topk", "rows")
+    config = aop.MemAOP(k=2, groups=groups)
+    x = x.at[jnp.arange(0, 3), 0].set(jnp.nan)  # three in one group of one device
+
+    grad, after = in_shard_map(functools.partial(grad_fn, config=config), memory)(
+        kernel, memory, x, key=key
+    )
     assert jnp.isnan(grad).all()  # tanh makes the rows' cotangents NaN
     assert all(jnp.isfinite(leaf).all() for leaf in after)
 
 
 def test_a_replicated_memory_in_shard_map():
-    config, kernel, memory, x, keys = setup("topk", "rows")
+    config, kernel, memory, x, key = setup("topk", "rows")
     memory = jax.tree.map(lambda leaf: leaf[:M] if leaf.ndim else leaf, memory)
-    rows, everywhere = PartitionSpec("data"), PartitionSpec()
-
-    def body(kernel, memory, x, keys):
-        return grad_fn(kernel, memory, x, keys[0], config)
-
     sharded = jax.shard_map(
-        body,
-        mesh=jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
-        in_specs=(everywhere, everywhere, rows, rows),
-        out_specs=(everywhere, everywhere),
+        functools.partial(grad_fn, key=key, config=config),
+        mesh=mesh_of(),
+        in_specs=(EVERYWHERE, EVERYWHERE, ROWS),
+        out_specs=(EVERYWHERE, EVERYWHERE),
     )
     with pytest.raises(ValueError, match=r"memory.inputs is the same on all devices .*\['data'\]"):
-        sharded(kernel, memory, x, keys)
+        sharded(kernel, memory, x)
 
 
 @pytest.mark.parametrize("kind", ["rows", None])
-@pytest.mark.parametrize("policy", ["topk", "weightedk", "randk"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_pmap(policy, kind):
-    config, kernel, memory, x, keys = setup(policy, kind)
+    config, kernel, memory, x, key = setup(policy, kind)
     split = functools.partial(jax.tree.map, lambda a: a.reshape(DEVICES, M, a.shape[-1]))
     own = memory and aop.Memory(*split(memory[:2]), jnp.ones(DEVICES, jnp.float32))
 
@@ -117,8 +134,8 @@ def test_pmap(policy, kind):
         grad, memory = grad_fn(kernel, memory, x, key, config)
         return jax.lax.psum(grad, "data"), memory
 
-    grads, after = step(kernel, own, split(x), keys)
-    wanted_grad, wanted = one_device(config, kernel, memory, x, keys)
+    grads, after = step(kernel, own, split(x), jax.random.split(key, DEVICES))
+    wanted_grad, wanted = shard_by_shard(policy, kind)
     for d in range(DEVICES):
         np.testing.assert_allclose(grads[d], wanted_grad, rtol=1e-5, atol=1e-6)
     if memory is not None:
@@ -127,17 +144,88 @@ def test_pmap(policy, kind):
         chex.assert_trees_all_close(joined, wanted[:2], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("groups", [1, DEVICES])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
 @pytest.mark.parametrize("kind", ["rows", None])
-@pytest.mark.parametrize("policy", ["topk", "weightedk", "randk"])
-def test_jit_over_a_mesh(policy, kind):
-    """Automatic axes: the same figures as on one device, and the memory stays sharded."""
-    config, kernel, memory, x, keys = setup(policy, kind)
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    step = jax.jit(functools.partial(grad_fn, key=keys[0], config=config))
-    wanted = step(kernel, memory, x)
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    own = memory and jax.tree.map(lambda a: jax.device_put(a, rows) if a.ndim else a, memory)
-    ours = step(kernel, own, jax.device_put(x, rows))
+@pytest.mark.parametrize("policy", POLICIES)
+def test_jit_over_a_mesh(policy, kind, axis_type, groups):
+    """The same figures as on one device, and the memory stays sharded."""
+    config, kernel, memory, x, key = setup(policy, kind, groups)
+    step = jax.jit(grad_fn, static_argnums=4)
+    wanted = step(kernel, memory, x, key, config)
+    rows, everywhere = (NamedSharding(mesh_of(axis_type), spec) for spec in (ROWS, EVERYWHERE))
+    own = memory and jax.tree.map(
+        lambda a: jax.device_put(a, rows if a.ndim else everywhere), memory
+    )
+    placed = jax.device_put(kernel, everywhere), own, jax.device_put(x, rows)
+    ours = step(*placed, key, config)
     chex.assert_trees_all_close(ours, wanted, rtol=1e-5, atol=1e-6)
     if memory is not None:
         assert ours[1].inputs.sharding.is_equivalent_to(rows, 2)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_with_a_group_per_device_no_row_leaves_its_device(policy, axis_type):
+    """Beside the sum of dW and the loss, only scores and flags travel."""
+    rows, in_features, out_features = 4096, 64, 32
+    config = aop.MemAOP(ratio=0.25, policy=policy, groups=DEVICES)
+    mesh = mesh_of(axis_type)
+
+    def array(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+    step = jax.jit(jax.value_and_grad(loss_fn, argnums=(0, 1)), static_argnums=4)
+    memory = aop.Memory(
+        array((rows, in_features), ROWS),
+        array((rows, out_features), ROWS),
+        array((), EVERYWHERE),
+    )
+    kernel = array((in_features, out_features), EVERYWHERE)
+    lowered = step.lower(
+        kernel, memory, array((rows, in_features), ROWS), jax.random.key(0), config
+    )
+    large = []
+    for line in lowered.compile().as_text().splitlines():
+        found = re.search(r"= (.*?) (all-\w+|collective-\w+|reduce-scatter)(-start)?\(", line)
+        shapes = re.findall(r"\[([\d,]*)\]", found[1]) if found else []
+        sizes = [int(np.prod([int(d) for d in shape.split(",") if d])) for shape in shapes]
+        if sum(sizes) > rows:
+            large.append(sizes)
+        elif sum(sizes) == rows:
+            assert found[2] == "all-gather"  # of the scores
+    dw_and_loss = in_features * out_features + 1
+    assert sum(map(sum, large)) <= dw_and_loss
+    assert len(large) <= 1
+
+
+@pytest.mark.parametrize("reduce", [jax.lax.pmean, jax.lax.psum])
+def test_a_memory_averaged_over_devices(reduce):
+    """The pitfall of a pmean over everything that jax.grad returns."""
+    config, kernel, memory, x, key = setup("topk", "rows")
+    tx = aop.carry_memory(memory)
+
+    def step(kernel, memory, x, key, reduce=reduce):
+        state = tx.init(kernel)._replace(memory=memory)
+        grads, new = reduce(grad_fn(kernel, memory, x, key, config), "data")
+        updates, state = tx.update(grads, state, memory=new)
+        return updates, state.memory
+
+    with pytest.raises(ValueError, match=r"averaged or added up over the mesh axes \['data'\]"):
+        in_shard_map(step, memory)(kernel, memory, x, key=key)
+    of_parameters_alone = functools.partial(step, reduce=lambda grads, _: grads)
+    in_shard_map(of_parameters_alone, memory)(kernel, memory, x, key=key)
+
+
+def test_a_layer_out_of_use_in_shard_map():
+    _, kernel, memory, x, key = setup("topk", "rows")
+    tx = aop.carry_memory(memory)
+
+    def step(kernel, memory, x, key):
+        grads, new = jax.grad(lambda k, m: jnp.sum(x) * jnp.sum(k), argnums=(0, 1))(kernel, memory)
+        updates, state = tx.update(grads, tx.init(kernel)._replace(memory=memory), memory=new)
+        return updates, state.memory
+
+    _, after = in_shard_map(step, memory)(kernel, memory, x, key=key)
+    chex.assert_trees_all_equal(after[:2], memory[:2])
+    assert after.uses == 0

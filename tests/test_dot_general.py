@@ -108,17 +108,6 @@ def test_batch_dimensions_run_exact_and_say_so_once():
         chex.assert_trees_all_equal(approximate, gradients(None))
 
 
-def test_options_of_an_exact_product():
-    lhs, rhs = arrays((6, 5), (5, 3))
-    numbers = (((1,), (0,)), ((), ()))
-    config = aop.MemAOP(k=1)
-    np.testing.assert_array_equal(
-        aop.dot_general(lhs, rhs, numbers, out_sharding=None, config=config), lhs @ rhs
-    )
-    with pytest.raises(TypeError, match="out_sharding cannot be combined with a configuration"):
-        aop.dot_general(lhs, rhs, numbers, out_sharding="rows", config=config)
-
-
 PRODUCT = functools.partial(aop.linen.DotGeneral, config=aop.MemAOP(ratio=1.0))
 LAYERS = {
     "Dense": lambda cls: nn.Dense(6, dot_general_cls=cls),
