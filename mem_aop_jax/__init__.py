@@ -5,7 +5,7 @@ from mem_aop_jax.config import MemAOP
 from mem_aop_jax.dense import dense, dot_general
 from mem_aop_jax.memory import Memory, init_memory
 from mem_aop_jax.policies import Selection
-from mem_aop_jax.transform import carry_memory, get_memory, mem_aop_sgd
+from mem_aop_jax.transform import carry_memory, get_memory, mem_aop_sgd, state_shardings
 
 __all__ = [
     "MemAOP",
@@ -18,4 +18,5 @@ __all__ = [
     "init_memory",
     "linen",
     "mem_aop_sgd",
+    "state_shardings",
 ]

@@ -204,7 +204,8 @@ def dot_general(
     Any contraction without batch dimensions is a dense layer: the free dimensions of `lhs` together
     are the rows, the contracted ones the in_features, the free dimensions of `rhs` the
     out_features, each in the order in which they stand in the array (in_features: in that of
-    `dimension_numbers`). A contraction with batch dimensions runs exact, and says so once.
+    `dimension_numbers`). A contraction with batch dimensions, or with a memory that makes the left
+    operand the kernel, runs exact and says so once.
 
     Args:
       lhs: the inputs, floating.
@@ -228,21 +229,12 @@ def dot_general(
     if config is None and memory is not None:
         raise ValueError(f"{name}: got a memory but no config; pass config=aop.MemAOP(...).")
     checks.config(name, config)
-    _, (lhs_batch, _) = dimension_numbers
-    if config is not None and len(lhs_batch):
-        _warn_once(
-            f"{name}: the contraction {dimension_numbers} has batch dimensions, so it runs exact; "
-            "Mem-AOP needs one kernel for all rows."
-        )
-    if config is None or len(lhs_batch):
-        return lax.dot_general(
-            lhs,
-            rhs,
-            dimension_numbers,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            **options,
-        )
+    reason = config and why_exact(lhs, rhs, dimension_numbers, memory)
+    if reason:
+        warn_once(f"{name}: the contraction {dimension_numbers} runs exact: {reason}")
+    options |= {"preferred_element_type": preferred_element_type}
+    if config is None or reason:
+        return lax.dot_general(lhs, rhs, dimension_numbers, precision=precision, **options)
 
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
     checks.floating(name, lhs, rhs)
@@ -253,7 +245,6 @@ def dot_general(
         int, tuple(tuple(map(tuple, dims)) for dims in dimension_numbers)
     )
     layer = _Layer(config, hashable_numbers, precision, name)
-    options |= {"preferred_element_type": preferred_element_type}
     return _product(layer, lhs, rhs, memory, key, **options)
 
 
@@ -262,15 +253,38 @@ def contraction_sizes(
 ) -> tuple[int, int, int]:
     """(rows, in_features, out_features) of a contraction without batch dimensions."""
     (lhs_contracting, rhs_contracting), _ = dimension_numbers
-    rows = math.prod(lhs.shape[d] for d in range(lhs.ndim) if d not in lhs_contracting)
-    in_features = math.prod(lhs.shape[d] for d in lhs_contracting)
-    out_features = math.prod(rhs.shape[d] for d in range(rhs.ndim) if d not in rhs_contracting)
+    lhs, rhs = jnp.shape(lhs), jnp.shape(rhs)
+    rows = math.prod(size for d, size in enumerate(lhs) if d not in lhs_contracting)
+    in_features = math.prod(lhs[d] for d in lhs_contracting)
+    out_features = math.prod(size for d, size in enumerate(rhs) if d not in rhs_contracting)
     return rows, in_features, out_features
 
 
+def why_exact(
+    lhs: chex.Array,
+    rhs: chex.Array,
+    dimension_numbers: lax.DotDimensionNumbers,
+    memory: Memory | None = None,
+    kernel_shape: tuple[int, ...] | None = None,
+) -> str | None:
+    """Why a contraction is no dense layer, or None; the kernel is told by a memory or its shape."""
+    _, (lhs_batch, _) = dimension_numbers
+    if len(lhs_batch):
+        return "it has batch dimensions, and Mem-AOP needs one kernel for all rows."
+    rows, in_features, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
+    swapped = (out_features, in_features), (out_features, rows)
+    if isinstance(memory, Memory):
+        on_the_left = swapped == tuple(map(jnp.shape, memory[:2])) and rows != out_features
+    else:
+        on_the_left = jnp.shape(rhs) != kernel_shape == jnp.shape(lhs)
+    if on_the_left:
+        return "its kernel is the left operand; swap the operands and transpose the result."
+    return None
+
+
 @functools.cache
-def _warn_once(message):
-    warnings.warn(message, stacklevel=3)
+def warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 # ---- the steps of the backward rule

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mem_aop_jax.compat import varying_axes
 from mem_aop_jax.memory import Memory, wide
@@ -138,6 +139,63 @@ def get_memory(opt_state: chex.ArrayTree) -> chex.ArrayTree:
             "into the optimizer, and restore checkpoints into the structure of tx.init(params)."
         )
     return states[0].memory
+
+
+def state_shardings(
+    tx: optax.GradientTransformation,
+    params: chex.ArrayTree,
+    params_sharding: NamedSharding | chex.ArrayTree,
+    batch_sharding: NamedSharding,
+) -> chex.ArrayTree:
+    """Where the optimizer state belongs: memory rows with the batch, moments with the parameters.
+
+    For `jax.jit(tx.init, out_shardings=...)`, for the in and out shardings of a training step, and
+    for the target of a restored checkpoint; for `shard_map`, take the `.spec` of each.
+
+    Args:
+      tx: the optimizer, with `carry_memory` in it.
+      params: the parameters, or their `jax.ShapeDtypeStruct`s.
+      params_sharding: the sharding of all parameters, or a tree of one for each.
+      batch_sharding: the sharding of the batch. Only its first axis counts: that of the rows.
+
+    Returns:
+      A tree of `NamedSharding` like `tx.init(params)`. What belongs to no parameter and no row,
+      such as step counts, is replicated.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, mem_aop_jax as aop
+      >>> from jax.sharding import NamedSharding, PartitionSpec
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> kernel, memory = jnp.ones((3, 4)), aop.init_memory(aop.MemAOP(k=2), 8, 3, 4)
+      >>> tx = optax.chain(aop.carry_memory(memory), optax.adam(1e-3))
+      >>> rows, everywhere = (NamedSharding(mesh, PartitionSpec(*s)) for s in (["data"], []))
+      >>> shardings = aop.state_shardings(tx, kernel, everywhere, rows)
+      >>> opt_state = jax.jit(tx.init, out_shardings=shardings)(kernel)
+      >>> aop.get_memory(opt_state).inputs.sharding.spec
+      PartitionSpec('data',)
+    """
+    mesh = batch_sharding.mesh
+    replicated = NamedSharding(mesh, PartitionSpec())
+    if isinstance(params_sharding, NamedSharding):
+        params_sharding = jax.tree.map(lambda _: params_sharding, params)
+
+    def rows_with_the_batch(node, sharding):
+        if not _is_memory(node):
+            return sharding
+        stacked = [None] * (node.inputs.ndim - 2)
+        rows = NamedSharding(mesh, PartitionSpec(*stacked, *batch_sharding.spec[:1]))
+        return Memory(rows, rows, replicated)
+
+    state = jax.eval_shape(tx.init, params)
+    shardings = optax.tree_utils.tree_map_params(
+        tx,
+        lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
+        state,
+        params_sharding,
+        transform_non_params=lambda _: replicated,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+    return jax.tree.map(rows_with_the_batch, state, shardings, is_leaf=_is_memory)
 
 
 def _factor(learning_rate, count):

@@ -100,7 +100,7 @@ def test_batch_dimensions_run_exact_and_say_so_once():
     def gradients(config):
         return jax.grad(lambda *a: layer(*a, config=config).sum(), argnums=(0, 1))(lhs, rhs)
 
-    with pytest.warns(UserWarning, match="scores of heads: .* batch dimensions, so it runs exact"):
+    with pytest.warns(UserWarning, match="scores of heads: .* runs exact: it has batch dim"):
         approximate = gradients(aop.MemAOP(k=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

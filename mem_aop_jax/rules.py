@@ -1,0 +1,85 @@
+"""Which layers of a model a configuration is for: ordered rules on their paths."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mem_aop_jax.config import MemAOP
+
+Rules = tuple[tuple[str, MemAOP | None], ...]
+
+
+class Layer(NamedTuple):
+    """An approximate layer of a model.
+
+    Attributes:
+      path: the path of its module, joined by "/".
+      rows: number of rows of a batch (the paper's M).
+      in_features: contracted dimensions, multiplied.
+      out_features: the kernel's other dimensions, multiplied.
+      k: number of outer products computed (the paper's K).
+    """
+
+    path: str
+    rows: int
+    in_features: int
+    out_features: int
+    k: int
+
+
+def as_rules(caller: str, config_or_rules: MemAOP | Sequence[tuple[str, MemAOP | None]]) -> Rules:
+    """The rules as a hashable tuple; one configuration is a rule for all paths.
+
+    Raises:
+      TypeError: neither a configuration nor pairs of a pattern and a configuration (or None).
+      ValueError: a pattern that is no regular expression.
+    """
+    if isinstance(config_or_rules, MemAOP):
+        return ((r".*", config_or_rules),)
+    wanted = (
+        "an aop.MemAOP, or a list of rules (regular expression on the path, aop.MemAOP or None), "
+        'for instance [(r"mlp/.*", config), (r".*", None)]'
+    )
+    if isinstance(config_or_rules, str) or not isinstance(config_or_rules, Sequence):
+        raise TypeError(f"{caller}: got {config_or_rules!r}; it must be {wanted}.")
+    for rule in config_or_rules:
+        match rule:
+            case (str(pattern), MemAOP() | None):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(
+                        f"{caller}: the pattern {pattern!r} is no regular expression: {error}."
+                    ) from None
+            case _:
+                raise TypeError(f"{caller}: got the rule {rule!r}; the rules must be {wanted}.")
+    return tuple(map(tuple, config_or_rules))
+
+
+def config_for(rules: Rules, path: str) -> MemAOP | None:
+    """That of the first rule whose pattern matches the whole path; without one None."""
+    return next((config for pattern, config in rules if re.fullmatch(pattern, path)), None)
+
+
+def check_all_used(caller: str, rules: Rules, paths: Sequence[str]) -> None:
+    """Every rule decides about a layer, except one for all paths that finds none left.
+
+    Raises:
+      ValueError: a rule that decides about none of the paths.
+    """
+    deciders = {
+        next((i for i, (p, _) in enumerate(rules) if re.fullmatch(p, s)), -1) for s in paths
+    }
+    for i, (pattern, _) in enumerate(rules):
+        matching = [path for path in paths if re.fullmatch(pattern, path)]
+        if i in deciders or (matching and len(matching) == len(paths)):
+            continue
+        found = (
+            f"matches only layers that an earlier rule decides about ({', '.join(matching)})"
+            if matching
+            else "matches no dense layer"
+        )
+        raise ValueError(
+            f"{caller}: the rule for {pattern!r} {found}. The pattern must match the whole path, "
+            f"and the first match wins. The layers are: {', '.join(map(repr, paths)) or 'none'}."
+        )
