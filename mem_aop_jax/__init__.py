@@ -1,11 +1,17 @@
 """Mem-AOP-GD (arXiv 2110.09164) for JAX and Flax: cheaper weight gradients of dense layers."""
 
-from mem_aop_jax import linen
+from mem_aop_jax import linen, nnx
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.dense import dense, dot_general
 from mem_aop_jax.memory import Memory, init_memory
 from mem_aop_jax.policies import Selection
-from mem_aop_jax.transform import carry_memory, get_memory, mem_aop_sgd, state_shardings
+from mem_aop_jax.transform import (
+    carry_memory,
+    get_memory,
+    mem_aop_sgd,
+    replace_memory,
+    state_shardings,
+)
 
 __all__ = [
     "MemAOP",
@@ -18,5 +24,7 @@ __all__ = [
     "init_memory",
     "linen",
     "mem_aop_sgd",
+    "nnx",
+    "replace_memory",
     "state_shardings",
 ]

@@ -101,13 +101,15 @@ def differentiable(name, config, rows, memory, key):
         raise ValueError(
             f"{name}: differentiated with respect to its kernel without its memory. Pass the "
             "memory (aop.init_memory at the start, then what the last step returned; in Linen the "
-            "collection aop.linen.COLLECTION; a call that init did not see has none), or configure "
-            "MemAOP(memory=None). Only evaluation works without."
+            "collection aop.linen.COLLECTION; a call that init did not see has none; in NNX "
+            "model.train() switches it on), or configure MemAOP(memory=None). Only evaluation "
+            "works without."
         )
     if config.needs_key and key is None:
         raise ValueError(
             f"{name}: policy {config.policy!r} draws at random and got no key. Pass key= a new "
-            "jax.random.key each step (in Linen: apply(..., rngs={aop.linen.RNG: key}))."
+            "jax.random.key each step (in Linen: apply(..., rngs={aop.linen.RNG: key}), and for "
+            "layers inside nn.scan or nn.vmap split_rngs={aop.linen.RNG: True})."
         )
     config.selected_rows(rows, name)
 

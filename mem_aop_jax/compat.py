@@ -1,6 +1,7 @@
-"""All that differs between the supported versions of JAX."""
+"""All that differs between the supported versions of JAX and Flax."""
 
 import jax
+from flax import nnx
 
 
 def varying_axes(x) -> frozenset[str]:
@@ -19,3 +20,16 @@ def vary(x, axes: frozenset[str]):
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, new, to="varying")
     return jax.lax.pvary(x, new)  # jax < 0.9
+
+
+def get_value(variable: nnx.Variable):
+    """What an NNX variable holds, a pytree."""
+    return variable.get_value() if hasattr(variable, "get_value") else variable.value  # flax < 0.12
+
+
+def set_value(variable: nnx.Variable, value) -> None:
+    """Puts a pytree into an NNX variable."""
+    if hasattr(variable, "set_value"):
+        variable.set_value(value)
+    else:  # flax < 0.12
+        variable.value = value

@@ -5,12 +5,10 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mem_aop_jax.compat import varying_axes
-from mem_aop_jax.memory import Memory, wide
+from mem_aop_jax.memory import Memory, carried, rate_factor
 
 _MISSING = object()
 
@@ -41,13 +39,16 @@ def carry_memory(
     `sqrt(eta_t / eta_{t+1})`; where eta_{t+1} is 0 it stays.
 
     Chain it outside `optax.MultiSteps`, which would drop the memory of all micro-steps but the
-    last, and never average a memory over devices or micro-batches: its rows belong to the batch's.
+    last; the rate then changes every so many updates: `lambda count: schedule(count // every_k)`.
+    Never average a memory over devices or micro-batches: its rows belong to the batch's.
 
     Args:
       memory: any pytree of `Memory`, for instance the collection `aop.linen.COLLECTION`; None and
         an empty one are fine. The state starts from it, without a copy: a training step that
         donates its state takes the buffers with it.
-      learning_rate: the optimizer's schedule, if it has one. A constant changes nothing.
+      learning_rate: the optimizer's schedule, if it has one, as a function of the number of
+        updates. A constant changes nothing, and what `optax.inject_hyperparams` hands to the
+        function it wraps is one: give the schedule to a `carry_memory` outside.
 
     Returns:
       A transformation to chain in front of any optimizer.
@@ -92,21 +93,13 @@ def carry_memory(
                 "memory=memory)."
             )
         _check_same_kind(state.memory, memory)
-        factor = _factor(learning_rate, state.count)
+        factor = rate_factor(learning_rate, state.count)
 
         def carry(old, new):
-            _check_uses(new.uses)
-            _check_axes(old, new)
-            uses = jnp.asarray(new.uses)
-            unused = uses[..., None, None] == 0  # of stacked memories each has its own
-            inputs, cotangents = (
-                _rescaled(jnp.where(unused, was, now), factor)
-                for was, now in zip(old[:2], new[:2], strict=True)
-            )
-            return Memory(inputs, cotangents, uses)
+            return carried("carry_memory", old, new, factor)
 
-        carried = jax.tree.map(carry, state.memory, memory, is_leaf=_is_memory)
-        return updates, CarryMemoryState(carried, optax.safe_increment(state.count))
+        carried_on = jax.tree.map(carry, state.memory, memory, is_leaf=_is_memory)
+        return updates, CarryMemoryState(carried_on, optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -128,17 +121,45 @@ def get_memory(opt_state: chex.ArrayTree) -> chex.ArrayTree:
     """The memory in an optimizer state, wherever `carry_memory` stands in the chain.
 
     Raises:
-      ValueError: no `carry_memory` state in `opt_state`, or more than one.
+      ValueError: no `carry_memory` state in `opt_state`, or more than one, or one inside
+        `optax.MultiSteps`.
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, CarryMemoryState))
-    states = [node for node in nodes if isinstance(node, CarryMemoryState)]
+    states = _find(CarryMemoryState, opt_state)
     if len(states) != 1:
         raise ValueError(
             f"get_memory: found {len(states)} carry_memory states in the optimizer state; there "
             "must be exactly one. Chain one aop.carry_memory, with the memory of the whole model, "
             "into the optimizer, and restore checkpoints into the structure of tx.init(params)."
         )
+    if any(_find(CarryMemoryState, node) for node in _find(optax.MultiStepsState, opt_state)):
+        raise ValueError(
+            "get_memory: carry_memory is inside optax.MultiSteps, which drops the memory of all "
+            "micro-steps but the last; put it outside: optax.chain(aop.carry_memory(memory), "
+            "optax.MultiSteps(optimizer, every_k_schedule))."
+        )
     return states[0].memory
+
+
+def replace_memory(opt_state: chex.ArrayTree, memory: chex.ArrayTree) -> chex.ArrayTree:
+    """The optimizer state with another memory, for instance an empty one for a new batch size.
+
+    Moments and counts stay, so a schedule goes on where it was.
+
+    Args:
+      opt_state: the state of an optimizer with `carry_memory` in it.
+      memory: as in `carry_memory`.
+
+    Raises:
+      TypeError: as in `carry_memory`.
+      ValueError: as in `get_memory`.
+    """
+    get_memory(opt_state)
+    new = carry_memory(memory).init(None).memory
+    return jax.tree.map(
+        lambda node: node._replace(memory=new) if isinstance(node, CarryMemoryState) else node,
+        opt_state,
+        is_leaf=lambda node: isinstance(node, CarryMemoryState),
+    )
 
 
 def state_shardings(
@@ -198,21 +219,10 @@ def state_shardings(
     return jax.tree.map(rows_with_the_batch, state, shardings, is_leaf=_is_memory)
 
 
-def _factor(learning_rate, count):
-    """sqrt(eta_t / eta_{t+1}), 1 where eta_{t+1} is 0; None for a constant rate."""
-    if not callable(learning_rate):
-        return None
-    now, then = jnp.asarray(learning_rate(count)), jnp.asarray(learning_rate(count + 1))
-    return jnp.where(then == 0, jnp.ones_like(then), jnp.sqrt(now / jnp.where(then == 0, 1, then)))
-
-
-def _rescaled(rows, factor):
-    if factor is None:
-        return rows
-    dtype = wide(rows.dtype)
-    largest = float(jnp.finfo(rows.dtype).max)
-    rescaled = rows.astype(dtype) * factor.astype(dtype)
-    return jnp.clip(rescaled, -largest, largest).astype(rows.dtype)
+def _find(kind, tree):
+    """The nodes of a type in a pytree; not those inside of such a node."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
 
 
 def _is_memory(node):
@@ -220,6 +230,12 @@ def _is_memory(node):
 
 
 def _live_array(leaf):
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"carry_memory: the memory given is abstract ({leaf}). Give arrays, or build the "
+            "optimizer inside the function that is evaluated abstractly, "
+            "jax.eval_shape(lambda params: build(params).init(params), params)."
+        )
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
         raise ValueError(
             "carry_memory: the memory given was donated to a training step and is gone; make it "
@@ -245,24 +261,3 @@ def _check_same_kind(old, new):
 
 def _describe(tree):
     return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf).name}{list(jnp.shape(leaf))}", tree)
-
-
-def _check_uses(uses):
-    if isinstance(uses, jax.core.Tracer) or np.isin(np.asarray(uses), (0, 1)).all():
-        return
-    raise ValueError(
-        f"carry_memory: the new memory has uses={uses} where 1 is wanted (0: not used). It was "
-        "added up over several uses (one memory for two layers or two micro-batches, an unbatched "
-        "memory under vmap, a layer inside nn.remat or nn.jit that is called twice) or scaled. "
-        "Each use in a step needs a memory of its own, whose gradient must reach update unchanged."
-    )
-
-
-def _check_axes(old, new):
-    shared = varying_axes(jnp.asarray(old.inputs)) - varying_axes(jnp.asarray(new.inputs))
-    if shared:
-        raise ValueError(
-            f"carry_memory: the new memory was averaged or added up over the mesh axes "
-            f"{sorted(shared)}. Its rows belong to each device's own rows of the batch: apply "
-            "jax.lax.pmean to the gradients of the parameters alone."
-        )

@@ -1,0 +1,338 @@
+"""Flax NNX: layers that hold their memories, in models of their own or wrapped."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from mem_aop_jax import checks, memory
+from mem_aop_jax.compat import get_value, set_value
+from mem_aop_jax.config import MemAOP
+from mem_aop_jax.dense import contraction_sizes, dot_general, why_exact
+from mem_aop_jax.rules import Layer, as_rules, check_all_used, config_for
+
+RNG = "mem_aop"  # nnx.Rngs(mem_aop=...), for the random policies; else the default stream
+
+
+class Memory(nnx.Variable):
+    """The variable that holds the `aop.Memory` of a layer.
+
+    Its gradient is the next memory: differentiate with respect to `nnx.Param` and this type, and
+    hand the gradients to `update_memory`.
+    """
+
+
+class DotGeneral(nnx.Module):
+    """The `dot_general` of an NNX layer, with a memory for each of its calls in a forward pass.
+
+    `model.eval()` turns it off: the layer then is exact, at any batch size, and differentiating it
+    is an error if the configuration has a memory. `model.train()` turns it on.
+    """
+
+    def __init__(
+        self,
+        config: MemAOP,
+        layers: Sequence[Layer],
+        dtype: chex.ArrayDType,
+        key: chex.PRNGKey | None = None,
+        stack: tuple[int, ...] = (),
+    ):
+        """For one entry of `layers` per call, a memory of `dtype`, and a stack of such layers."""
+        self.config = dataclasses.replace(config, memory_dtype=config.stored_dtype(dtype))
+        self.layers = tuple(layers)
+        self.call = 0  # the next one; after all calls of a forward pass it is 0 again
+        self.deterministic = False  # the name that eval() and train() set
+        for call, (_, *sizes, _) in enumerate(self.layers):
+            new = memory.init_memory(config, *sizes, dtype)
+            if new is not None:
+                stacked = jax.tree.map(lambda a: jnp.broadcast_to(a, (*stack, *a.shape)), new)
+                setattr(self, _memory_name(call), Memory(stacked))
+        keys = key if key is None or not stack else jax.random.split(key, stack)
+        self.key = nnx.data(None if keys is None else nnx.RngKey(keys, tag=RNG))
+
+    def __call__(self, lhs: chex.Array, rhs: chex.Array, *args, **options) -> chex.Array:
+        """`jax.lax.dot_general`, with the same arguments."""
+        layer, variable = self.layers[self.call], getattr(self, _memory_name(self.call), None)
+        self.call = (self.call + 1) % len(self.layers)
+        own = {"memory": None, "key": None}
+        if not self.deterministic:
+            own = {"memory": variable and get_value(variable), "key": self._new_key()}
+        return dot_general(lhs, rhs, *args, config=self.config, name=layer.path, **own, **options)
+
+    def _new_key(self):
+        if self.key is None:
+            return None
+        key, used = jax.random.split(get_value(self.key))
+        set_value(self.key, key)
+        return used
+
+
+class Linear(nnx.Linear):
+    """`flax.nnx.Linear` whose kernel gradient is Mem-AOP-GD's (arXiv 2110.09164).
+
+    The same parameters with the same initial values, the same outputs; the gradients of inputs and
+    bias are exact.
+
+    Args:
+      in_features: the inputs' last dimension.
+      out_features: the outputs' last dimension.
+      rows: the product of all dimensions of the layer's inputs but the last, in training.
+      config: what to compute of the kernel gradient; None is an exact layer.
+      rngs: as in `nnx.Linear`. The random policies take their key from the stream "mem_aop", or
+        the default one, which does not move on for it.
+      calls: how often the layer is called in a forward pass; each call has its memory.
+      **kwargs: as in `nnx.Linear`, all but `dot_general`. Unless `config.memory_dtype` says
+        otherwise, the memory has the dtype `dtype`, or else `param_dtype`.
+
+    Raises:
+      TypeError: `config` is neither a configuration nor None.
+      ValueError: `dot_general`, a configuration that does not fit `rows`, or no stream for a random
+        policy.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, mem_aop_jax as aop
+      >>> from flax import nnx
+      >>> config = aop.MemAOP(ratio=0.25)
+      >>> model = aop.nnx.Linear(3, 1, rows=8, config=config, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+      >>> @nnx.jit
+      ... def step(model, optimizer, x):
+      ...     loss_fn = lambda model: jnp.mean((model(x) - x.sum(1, keepdims=True)) ** 2)
+      ...     trained = nnx.DiffState(0, (nnx.Param, aop.nnx.Memory))
+      ...     loss, grads = nnx.value_and_grad(loss_fn, argnums=trained)(model)
+      ...     optimizer.update(model, aop.nnx.update_memory(model, grads))
+      ...     return loss
+      >>> losses = [step(model, optimizer, jnp.ones((8, 3))) for _ in range(3)]
+      >>> bool(losses[2] < losses[0])
+      True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rows: int,
+        config: MemAOP | None,
+        rngs: nnx.Rngs,
+        calls: int = 1,
+        **kwargs,
+    ):
+        checks.config("Linear", config)
+        if "dot_general" in kwargs:
+            raise ValueError(
+                "Linear: aop.nnx.Linear has a dot_general of its own; leave it unset, or use "
+                "flax.nnx.Linear."
+            )
+        super().__init__(in_features, out_features, rngs=rngs, **kwargs)
+        if config is None:
+            return
+        k = config.selected_rows(rows, "Linear")
+        layers = [Layer("Linear", rows, in_features, out_features, k)] * calls
+        dtype = self.param_dtype if self.dtype is None else self.dtype
+        self.dot_general = nnx.data(DotGeneral(config, layers, dtype, _key(config, rngs, "Linear")))
+
+
+def wrap(
+    model: nnx.Module,
+    config_or_rules: MemAOP | Sequence[tuple[str, MemAOP | None]],
+    *example_inputs,
+    rngs: nnx.Rngs | None = None,
+    **kwargs,
+) -> nnx.Module:
+    """Makes the `nnx.Linear` and `nnx.LinearGeneral` layers of a model approximate, in place.
+
+    Also those inside attention, and those that `nnx.vmap` stacked for an `nnx.scan`. Parameters and
+    outputs stay as they are. Layers with a `dot_general` of their own, and those that the call does
+    not reach, stay exact.
+
+    Args:
+      model: the model; it is changed only if nothing is wrong.
+      config_or_rules: a configuration for all dense layers, or rules: pairs of a regular
+        expression on the whole path of a layer ("encoder/mlp/linear"), and a configuration or None
+        for an exact layer. The first match wins; a layer without one is exact.
+      *example_inputs: inputs of the model, a batch of the training size. Nothing is computed.
+      rngs: where the random policies take their keys from, as in `Linear`.
+      **kwargs: further arguments of the model.
+
+    Returns:
+      The model.
+
+    Raises:
+      TypeError: no NNX module, or no configuration or rules.
+      ValueError: a bad regular expression, a rule that decides about no layer, a configuration that
+        does not fit a layer, or no `rngs` for a random policy.
+
+    Example:
+      >>> import jax.numpy as jnp, mem_aop_jax as aop
+      >>> from flax import nnx
+      >>> model = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
+      >>> rules = [("out", None), (".*", aop.MemAOP(ratio=0.25))]
+      >>> model = aop.nnx.wrap(model, rules, jnp.ones((3, 4, 8)))
+      >>> for layer in aop.nnx.layers(model):
+      ...     print(layer)
+      Layer(path='key', rows=12, in_features=8, out_features=8, k=3)
+      Layer(path='query', rows=12, in_features=8, out_features=8, k=3)
+      Layer(path='value', rows=12, in_features=8, out_features=8, k=3)
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"wrap: model is of type {type(model).__name__}, not an NNX module.")
+    rules = as_rules("wrap", config_or_rules)
+    calls = _calls(model, example_inputs, kwargs)
+    check_all_used("wrap", rules, list(calls))
+    products = {}
+    for path, layer in _stock_layers(model):
+        config = config_for(rules, path) if path in calls else None
+        if config is None:
+            continue
+        sizes = [
+            Layer(path, *call.sizes, config.selected_rows(call.sizes[0], path))
+            for call in calls[path]
+        ]
+        _, dtype, kernel_ndim = calls[path][0]
+        stack = layer.kernel.shape[: len(layer.kernel.shape) - kernel_ndim]
+        products[path] = DotGeneral(config, sizes, dtype, _key(config, rngs, path), stack)
+    for path, layer in _stock_layers(model):
+        if path in products:
+            layer.dot_general = nnx.data(products[path])
+    return model
+
+
+def layers(model: nnx.Module) -> list[Layer]:
+    """The approximate layers of a model. Of stacked layers, one stands for all."""
+    return [
+        layer._replace(path="/".join(map(str, path[:-1])))
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, DotGeneral)
+        for layer in node.layers
+    ]
+
+
+def update_memory(
+    model: nnx.Module,
+    grads: nnx.State,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    count: chex.Array | int = 0,
+) -> nnx.State:
+    """Puts the next memories into the model; returns the gradients for `nnx.Optimizer.update`.
+
+    What `aop.carry_memory` does for a functional training step: a layer that took no part in the
+    loss keeps its memory, and a learning-rate schedule rescales it.
+
+    Args:
+      model: the model, with the memories that the gradients were taken with.
+      grads: the gradients with respect to `nnx.DiffState(0, (nnx.Param, aop.nnx.Memory))`.
+      learning_rate: the optimizer's schedule, if it has one.
+      count: the number of updates before this one, `optimizer.step.value`, for the schedule.
+
+    Returns:
+      The gradients without those of the memories.
+
+    Raises:
+      ValueError: no gradient for a memory of the model; a layer with several memories that was not
+        called as often; a memory that was added up, scaled or averaged, as in `aop.carry_memory`.
+    """
+    new, others = nnx.split_state(grads, Memory, ...)
+    old = nnx.state(model, Memory)
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        raise ValueError(
+            f"update_memory: the model has {len(nnx.to_flat_state(old))} memories, the gradients "
+            f"have {len(nnx.to_flat_state(new))}. Differentiate with respect to both, nnx.grad("
+            "loss_fn, argnums=nnx.DiffState(0, (nnx.Param, aop.nnx.Memory)))(model), and pass the "
+            "gradients on unchanged."
+        )
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, DotGeneral) and node.call != 0:
+            name, node.call = "/".join(map(str, path[:-1])), 0
+            raise ValueError(
+                f"update_memory: {name} has memories for {len(node.layers)} calls in a forward "
+                "pass, and was called less or more often. Say calls= to aop.nnx.Linear, or wrap "
+                "the model with an example input that takes the same way through it."
+            )
+    factor = memory.rate_factor(learning_rate, jnp.asarray(count))
+    carry = functools.partial(memory.carried, "update_memory", factor=factor)
+    nnx.update(
+        model,
+        jax.tree.map(carry, old, new, is_leaf=lambda node: isinstance(node, memory.Memory)),
+    )
+    return others
+
+
+class _Call(NamedTuple):
+    sizes: tuple[int, int, int]
+    dtype: jnp.dtype
+    kernel_ndim: int  # of one layer, where several are stacked
+
+
+class _Recorder(nnx.Module):
+    """Stands in for a layer's `dot_general`, and hands on what it is called with."""
+
+    def __init__(self, record):
+        self.record = record
+        self.call = 0
+
+    def __call__(self, lhs, rhs, dimension_numbers, *args, **options):
+        self.record(self.call, lhs, rhs, dimension_numbers)
+        self.call += 1
+        return jax.lax.dot_general(lhs, rhs, dimension_numbers, *args, **options)
+
+
+def _calls(model, args, kwargs):
+    """For each path of a layer with approximable calls, what they are."""
+    calls = {}
+
+    def record(path, call, lhs, rhs, dimension_numbers):
+        if why_exact(lhs, rhs, dimension_numbers) is None:
+            checks.floating(path, lhs, rhs)
+            sizes = contraction_sizes(lhs, rhs, dimension_numbers)
+            calls.setdefault(path, {})[call] = _Call(sizes, lhs.dtype, rhs.ndim)
+
+    graph, state = nnx.split(model)
+
+    def run(state):
+        copy = nnx.merge(graph, state)
+        for path, layer in _stock_layers(copy):
+            layer.dot_general = nnx.data(_Recorder(functools.partial(record, path)))
+        copy(*args, **kwargs)
+
+    jax.eval_shape(run, state)
+    return {path: list(of_layer.values()) for path, of_layer in calls.items()}
+
+
+def _stock_layers(model):
+    """The dense layers without a `dot_general` of their own, with their paths."""
+    return [
+        ("/".join(map(str, path)), node)
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Linear | nnx.LinearGeneral)
+        and (node.dot_general is None or node.dot_general is jax.lax.dot_general)
+        and getattr(node, "dot_general_cls", None) is None
+    ]
+
+
+def _key(config, rngs, name):
+    """A key for a policy that may draw, from a stream that stays where it is."""
+    if not (config.needs_key or callable(config.policy)):
+        return None
+    streams = [] if rngs is None else [s for s in (RNG, "default") if s in rngs]
+    if streams:
+        stream = rngs[streams[0]]
+        key = jax.random.fold_in(get_value(stream.key), get_value(stream.count))
+        return jax.random.fold_in(key, zlib.crc32(f"{RNG}/{name}".encode()))
+    if config.needs_key:
+        raise ValueError(
+            f"{name}: policy {config.policy!r} draws at random and got no key. Pass rngs= with a "
+            "stream 'mem_aop' or a default one, for instance nnx.Rngs(0)."
+        )
+    return None
+
+
+def _memory_name(call):
+    return f"memory_{call}" if call else "memory"

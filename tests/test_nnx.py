@@ -1,0 +1,353 @@
+"""aop.nnx beside flax.nnx, and beside the same model in Linen."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import mem_aop_jax as aop
+from mem_aop_jax.compat import get_value
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+TRAINED = nnx.DiffState(0, (nnx.Param, aop.nnx.Memory))
+
+
+def inputs(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def loss_fn(model, x):
+    return jnp.mean(model(x) ** 2)
+
+
+def params_of(model):
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def memories_of(model):
+    """By path; those of a layer in the order of its calls."""
+    flat = nnx.to_flat_state(nnx.state(model, aop.nnx.Memory))
+    return {"/".join(map(str, path)): get_value(variable) for path, variable in flat}
+
+
+@nnx.jit
+def train_step(model, optimizer, x):
+    loss, grads = nnx.value_and_grad(loss_fn, argnums=TRAINED)(model, x)
+    optimizer.update(model, aop.nnx.update_memory(model, grads))
+    return loss
+
+
+@nnx.jit
+def exact_step(model, optimizer, x):
+    loss, grads = nnx.value_and_grad(loss_fn)(model, x)
+    optimizer.update(model, grads)
+    return loss
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_bias": False}, {"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}],
+    ids=lambda options: "-".join(options) or "default",
+)
+@pytest.mark.parametrize("policy", ["topk", "randk"])
+def test_a_drop_in_for_nnx_linear(policy, options):
+    """Initial values, also of the layer after it; outputs; at k = rows the gradients."""
+    x, ours_rngs, theirs_rngs = inputs(2, 4, 3), nnx.Rngs(0), nnx.Rngs(0)
+    config = aop.MemAOP(ratio=1.0, policy=policy)
+    ours = aop.nnx.Linear(3, 5, rows=8, config=config, rngs=ours_rngs, **options)
+    theirs = nnx.Linear(3, 5, rngs=theirs_rngs, **options)
+    chex.assert_trees_all_equal(params_of(ours), params_of(theirs))
+    assert ours_rngs() == theirs_rngs()
+    np.testing.assert_array_equal(ours(x), theirs(x))
+    grads = nnx.grad(loss_fn, argnums=TRAINED)(ours, x)
+    grads = nnx.to_pure_dict(aop.nnx.update_memory(ours, grads))
+    exact = nnx.to_pure_dict(nnx.grad(loss_fn)(theirs, x))
+    low = jnp.bfloat16 in options.values()
+    chex.assert_trees_all_close(grads, exact, rtol=2e-2 if low else 1e-5, atol=1e-6)
+    chex.assert_trees_all_equal_dtypes(grads, exact)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return x + jnp.tanh(self.linear(x))
+
+
+class Scanned(nnx.Module):
+    """A stack of blocks, each recomputed in the backward pass."""
+
+    def __init__(self, rngs):
+        make = nnx.split_rngs(splits=3)(nnx.vmap(Block, in_axes=0, out_axes=0))
+        self.blocks = make(rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def forward(block, x):
+            return nnx.remat(lambda block, x: block(x))(block, x)
+
+        return forward(self.blocks, x)
+
+
+class Ensemble(nnx.Module):
+    def __init__(self, rngs):
+        self.members = nnx.split_rngs(splits=3)(nnx.vmap(Block, in_axes=0, out_axes=0))(rngs)
+
+    def __call__(self, x):
+        return nnx.vmap(lambda block, x: block(x), in_axes=(0, None), out_axes=0)(self.members, x)
+
+
+class Tied(nnx.Module):
+    """One layer for two inputs of different lengths."""
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear(jnp.tanh(self.linear(x))[:, 1:])
+
+
+MODELS = {
+    "Linear": lambda rngs: nnx.Linear(8, 5, rngs=rngs),
+    "LinearGeneral": lambda rngs: nnx.LinearGeneral((4, 8), (2, 3), axis=(-2, -1), rngs=rngs),
+    "attention": lambda rngs: nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs),
+    "Sequential": lambda rngs: nnx.Sequential(
+        nnx.Linear(8, 16, rngs=rngs), nnx.BatchNorm(16, rngs=rngs), nnx.Linear(16, 2, rngs=rngs)
+    ),
+    "scan of remat": Scanned,
+    "vmap": Ensemble,
+    "tied": Tied,
+}
+PATHS = {
+    "Linear": [""],
+    "LinearGeneral": [""],
+    "attention": ["key", "out", "query", "value"],
+    "Sequential": ["layers/0", "layers/2"],
+    "scan of remat": ["blocks/linear"],
+    "vmap": ["members/linear"],
+    "tied": ["linear", "linear"],
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_wrapped_model_is_the_model(name):
+    """Three steps at k = rows, and evaluation of any batch size."""
+    x = inputs(3, 4, 8)
+    theirs = MODELS[name](nnx.Rngs(0))
+    ours = aop.nnx.wrap(MODELS[name](nnx.Rngs(0)), aop.MemAOP(ratio=1.0), x)
+    assert [layer.path for layer in aop.nnx.layers(ours)] == PATHS[name]
+    chex.assert_trees_all_equal(params_of(ours), params_of(theirs))
+    optimizers = [nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param) for model in (ours, theirs)]
+    for seed in range(3):
+        x = inputs(3, 4, 8, seed=seed)
+        train_step(ours, optimizers[0], x)
+        exact_step(theirs, optimizers[1], x)
+        chex.assert_trees_all_close(params_of(ours), params_of(theirs), rtol=1e-3, atol=1e-5)
+    assert all(np.all(memory.uses == 1) for memory in memories_of(ours).values())
+    for model in (ours, theirs):
+        model.eval()
+    np.testing.assert_allclose(ours(x[:1]), theirs(x[:1]), rtol=1e-3, atol=1e-5)
+
+
+def test_every_layer_and_every_step_draws_its_own_rows():
+    config = aop.MemAOP(ratio=0.25, policy="randk")
+    model = nnx.Sequential(*(MODELS[name](nnx.Rngs(0)) for name in ("scan of remat", "attention")))
+    model, x = aop.nnx.wrap(model, config, inputs(3, 16, 8), rngs=nnx.Rngs(1)), inputs(3, 16, 8)
+    seen = set()
+    for _ in range(2):
+        nnx.update(model, nnx.grad(loss_fn, argnums=nnx.DiffState(0, aop.nnx.Memory))(model, x))
+        for memory in memories_of(model).values():
+            waiting = memory.inputs.any(axis=-1).reshape(-1, 48)
+            assert (waiting.sum(axis=1) == 36).all()
+            seen |= set(map(tuple, waiting.tolist()))
+            nnx.update(model, nnx.state(model, aop.nnx.Memory))
+    assert len(seen) > 7  # 7 layers, two steps; memory of the first step mixes with the second
+
+
+def test_the_same_run_as_in_linen():
+    """The same weights, a schedule and Adam; also a wrapped model and one of aop.nnx.Linear."""
+    config = aop.MemAOP(ratio=0.25)
+    schedule = optax.cosine_decay_schedule(0.05, 20)
+    batches = [inputs(16, 6, seed=seed) for seed in range(12)]
+
+    linen = nn.Sequential(
+        [aop.linen.Dense(8, config=config), nn.tanh, aop.linen.Dense(2, config=config)]
+    )
+    variables = linen.init(jax.random.key(0), batches[0])
+    params, memory = variables["params"], variables[aop.linen.COLLECTION]
+    tx = optax.chain(aop.carry_memory(memory, schedule), optax.adam(schedule))
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def linen_step(params, opt_state, x):
+        def of_variables(params, memory):
+            return loss_fn(
+                lambda x: linen.apply({"params": params, aop.linen.COLLECTION: memory}, x), x
+            )
+
+        grads, memory = jax.grad(of_variables, argnums=(0, 1))(params, aop.get_memory(opt_state))
+        updates, opt_state = tx.update(grads, opt_state, params, memory=memory)
+        return optax.apply_updates(params, updates), opt_state
+
+    def build(linear):
+        model = nnx.Sequential(
+            linear(6, 8, rngs=nnx.Rngs(0)), jnp.tanh, linear(8, 2, rngs=nnx.Rngs(0))
+        )
+        for i, layer in ((0, "layers_0"), (2, "layers_2")):
+            nnx.update(model.layers[i], nnx.State(jax.tree.map(nnx.Param, dict(params[layer]))))
+        return model
+
+    ours = build(lambda *sizes, rngs: aop.nnx.Linear(*sizes, rows=16, config=config, rngs=rngs))
+    wrapped = aop.nnx.wrap(build(nnx.Linear), config, batches[0])
+    optimizers = [nnx.Optimizer(m, optax.adam(schedule), wrt=nnx.Param) for m in (ours, wrapped)]
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        grads = nnx.grad(loss_fn, argnums=TRAINED)(model, x)
+        count = get_value(optimizer.step)
+        optimizer.update(model, aop.nnx.update_memory(model, grads, schedule, count))
+
+    for x in batches:
+        params, opt_state = linen_step(params, opt_state, x)
+        for model, optimizer in zip((ours, wrapped), optimizers, strict=True):
+            step(model, optimizer, x)
+    carried = aop.get_memory(opt_state)
+    for model in (ours, wrapped):
+        trained, memories = params_of(model)["layers"], memories_of(model)
+        for i in (0, 2):
+            chex.assert_trees_all_close(trained[i], params[f"layers_{i}"], rtol=1e-4, atol=1e-6)
+            chex.assert_trees_all_close(
+                memories[f"layers/{i}/dot_general/memory"],
+                carried[f"layers_{i}"]["memory"],
+                rtol=1e-4,
+                atol=1e-6,
+            )
+
+
+def test_rules_and_layers():
+    config, other = aop.MemAOP(ratio=0.5), aop.MemAOP(k=2)
+    model = nnx.Sequential(*(MODELS[name](nnx.Rngs(0)) for name in ("attention", "Linear")))
+    rules = [("layers/0/(key|query)", None), ("layers/0/.*", other), ("layers/1", config)]
+    aop.nnx.wrap(model, rules, inputs(3, 4, 8))
+    assert aop.nnx.layers(model) == [
+        ("layers/0/out", 12, 8, 8, 2),
+        ("layers/0/value", 12, 8, 8, 2),
+        ("layers/1", 12, 8, 5, 6),
+    ]
+    assert model.layers[0].key.dot_general is None
+
+
+def test_a_layer_with_a_product_of_its_own_stays():
+    def product(*args, **options):
+        return jax.lax.dot_general(*args, **options)
+
+    model = nnx.Sequential(
+        nnx.Linear(8, 8, dot_general=product, rngs=nnx.Rngs(0)),
+        aop.nnx.Linear(8, 8, rows=12, config=aop.MemAOP(k=3), rngs=nnx.Rngs(0)),
+        nnx.Linear(8, 8, rngs=nnx.Rngs(0)),
+    )
+    aop.nnx.wrap(model, aop.MemAOP(k=2), inputs(3, 4, 8))
+    assert [(layer.path, layer.k) for layer in aop.nnx.layers(model)] == [
+        ("layers/1", 3),
+        ("layers/2", 2),
+    ]
+    assert model.layers[0].dot_general is product
+
+
+def test_a_layer_out_of_use_keeps_its_memory():
+    layers = {
+        n: aop.nnx.Linear(3, 3, rows=8, config=aop.MemAOP(k=2), rngs=nnx.Rngs(0)) for n in "ab"
+    }
+    model, x = nnx.Dict(layers), inputs(8, 3)
+
+    def step(used):
+        grads = nnx.grad(lambda m: sum(loss_fn(m[n], x) for n in used), argnums=TRAINED)(model)
+        aop.nnx.update_memory(model, grads)
+        return memories_of(model)
+
+    before, after = step("ab"), step("a")
+    chex.assert_trees_all_equal(
+        after["b/dot_general/memory"][:2], before["b/dot_general/memory"][:2]
+    )
+    assert after["b/dot_general/memory"].uses == 0
+    assert (after["a/dot_general/memory"].inputs != before["a/dot_general/memory"].inputs).any()
+
+
+def test_evaluation_mode():
+    model, x = aop.nnx.Linear(3, 5, rows=8, config=aop.MemAOP(k=2), rngs=nnx.Rngs(0)), inputs(9, 3)
+    with pytest.raises(ValueError, match=r"Linear: memory.inputs has shape \(8, 3\).*9 rows"):
+        model(x)
+    model.eval()
+    assert model(x).shape == (9, 5)
+    with pytest.raises(ValueError, match=r"without its memory.*model.train\(\) switches it on"):
+        nnx.grad(loss_fn)(model, x)
+    model.train()
+    nnx.grad(loss_fn)(model, x[:8])
+
+
+def test_training_compiles_once():
+    model = aop.nnx.wrap(
+        Tied(nnx.Rngs(0)),
+        aop.MemAOP(ratio=0.25, policy="weightedk"),
+        inputs(3, 4, 8),
+        rngs=nnx.Rngs(1),
+    )
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    traces = []
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        traces.append(1)
+        train_step(model, optimizer, x)
+
+    for _ in range(10):
+        step(model, optimizer, inputs(3, 4, 8))
+    assert len(traces) == 1
+
+
+def test_errors():
+    rngs, x, config = nnx.Rngs(0), inputs(3, 4, 8), aop.MemAOP(k=2)
+    model = MODELS["attention"](rngs)
+    with pytest.raises(TypeError, match=r"model is of type Dense, not an NNX module"):
+        aop.nnx.wrap(nn.Dense(3), config, x)
+    with pytest.raises(TypeError, match=r"wrap: got 'out'; it must be an aop.MemAOP, or a list"):
+        aop.nnx.wrap(model, "out", x)
+    with pytest.raises(
+        ValueError, match=r"'heads' matches no dense layer.*'query', 'key', 'value', 'out'"
+    ):
+        aop.nnx.wrap(model, [("out", config), ("heads", config)], x)
+    with pytest.raises(ValueError, match=r"out: k=99 outer products asked of a batch of 12 rows"):
+        aop.nnx.wrap(model, [("key", config), ("out", aop.MemAOP(k=99))], x)
+    with pytest.raises(ValueError, match=r"key: policy 'randk' draws at random.*nnx.Rngs\(0\)"):
+        aop.nnx.wrap(model, aop.MemAOP(k=2, policy="randk"), x)
+    assert aop.nnx.layers(model) == []  # nothing was changed
+    with pytest.raises(ValueError, match=r"aop.nnx.Linear has a dot_general of its own"):
+        aop.nnx.Linear(3, 5, rows=8, config=config, rngs=rngs, dot_general=jax.lax.dot_general)
+    with pytest.raises(TypeError, match="config is of type int"):
+        aop.nnx.Linear(3, 5, rows=8, config=3, rngs=rngs)
+    with pytest.raises(ValueError, match=r"k=2 outer products .* batch of 1 rows"):
+        aop.nnx.Linear(3, 5, rows=1, config=config, rngs=rngs)
+    with pytest.raises(ValueError, match=r"policy 'randk' .* stream 'mem_aop' or a default one"):
+        aop.nnx.Linear(
+            3, 5, rows=8, config=aop.MemAOP(k=2, policy="randk"), rngs=nnx.Rngs(params=0)
+        )
+
+
+def test_gradients_that_do_not_fit_the_memories():
+    layer = aop.nnx.Linear(3, 3, rows=8, config=aop.MemAOP(k=2), rngs=nnx.Rngs(0))
+    x = inputs(8, 3)
+    with pytest.raises(ValueError, match=r"has 1 memories, the gradients have 0. Differentiate"):
+        aop.nnx.update_memory(layer, nnx.grad(loss_fn)(layer, x))
+    twice = nnx.grad(lambda layer: loss_fn(layer, layer(x)), argnums=TRAINED)(layer)
+    with pytest.raises(ValueError, match=r"update_memory: the new memory has uses=2.0"):
+        aop.nnx.update_memory(layer, twice)
+    layer = aop.nnx.Linear(3, 3, rows=8, config=aop.MemAOP(k=2), rngs=nnx.Rngs(0), calls=2)
+    once = nnx.grad(loss_fn, argnums=TRAINED)(layer, x)
+    with pytest.raises(ValueError, match=r"memories for 2 calls in a forward pass, and was called"):
+        aop.nnx.update_memory(layer, once)
