@@ -132,8 +132,7 @@ def test_another_batch_size_starts_the_memory_anew(tmp_path):
         step(restored, 6)
 
     empty = aop.get_memory(larger["opt_state"])
-    carried, adam = restored["opt_state"]
-    opt_state = (carried._replace(memory=empty), adam)
+    opt_state = aop.replace_memory(restored["opt_state"], empty)
     after, _ = step(restored | {"opt_state": opt_state}, 6)
 
     @jax.jit

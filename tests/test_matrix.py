@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export as jax_export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mem_aop_jax as aop
@@ -326,7 +327,7 @@ def export(way):
         return jax.tree.leaves(grads)
 
     args = params, tuple(memory), x
-    exported = jax.export.export(jax.jit(of_leaves), platforms=["cpu", "cuda", "tpu"])(*args)
+    exported = jax_export.export(jax.jit(of_leaves), platforms=["cpu", "cuda", "tpu"])(*args)
     assert exported.platforms == ("cpu", "cuda", "tpu")
     same(exported.call(*args), gradients(reference)(params, memory, x))
 
@@ -362,7 +363,7 @@ def test_a_cell(way, column):
 def test_forward_mode_is_an_error_that_says_so(way, forward):
     model, _, params, memory, x = setup(way)
     params, memory = like(model.params, params), like(model.memory, memory)
-    with pytest.raises(TypeError, match="can't apply forward-mode differentiation"):
+    with pytest.raises(TypeError, match=r"can't apply forward-mode"):
         forward(lambda params: model.apply(params, memory, x))(params)
 
 

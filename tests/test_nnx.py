@@ -261,13 +261,18 @@ def test_a_layer_with_a_product_of_its_own_stays():
 
 
 def test_a_layer_out_of_use_keeps_its_memory():
-    layers = {
-        n: aop.nnx.Linear(3, 3, rows=8, config=aop.MemAOP(k=2), rngs=nnx.Rngs(0)) for n in "ab"
-    }
-    model, x = nnx.Dict(layers), inputs(8, 3)
+    class Two(nnx.Module):
+        def __init__(self):
+            config, rngs = aop.MemAOP(k=2), nnx.Rngs(0)
+            self.a = aop.nnx.Linear(3, 3, rows=8, config=config, rngs=rngs)
+            self.b = aop.nnx.Linear(3, 3, rows=8, config=config, rngs=rngs)
+
+    model, x = Two(), inputs(8, 3)
 
     def step(used):
-        grads = nnx.grad(lambda m: sum(loss_fn(m[n], x) for n in used), argnums=TRAINED)(model)
+        grads = nnx.grad(lambda m: sum(loss_fn(getattr(m, n), x) for n in used), argnums=TRAINED)(
+            model
+        )
         aop.nnx.update_memory(model, grads)
         return memories_of(model)
 

@@ -36,14 +36,9 @@ ENVIRONMENT = {
     importlib.util.find_spec("libtpu") is None,
     reason='the TPU compiler is not installed: pip install "jax[tpu]"',
 )
-@pytest.mark.parametrize(
-    ("partitioning", "share"),
-    [
-        ("shard_map", SHARE),  # each device chooses K/4 of its M/4 rows
-        ("automatic", DEVICES * SHARE),  # K of all M, and each device multiplies K
-    ],
-)
-def test_a_sharded_training_step_for_tpu(partitioning, share):
+@pytest.mark.parametrize("partitioning", ["shard_map", "automatic"])
+def test_a_sharded_training_step_for_tpu(partitioning):
+    """Every device chooses K/4 of its own M/4 rows, automatically by a group for each."""
     root = pathlib.Path(__file__).parents[1]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     process = subprocess.run(
@@ -57,7 +52,7 @@ def test_a_sharded_training_step_for_tpu(partitioning, share):
 
     product = 2 * ROWS / DEVICES * WIDTH**2
     assert exact["flops"] == pytest.approx(5 * product, rel=0.03)  # 2 forward, 1 dX, 2 dW
-    assert ours["flops"] < 1.05 * (3 + 2 * share) * product
+    assert ours["flops"] < 1.05 * (3 + 2 * SHARE) * product
 
     assert ours["memory"] == 2 * 2 * ROWS / DEVICES * WIDTH * jnp.dtype(jnp.bfloat16).itemsize
     for step in (exact, ours):
@@ -69,7 +64,7 @@ def compile_step(partitioning, config):
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2x1").devices
     assert len(devices) == DEVICES
     mesh = Mesh(np.array(devices), ("data",))
-    rows, everywhere = PartitionSpec("data"), PartitionSpec()
+    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (["data"], []))
 
     layers = [aop.linen.Dense(WIDTH, dtype=jnp.bfloat16, config=config) for _ in range(2)]
     model = nn.Sequential([layers[0], nn.relu, layers[1]])
@@ -88,15 +83,11 @@ def compile_step(partitioning, config):
         return optax.apply_updates(params, updates), opt_state
 
     state = params, tx.init(params)
-    carried, adam = jax.tree.map(lambda leaf: everywhere, state[1])
-    carried = carried._replace(
-        memory=jax.tree.map(lambda leaf: rows if leaf.ndim else everywhere, memory)
-    )
-    specs = everywhere, (carried, adam)
+    shardings = everywhere, aop.state_shardings(tx, params, everywhere, rows)
     if partitioning == "shard_map":
-        step = jax.shard_map(step, mesh=mesh, in_specs=(*specs, rows), out_specs=specs)
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (*specs, rows))
-    step = jax.jit(step, in_shardings=shardings, donate_argnums=(0, 1))
+        specs = jax.tree.map(lambda sharding: sharding.spec, (*shardings, rows))
+        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=specs[:2])
+    step = jax.jit(step, in_shardings=(*shardings, rows), donate_argnums=(0, 1))
     compiled = step.lower(*jax.eval_shape(lambda: (*state, x))).compile()
 
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(memory) if leaf.ndim)
@@ -109,5 +100,6 @@ def compile_step(partitioning, config):
 
 
 if __name__ == "__main__":
-    configs = (None, aop.MemAOP(ratio=SHARE))
+    groups = DEVICES if sys.argv[1] == "automatic" else 1
+    configs = (None, aop.MemAOP(ratio=SHARE, groups=groups))
     print(json.dumps([compile_step(sys.argv[1], config) for config in configs]))

@@ -280,6 +280,42 @@ def test_exactly_one_carry_memory(count):
         aop.get_memory(tx.init(kernel))
 
 
+@pytest.mark.parametrize("where", ["chain", "apply_if_finite"])
+def test_replace_memory(where):
+    """For another batch size; everything else in the state stays."""
+    x, kernel, memory = setup()
+    tx = optax.chain(aop.mem_aop_sgd(optax.linear_schedule(0.1, 0.05, 10), memory, momentum=0.9))
+    tx = optax.apply_if_finite(tx, 3) if where == "apply_if_finite" else tx
+    step, _ = make_step(tx)
+    params, state = step(kernel, tx.init(kernel), x)
+    empty = aop.init_memory(CONFIG, 2 * M, N, P)
+    new = aop.replace_memory(state, empty)
+    chex.assert_trees_all_equal(aop.get_memory(new), empty)
+    chex.assert_trees_all_equal(aop.replace_memory(new, aop.get_memory(state)), state)
+    _, after = step(params, new, jnp.concatenate([x, x]))
+    assert aop.get_memory(after).inputs.any()
+    with pytest.raises(TypeError, match=r"leaf of type int"):
+        aop.replace_memory(state, {"a": 3})
+
+
+def test_carry_memory_inside_multi_steps():
+    _, kernel, memory = setup()
+    tx = optax.MultiSteps(aop.mem_aop_sgd(0.1, memory), 2)
+    with pytest.raises(ValueError, match=r"inside optax.MultiSteps, which drops the memory of all"):
+        aop.get_memory(tx.init(kernel))
+    tx = optax.chain(aop.carry_memory(memory), optax.MultiSteps(optax.sgd(0.1), 2))
+    chex.assert_trees_all_equal(aop.get_memory(tx.init(kernel)), memory)
+
+
+def test_an_abstract_memory():
+    _, kernel, memory = setup()
+    abstract = jax.eval_shape(lambda: memory)
+    with pytest.raises(TypeError, match=r"memory given is abstract .* jax.eval_shape\(lambda"):
+        aop.carry_memory(abstract).init(kernel)
+    target = jax.eval_shape(lambda params: aop.mem_aop_sgd(0.1, memory).init(params), kernel)
+    chex.assert_trees_all_equal(aop.get_memory(target), abstract)
+
+
 @pytest.mark.parametrize("misuse", ["summed", "scaled"])
 def test_a_memory_that_was_added_up_does_not_pass_unnoticed(misuse):
     x, kernel, memory = setup()
