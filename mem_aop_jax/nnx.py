@@ -230,7 +230,7 @@ def update_memory(
       model: the model, with the memories that the gradients were taken with.
       grads: the gradients with respect to `nnx.DiffState(0, (nnx.Param, aop.nnx.Memory))`.
       learning_rate: the optimizer's schedule, if it has one.
-      count: the number of updates before this one, `optimizer.step.value`, for the schedule.
+      count: the number of updates before this one, `optimizer.step[...]`, for the schedule.
 
     Returns:
       The gradients without those of the memories.

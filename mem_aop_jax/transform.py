@@ -192,8 +192,8 @@ def state_shardings(
       >>> rows, everywhere = (NamedSharding(mesh, PartitionSpec(*s)) for s in (["data"], []))
       >>> shardings = aop.state_shardings(tx, kernel, everywhere, rows)
       >>> opt_state = jax.jit(tx.init, out_shardings=shardings)(kernel)
-      >>> aop.get_memory(opt_state).inputs.sharding.spec
-      PartitionSpec('data',)
+      >>> tuple(aop.get_memory(opt_state).inputs.sharding.spec)
+      ('data',)
     """
     mesh = batch_sharding.mesh
     replicated = NamedSharding(mesh, PartitionSpec())

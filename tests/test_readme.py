@@ -35,11 +35,18 @@ def test_the_first_example_has_ten_lines():
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_the_code_runs(number):
-    check = {
-        0: "assert loss_fn(state.params) < 1e-3",
-        1: "assert loss < 5 and prediction.shape == (1, 1)",
-        2: "assert flops < 0.72 * exact_flops",
-    }[number]
+    check = [
+        "assert loss_fn(state.params) < 1e-3",
+        "assert loss < 5 and prediction.shape == (1, 1)",
+        "assert layer.k == 32 and y.shape == (1, 16, 32)\n"
+        "assert loss_fn(state.params) < loss_fn(variables)",
+        "",
+        "assert losses[-1] < 0.1 * losses[0] and prediction.shape == (1, 1)",
+        "assert abs(kernel).max() > 0 and memory.uses == 1",
+        "assert aop.get_memory(opt_state)['memory'].inputs.sharding.is_equivalent_to(rows, 2)",
+        "assert aop.get_memory(opt_state)['memory'].inputs.shape == (256, 16)",
+        "assert flops < 0.72 * exact_flops",
+    ][number]
     run(BLOCKS[number] + check)
 
 
