@@ -13,7 +13,6 @@ is returned as the cotangent of the memory, so every JAX transform of a gradient
 
 import functools
 import math
-import warnings
 from typing import NamedTuple
 
 import chex
@@ -25,6 +24,14 @@ from jax.sharding import AxisType
 from mem_aop_jax import checks
 from mem_aop_jax.compat import vary, varying_axes
 from mem_aop_jax.config import MemAOP
+from mem_aop_jax.contractions import (
+    as_kernel,
+    as_rows,
+    as_static,
+    contraction_sizes,
+    warn_once,
+    why_exact,
+)
 from mem_aop_jax.memory import Memory, wide
 from mem_aop_jax.policies import POLICIES, row_scores
 
@@ -85,7 +92,7 @@ _kernel_term.defvjp(_forward, _backward)
 
 def _weight_gradient(layer, kernel, x, g, memory, key):
     """dW and the next memory. Inside, all rows are `(groups, rows of a group, features)`."""
-    x, g = _as_rows(layer, x, g)
+    x, g = as_rows(layer.dimension_numbers, layer.config.groups, x, g)
     kept = memory and memory._replace(
         inputs=memory.inputs.reshape(x.shape), cotangents=memory.cotangents.reshape(g.shape)
     )
@@ -112,7 +119,7 @@ def _weight_gradient(layer, kernel, x, g, memory, key):
         precision=layer.precision,
         preferred_element_type=max(wide(xs.dtype), wide(gs.dtype)),  # of mixed inputs, the wider
     )
-    dw = _as_kernel(layer, dw.astype(kernel.dtype), kernel)
+    dw = as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape)
 
     if memory is None:
         return dw, None
@@ -241,50 +248,8 @@ def dot_general(
     if memory is not None:
         sizes = contraction_sizes(lhs, rhs, dimension_numbers)
         memory = checks.memory(name, config, lhs, sizes, memory)
-    hashable_numbers = jax.tree.map(
-        int, tuple(tuple(map(tuple, dims)) for dims in dimension_numbers)
-    )
-    layer = _Layer(config, hashable_numbers, precision, name)
+    layer = _Layer(config, as_static(dimension_numbers), precision, name)
     return _product(layer, lhs, rhs, memory, key, **options)
-
-
-def contraction_sizes(
-    lhs: chex.Array, rhs: chex.Array, dimension_numbers: lax.DotDimensionNumbers
-) -> tuple[int, int, int]:
-    """(rows, in_features, out_features) of a contraction without batch dimensions."""
-    (lhs_contracting, rhs_contracting), _ = dimension_numbers
-    lhs, rhs = jnp.shape(lhs), jnp.shape(rhs)
-    rows = math.prod(size for d, size in enumerate(lhs) if d not in lhs_contracting)
-    in_features = math.prod(lhs[d] for d in lhs_contracting)
-    out_features = math.prod(size for d, size in enumerate(rhs) if d not in rhs_contracting)
-    return rows, in_features, out_features
-
-
-def why_exact(
-    lhs: chex.Array,
-    rhs: chex.Array,
-    dimension_numbers: lax.DotDimensionNumbers,
-    memory: Memory | None = None,
-    kernel_shape: tuple[int, ...] | None = None,
-) -> str | None:
-    """Why a contraction is no dense layer, or None; the kernel is told by a memory or its shape."""
-    _, (lhs_batch, _) = dimension_numbers
-    if len(lhs_batch):
-        return "it has batch dimensions, and Mem-AOP needs one kernel for all rows."
-    rows, in_features, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
-    swapped = (out_features, in_features), (out_features, rows)
-    if isinstance(memory, Memory):
-        on_the_left = swapped == tuple(map(jnp.shape, memory[:2])) and rows != out_features
-    else:
-        on_the_left = jnp.shape(rhs) != kernel_shape == jnp.shape(lhs)
-    if on_the_left:
-        return "its kernel is the left operand; swap the operands and transpose the result."
-    return None
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
 
 
 # ---- the steps of the backward rule
@@ -300,26 +265,6 @@ def _automatic(rule, like):
         return rule
     shardings = jax.tree.unflatten(jax.tree.structure(like), types)
     return jax.sharding.auto_axes(rule, out_sharding=shardings)
-
-
-def _as_rows(layer, x, g):
-    """x and g as `(groups, rows of a group, in_features)` and `(..., out_features)`."""
-    (contracting, _), _ = layer.dimension_numbers
-    groups = layer.config.groups
-    free = [d for d in range(x.ndim) if d not in contracting]
-    in_features = math.prod(x.shape[d] for d in contracting)
-    rows = math.prod(x.shape[d] for d in free)
-    out_shape = g.shape[len(free) :]
-    x = x.transpose(*free, *contracting).reshape(groups, rows // groups, in_features)
-    return x, g.reshape(groups, rows // groups, math.prod(out_shape))
-
-
-def _as_kernel(layer, dw, kernel):
-    """dw `(in_features, out_features)` in the shape of the kernel."""
-    (_, contracting), _ = layer.dimension_numbers
-    order = [*contracting, *(d for d in range(kernel.ndim) if d not in contracting)]
-    dw = dw.reshape([kernel.shape[d] for d in order])
-    return dw.transpose(sorted(range(kernel.ndim), key=order.__getitem__))
 
 
 def _join(memory, x, g, chosen=None):
@@ -349,10 +294,8 @@ def _write(memory, x, g, waiting, decay, after):
     x, g, waiting, _ = lax.optimization_barrier((x, g, waiting, after))
     xh, gh = (jnp.where(waiting[..., None], math.sqrt(decay) * a, 0) for a in _join(memory, x, g))
     uses = vary(jnp.ones_like(memory.uses), varying_axes(memory.uses))
-    if varying_axes(waiting) == varying_axes(uses):
-        uses = jnp.where(
-            jnp.any(waiting), uses, uses
-        )  # under vmap one per batch, so that a sum shows
+    if varying_axes(waiting) == varying_axes(uses):  # under vmap one per batch, so that a sum shows
+        uses = jnp.where(jnp.any(waiting), uses, uses)
     return Memory(
         inputs=xh.astype(memory.inputs.dtype),
         cotangents=gh.astype(memory.cotangents.dtype),

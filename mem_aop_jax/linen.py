@@ -15,7 +15,8 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
 from mem_aop_jax import checks
 from mem_aop_jax.config import MemAOP
-from mem_aop_jax.dense import contraction_sizes, dot_general, warn_once, why_exact
+from mem_aop_jax.contractions import contraction_sizes, warn_once, why_exact
+from mem_aop_jax.dense import dot_general
 from mem_aop_jax.memory import Memory, init_memory
 from mem_aop_jax.rules import Layer, Rules, as_rules, check_all_used, config_for
 
@@ -296,7 +297,9 @@ def _dot_general(
     memory = key = None
     owner = module.parent if isinstance(module, DotGeneral) else module
     kernel = owner.get_variable("params", "kernel") if isinstance(owner, nn.Module) else None
-    reason = config and why_exact(lhs, rhs, dimension_numbers, kernel_shape=jnp.shape(kernel))
+    reason = config and why_exact(
+        lhs, rhs, dimension_numbers, kernel_shape=getattr(kernel, "shape", None)
+    )
     if reason:
         warn_once(f"{_name(module)}: the contraction {dimension_numbers} runs exact: {reason}")
         config = None

@@ -15,7 +15,8 @@ from flax import nnx
 from mem_aop_jax import checks, memory
 from mem_aop_jax.compat import get_value, set_value
 from mem_aop_jax.config import MemAOP
-from mem_aop_jax.dense import contraction_sizes, dot_general, why_exact
+from mem_aop_jax.contractions import contraction_sizes, why_exact
+from mem_aop_jax.dense import dot_general
 from mem_aop_jax.rules import Layer, as_rules, check_all_used, config_for
 
 RNG = "mem_aop"  # nnx.Rngs(mem_aop=...), for the random policies; else the default stream

@@ -165,6 +165,40 @@ def test_jit_over_a_mesh(policy, kind, axis_type, groups):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+@pytest.mark.parametrize("split", ["out_features", "in_features"])
+def test_a_kernel_split_over_devices(split, axis_type):
+    """Tensor parallelism on a second axis of the mesh; where explicit axes ask for the output's
+    sharding, it is handed on."""
+    config = aop.MemAOP(k=4, groups=2)
+    rng = np.random.default_rng(0)
+    x, kernel, kept = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 6, 8), (8, 4), (24, 8))
+    )
+    memory = aop.init_memory(config, 24, 8, 4)._replace(inputs=kept)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    placed = functools.partial(NamedSharding, mesh)
+    rows, axis = placed(ROWS), "model" if split == "in_features" else None
+    of_x = placed(PartitionSpec("data", None, axis))
+    of_kernel = placed(PartitionSpec(axis, None if axis else "model"))
+    explicit = axis is not None and axis_type == AxisType.Explicit
+    options = {"out_sharding": rows} if explicit else {}
+
+    def loss(kernel, memory, x, **options):
+        numbers = (((2,), (0,)), ((), ()))
+        y = aop.dot_general(x, kernel, numbers, memory=memory, config=config, **options)
+        return jnp.sum(jnp.tanh(y) ** 2)
+
+    wanted = jax.jit(jax.grad(loss, argnums=(0, 1)))(kernel, memory, x)
+    memory = jax.tree.map(
+        lambda a: jax.device_put(a, rows if a.ndim else placed(EVERYWHERE)), memory
+    )
+    grad_fn = jax.jit(jax.grad(functools.partial(loss, **options), argnums=(0, 1)))
+    ours = grad_fn(jax.device_put(kernel, of_kernel), memory, jax.device_put(x, of_x))
+    chex.assert_trees_all_close(ours, wanted, rtol=1e-5, atol=1e-6)
+    assert ours[0].sharding.is_equivalent_to(of_kernel, 2)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_with_a_group_per_device_no_row_leaves_its_device(policy, axis_type):
     """Beside the sum of dW and the loss, only scores and flags travel."""

@@ -1,0 +1,79 @@
+"""Contractions as dense layers: what their rows and features are, and when they are none."""
+
+import functools
+import math
+import warnings
+
+import chex
+import jax.numpy as jnp
+from jax import lax
+
+from mem_aop_jax.memory import Memory
+
+
+def as_static(dimension_numbers: lax.DotDimensionNumbers) -> lax.DotDimensionNumbers:
+    """The same as tuples of ints, which are hashable."""
+    return tuple(tuple(tuple(map(int, dims)) for dims in pair) for pair in dimension_numbers)
+
+
+def contraction_sizes(
+    lhs: chex.Array, rhs: chex.Array, dimension_numbers: lax.DotDimensionNumbers
+) -> tuple[int, int, int]:
+    """(rows, in_features, out_features) of a contraction without batch dimensions."""
+    (lhs_contracting, rhs_contracting), _ = dimension_numbers
+    lhs, rhs = jnp.shape(lhs), jnp.shape(rhs)
+    rows = math.prod(size for d, size in enumerate(lhs) if d not in lhs_contracting)
+    in_features = math.prod(lhs[d] for d in lhs_contracting)
+    out_features = math.prod(size for d, size in enumerate(rhs) if d not in rhs_contracting)
+    return rows, in_features, out_features
+
+
+def why_exact(
+    lhs: chex.Array,
+    rhs: chex.Array,
+    dimension_numbers: lax.DotDimensionNumbers,
+    memory: Memory | None = None,
+    kernel_shape: tuple[int, ...] | None = None,
+) -> str | None:
+    """Why a contraction is no dense layer, or None; the kernel is told by a memory or its shape."""
+    _, (lhs_batch, _) = dimension_numbers
+    if len(lhs_batch):
+        return "it has batch dimensions, and Mem-AOP needs one kernel for all rows."
+    rows, in_features, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
+    swapped = (out_features, in_features), (out_features, rows)
+    if isinstance(memory, Memory):
+        on_the_left = swapped == tuple(map(jnp.shape, memory[:2])) and rows != out_features
+    else:
+        on_the_left = jnp.shape(rhs) != kernel_shape == jnp.shape(lhs)
+    if on_the_left:
+        return "its kernel is the left operand; swap the operands and transpose the result."
+    return None
+
+
+def as_rows(
+    dimension_numbers: lax.DotDimensionNumbers, groups: int, x: chex.Array, g: chex.Array
+) -> tuple[chex.Array, chex.Array]:
+    """x and g as `(groups, rows of a group, in_features)` and `(..., out_features)`."""
+    (contracting, _), _ = dimension_numbers
+    free = [d for d in range(x.ndim) if d not in contracting]
+    in_features = math.prod(x.shape[d] for d in contracting)
+    rows = math.prod(x.shape[d] for d in free)
+    out_shape = g.shape[len(free) :]
+    x = x.transpose(*free, *contracting).reshape(groups, rows // groups, in_features)
+    return x, g.reshape(groups, rows // groups, math.prod(out_shape))
+
+
+def as_kernel(
+    dimension_numbers: lax.DotDimensionNumbers, dw: chex.Array, shape: tuple[int, ...]
+) -> chex.Array:
+    """dw `(in_features, out_features)` in the shape of the kernel."""
+    (_, contracting), _ = dimension_numbers
+    order = [*contracting, *(d for d in range(len(shape)) if d not in contracting)]
+    dw = dw.reshape([shape[d] for d in order])
+    return dw.transpose(sorted(range(len(shape)), key=order.__getitem__))
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A warning where the user's call is; the same message never again."""
+    warnings.warn(message, stacklevel=4)
