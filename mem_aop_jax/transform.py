@@ -45,7 +45,8 @@ def carry_memory(
     Args:
       memory: any pytree of `Memory`, for instance the collection `aop.linen.COLLECTION`; None and
         an empty one are fine. The state starts from it, without a copy: a training step that
-        donates its state takes the buffers with it.
+        donates its state takes the buffers with it. `jax.ShapeDtypeStruct`s in place of arrays
+        stand for zeros, so that `jax.jit(tx.init, out_shardings=...)` makes them where they belong.
       learning_rate: the optimizer's schedule, if it has one, as a function of the number of
         updates. A constant changes nothing, and what `optax.inject_hyperparams` hands to the
         function it wraps is one: give the schedule to a `carry_memory` outside.
@@ -180,8 +181,8 @@ def state_shardings(
       batch_sharding: the sharding of the batch. Only its first axis counts: that of the rows.
 
     Returns:
-      A tree of `NamedSharding` like `tx.init(params)`. What belongs to no parameter and no row,
-      such as step counts, is replicated.
+      A tree of `NamedSharding` like `tx.init(params)`. What has neither a parameter's shape nor
+      rows, such as step counts and factored moments, is replicated.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mem_aop_jax as aop
@@ -207,11 +208,17 @@ def state_shardings(
         rows = NamedSharding(mesh, PartitionSpec(*stacked, *batch_sharding.spec[:1]))
         return Memory(rows, rows, replicated)
 
+    def as_the_parameter(leaf, param, sharding):
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
+        return sharding if jnp.shape(leaf) == jnp.shape(param) else replicated
+
     state = jax.eval_shape(tx.init, params)
     shardings = optax.tree_utils.tree_map_params(
         tx,
-        lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
+        as_the_parameter,
         state,
+        params,
         params_sharding,
         transform_non_params=lambda _: replicated,
         is_leaf=lambda node: isinstance(node, optax.MaskedNode),
@@ -231,11 +238,7 @@ def _is_memory(node):
 
 def _live_array(leaf):
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        raise TypeError(
-            f"carry_memory: the memory given is abstract ({leaf}). Give arrays, or build the "
-            "optimizer inside the function that is evaluated abstractly, "
-            "jax.eval_shape(lambda params: build(params).init(params), params)."
-        )
+        return jnp.zeros(leaf.shape, leaf.dtype)
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
         raise ValueError(
             "carry_memory: the memory given was donated to a training step and is gone; make it "
