@@ -13,7 +13,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTI
 
 DOCTESTS = """
 import doctest, importlib, pkgutil, mem_aop_jax
-names = [f"mem_aop_jax.{module.name}" for module in pkgutil.iter_modules(mem_aop_jax.__path__)]
+names = [module.name for module in pkgutil.walk_packages(mem_aop_jax.__path__, "mem_aop_jax.")]
 results = [doctest.testmod(importlib.import_module(name)) for name in names]
 assert sum(r.attempted for r in results) > 10 and not any(r.failed for r in results), results
 """
