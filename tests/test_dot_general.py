@@ -108,6 +108,53 @@ def test_batch_dimensions_run_exact_and_say_so_once():
         chex.assert_trees_all_equal(approximate, gradients(None))
 
 
+KERNEL_ON_THE_LEFT = (((0,), (1,)), ((), ()))  # (5, 3), (6, 5) -> (3, 6)
+
+
+def test_a_memory_for_swapped_operands_runs_exact_and_says_so_once():
+    config = aop.MemAOP(k=1)
+    x, kernel = arrays((6, 5), (5, 3))
+    memory = aop.init_memory(config, 6, 5, 3)
+    layer = functools.partial(aop.dot_general, dimension_numbers=KERNEL_ON_THE_LEFT, name="swapped")
+
+    def gradients(**options):
+        return jax.grad(lambda *a: layer(*a, **options).sum(), argnums=(0, 1))(kernel, x)
+
+    with pytest.warns(UserWarning, match="swapped: .* exact: its kernel is the left operand"):
+        approximate = gradients(config=config, memory=memory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients(config=config, memory=memory)
+        chex.assert_trees_all_equal(approximate, gradients())
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_module_with_its_kernel_on_the_left_runs_exact_and_says_so_once():
+    class KernelFirst(nn.Module):
+        dot_general_cls: type | None = None
+
+        @nn.compact
+        def __call__(self, x):
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), (5, 3))
+            product = self.dot_general_cls() if self.dot_general_cls else jax.lax.dot_general
+            return product(kernel, x, KERNEL_ON_THE_LEFT)
+
+    config = aop.MemAOP(k=1)
+    model = KernelFirst(functools.partial(aop.linen.DotGeneral, config=config))
+    (x,) = arrays((6, 5))
+    with pytest.warns(UserWarning, match="DotGeneral_0: .* exact: its kernel is the left operand"):
+        variables = model.init(jax.random.key(0), x)
+    assert list(variables) == ["params"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grads, exact = (
+            jax.grad(lambda v, m=m: jnp.sum(m.apply(v, x) ** 2))(variables)
+            for m in (model, KernelFirst())
+        )
+        chex.assert_trees_all_equal(grads, exact)
+        assert aop.linen.layers(model, jax.random.key(0), x) == []
+
+
 PRODUCT = functools.partial(aop.linen.DotGeneral, config=aop.MemAOP(ratio=1.0))
 LAYERS = {
     "Dense": lambda cls: nn.Dense(6, dot_general_cls=cls),

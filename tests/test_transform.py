@@ -233,6 +233,16 @@ def test_a_leaf_that_is_no_memory():
             aop.carry_memory(other)
 
 
+def test_integer_leaves():
+    """They would have no gradient to be the next memory; a Memory has none."""
+    x, kernel, memory = setup()
+    assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in memory)
+    for field in ("inputs", "uses"):
+        integer = memory._replace(**{field: getattr(memory, field).astype(jnp.int32)})
+        with pytest.raises((TypeError, ValueError), match=f"memory.{field} has .*dtype int32"):
+            aop.dense(x, kernel, integer, config=CONFIG)
+
+
 def test_stacked_memories_each_keep_their_own():
     """As nn.scan over layers stacks them; stacked as many as a row is wide."""
     _, kernel, memory = setup()
