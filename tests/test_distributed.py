@@ -210,8 +210,11 @@ def one_of_two_processes(process, port, path):
     ids=["adam", "sgd", "MultiSteps", "masked", "partition", "apply_if_finite", "adafactor"],
 )
 @pytest.mark.parametrize("sharded_params", [True, False])
-@pytest.mark.parametrize("stack", [(), (3,)], ids=["a layer", "stacked layers"])
-@pytest.mark.parametrize("batch_spec", [("data",), (("data", "model"), None)], ids=str)
+@pytest.mark.parametrize(
+    ("stack", "batch_spec"),
+    [((), ("data",)), ((3,), (("data", "model"), None))],
+    ids=["a layer", "stacked layers"],
+)
 def test_state_shardings(make_optimizer, sharded_params, stack, batch_spec):
     """Here the shape of an array tells what it is, and so where it belongs."""
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
