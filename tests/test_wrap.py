@@ -120,7 +120,12 @@ class OddParameters(nn.Module):
     def __call__(self, x):
         init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
         x = x * self.param("scales", lambda _: {"a": jnp.ones(4), "b": [(jnp.ones(4),)]})["a"]
-        return nn.Dense(4, kernel_init=init)(nn.WeightNorm(nn.Dense(4))(LowRank()(x)))
+        transpose = functools.partial(jax.tree.map, jnp.transpose)
+        initializing = self.is_initializing()
+        transposed = nn.map_variables(
+            nn.Dense, "params", transpose, transpose, init=initializing, mutable=True
+        )
+        return nn.Dense(4, kernel_init=init)(transposed(6)(LowRank()(x)))
 
 
 def stack(layer=Layer4, params=0, **axes):
@@ -202,8 +207,9 @@ def test_the_model_itself(name):
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
 
 
-@pytest.mark.parametrize("policy", ["topk", "weightedk", "randk"])
-@pytest.mark.parametrize("memory", ["rows", None])
+@pytest.mark.parametrize(
+    ("policy", "memory"), [("topk", "rows"), ("weightedk", "rows"), ("randk", None)]
+)
 def test_as_a_model_of_its_layers(policy, memory):
     config = aop.MemAOP(ratio=0.25, policy=policy, memory=memory)
     by_hand = MLP(functools.partial(aop.linen.Dense, config=config))
@@ -227,8 +233,15 @@ def check_equal(wrapped, by_hand):
         variables = variables | {COLLECTION: grads.get(COLLECTION, {})}
 
 
-@pytest.mark.parametrize("name", ["scan", "scan of remat", "vmap of Dense", "remat_scan"])
-@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+@pytest.mark.parametrize(
+    ("name", "make_key"),
+    [
+        ("scan of remat", jax.random.key),
+        ("scan", jax.random.PRNGKey),
+        ("vmap of Dense", jax.random.key),
+        ("remat_scan", jax.random.key),
+    ],
+)
 def test_random_policies_draw_for_each_layer_of_a_stack(name, make_key):
     wrapped = aop.linen.wrap(MODELS[name], aop.MemAOP(k=4, policy="randk"))
     variables = jit(wrapped.init)(KEY, X)
