@@ -1,7 +1,6 @@
 """All that differs between the supported versions of JAX and Flax."""
 
 import jax
-from flax import nnx
 
 
 def varying_axes(x) -> frozenset[str]:
@@ -22,12 +21,12 @@ def vary(x, axes: frozenset[str]):
     return jax.lax.pvary(x, new)  # jax < 0.9
 
 
-def get_value(variable: nnx.Variable):
+def get_value(variable):
     """What an NNX variable holds, a pytree."""
     return variable.get_value() if hasattr(variable, "get_value") else variable.value  # flax < 0.12
 
 
-def set_value(variable: nnx.Variable, value) -> None:
+def set_value(variable, value) -> None:
     """Puts a pytree into an NNX variable."""
     if hasattr(variable, "set_value"):
         variable.set_value(value)

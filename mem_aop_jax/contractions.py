@@ -39,9 +39,9 @@ def why_exact(
     _, (lhs_batch, _) = dimension_numbers
     if len(lhs_batch):
         return "it has batch dimensions, and Mem-AOP needs one kernel for all rows."
-    rows, in_features, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
-    swapped = (out_features, in_features), (out_features, rows)
     if isinstance(memory, Memory):
+        rows, in_features, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
+        swapped = (out_features, in_features), (out_features, rows)
         on_the_left = swapped == tuple(map(jnp.shape, memory[:2])) and rows != out_features
     else:
         on_the_left = jnp.shape(rhs) != kernel_shape == jnp.shape(lhs)

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from mem_aop_jax import checks, memory
+from mem_aop_jax.carry import carried, rate_factor
 from mem_aop_jax.compat import get_value, set_value
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.contractions import contraction_sizes, why_exact
@@ -54,13 +55,14 @@ class DotGeneral(nnx.Module):
             new = memory.init_memory(config, *sizes, dtype)
             if new is not None:
                 stacked = jax.tree.map(lambda a: jnp.broadcast_to(a, (*stack, *a.shape)), new)
-                setattr(self, _memory_name(call), Memory(stacked))
-        keys = key if key is None or not stack else jax.random.split(key, stack)
-        self.key = nnx.data(None if keys is None else nnx.RngKey(keys, tag=RNG))
+                setattr(self, memory.memory_name(call), Memory(stacked))
+        if key is not None and stack:
+            key = jax.random.split(key, stack)
+        self.key = nnx.data(None if key is None else nnx.RngKey(key, tag=RNG))
 
     def __call__(self, lhs: chex.Array, rhs: chex.Array, *args, **options) -> chex.Array:
         """`jax.lax.dot_general`, with the same arguments."""
-        layer, variable = self.layers[self.call], getattr(self, _memory_name(self.call), None)
+        layer, variable = self.layers[self.call], getattr(self, memory.memory_name(self.call), None)
         self.call = (self.call + 1) % len(self.layers)
         own = {"memory": None, "key": None}
         if not self.deterministic:
@@ -188,7 +190,7 @@ def wrap(
     rules = as_rules("wrap", config_or_rules)
     calls = _calls(model, example_inputs, kwargs)
     check_all_used("wrap", rules, list(calls))
-    products = {}
+    products = []
     for path, layer in _stock_layers(model):
         config = config_for(rules, path) if path in calls else None
         if config is None:
@@ -199,10 +201,10 @@ def wrap(
         ]
         _, dtype, kernel_ndim = calls[path][0]
         stack = layer.kernel.shape[: len(layer.kernel.shape) - kernel_ndim]
-        products[path] = DotGeneral(config, sizes, dtype, _key(config, rngs, path), stack)
-    for path, layer in _stock_layers(model):
-        if path in products:
-            layer.dot_general = nnx.data(products[path])
+        product = DotGeneral(config, sizes, dtype, _key(config, rngs, path), stack)
+        products.append((layer, product))
+    for layer, product in products:  # now that nothing is wrong
+        layer.dot_general = nnx.data(product)
     return model
 
 
@@ -257,8 +259,8 @@ def update_memory(
                 "pass, and was called less or more often. Say calls= to aop.nnx.Linear, or wrap "
                 "the model with an example input that takes the same way through it."
             )
-    factor = memory.rate_factor(learning_rate, jnp.asarray(count))
-    carry = functools.partial(memory.carried, "update_memory", factor=factor)
+    factor = rate_factor(learning_rate, jnp.asarray(count))
+    carry = functools.partial(carried, "update_memory", factor=factor)
     nnx.update(
         model,
         jax.tree.map(carry, old, new, is_leaf=lambda node: isinstance(node, memory.Memory)),
@@ -333,7 +335,3 @@ def _key(config, rngs, name):
             "stream 'mem_aop' or a default one, for instance nnx.Rngs(0)."
         )
     return None
-
-
-def _memory_name(call):
-    return f"memory_{call}" if call else "memory"

@@ -58,7 +58,8 @@ def as_rules(caller: str, config_or_rules: MemAOP | Sequence[tuple[str, MemAOP |
 
 def config_for(rules: Rules, path: str) -> MemAOP | None:
     """That of the first rule whose pattern matches the whole path; without one None."""
-    return next((config for pattern, config in rules if re.fullmatch(pattern, path)), None)
+    i = _decider(rules, path)
+    return None if i is None else rules[i][1]
 
 
 def check_all_used(caller: str, rules: Rules, paths: Sequence[str]) -> None:
@@ -67,9 +68,7 @@ def check_all_used(caller: str, rules: Rules, paths: Sequence[str]) -> None:
     Raises:
       ValueError: a rule that decides about none of the paths.
     """
-    deciders = {
-        next((i for i, (p, _) in enumerate(rules) if re.fullmatch(p, s)), -1) for s in paths
-    }
+    deciders = {_decider(rules, path) for path in paths}
     for i, (pattern, _) in enumerate(rules):
         matching = [path for path in paths if re.fullmatch(pattern, path)]
         if i in deciders or (matching and len(matching) == len(paths)):
@@ -83,3 +82,8 @@ def check_all_used(caller: str, rules: Rules, paths: Sequence[str]) -> None:
             f"{caller}: the rule for {pattern!r} {found}. The pattern must match the whole path, "
             f"and the first match wins. The layers are: {', '.join(map(repr, paths)) or 'none'}."
         )
+
+
+def _decider(rules, path):
+    """The index of the first rule that matches, or None."""
+    return next((i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, path)), None)

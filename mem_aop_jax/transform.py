@@ -1,5 +1,6 @@
 """Optax: the transform that carries the memory in the optimizer state."""
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mem_aop_jax.memory import Memory, carried, rate_factor
+from mem_aop_jax.carry import carried, rate_factor
+from mem_aop_jax.memory import Memory
 
 _MISSING = object()
 
@@ -95,12 +97,9 @@ def carry_memory(
             )
         _check_same_kind(state.memory, memory)
         factor = rate_factor(learning_rate, state.count)
-
-        def carry(old, new):
-            return carried("carry_memory", old, new, factor)
-
-        carried_on = jax.tree.map(carry, state.memory, memory, is_leaf=_is_memory)
-        return updates, CarryMemoryState(carried_on, optax.safe_increment(state.count))
+        carry = functools.partial(carried, "carry_memory", factor=factor)
+        memory = jax.tree.map(carry, state.memory, memory, is_leaf=_is_memory)
+        return updates, CarryMemoryState(memory, optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -18,7 +18,7 @@ from mem_aop_jax import checks
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.contractions import contraction_sizes, warn_once, why_exact
 from mem_aop_jax.dense import dot_general
-from mem_aop_jax.memory import Memory, init_memory
+from mem_aop_jax.memory import Memory, init_memory, memory_name
 from mem_aop_jax.rules import Layer
 
 COLLECTION = OVERWRITE_WITH_GRADIENT  # TrainState replaces its variables by their gradients
@@ -165,7 +165,6 @@ class Lent(NamedTuple):
 
 LENT = "mem_aop_"  # + the memory's name in COLLECTION
 
-
 _recorded = contextvars.ContextVar("the layers of a call, by path and memory", default=None)
 
 
@@ -207,7 +206,7 @@ def count_calls_together(scope: Scope, inner: Scope) -> None:
 def _memory_of_this_call(module, config, sizes, dtype, lend):
     """The memory for the n-th call of a module in this forward pass, and a key; None without."""
     calls = _calls.setdefault(module.scope.root, collections.Counter())
-    name = f"memory_{calls[module.path]}" if calls[module.path] else "memory"
+    name = memory_name(calls[module.path])
     calls[module.path] += 1
     recorded = _recorded.get()
     if recorded is not None:
