@@ -47,8 +47,7 @@ class _Layer(NamedTuple):
 
 def _product(layer, x, kernel, memory, key, **options):
     """X W: exact and differentiable in X as usual; what W contributes is left to `_kernel_term`."""
-    axes = frozenset().union(*map(varying_axes, jax.tree.leaves((x, memory, key))))
-    kernel = vary(kernel, axes)  # in shard_map: one kernel on all devices, its transpose sums dW
+    kernel = vary(kernel, _axes(x, memory, key))  # in shard_map: one kernel on all devices, its transpose sums dW
     y = lax.dot_general(
         x,
         lax.stop_gradient(kernel),
@@ -92,6 +91,7 @@ _kernel_term.defvjp(_forward, _backward)
 
 def _weight_gradient(layer, kernel, x, g, memory, key):
     """dW and the next memory. Inside, all rows are `(groups, rows of a group, features)`."""
+    x, g = (vary(a, _axes(x, g, memory, key)) for a in (x, g))  # one batch for many memories
     x, g = as_rows(layer.dimension_numbers, layer.config.groups, x, g)
     kept = memory and memory._replace(
         inputs=memory.inputs.reshape(x.shape), cotangents=memory.cotangents.reshape(g.shape)
@@ -253,6 +253,11 @@ def dot_general(
 
 
 # ---- the steps of the backward rule
+
+
+def _axes(*trees):
+    """The manual mesh axes over which any of the arrays differs from device to device."""
+    return frozenset().union(*map(varying_axes, jax.tree.leaves(trees)))
 
 
 def _automatic(rule, like):

@@ -263,3 +263,19 @@ def test_a_layer_out_of_use_in_shard_map():
     _, after = in_shard_map(step, memory)(kernel, memory, x, key=key)
     chex.assert_trees_all_equal(after[:2], memory[:2])
     assert after.uses == 0
+
+
+def test_one_batch_for_an_ensemble_over_devices():
+    """The batch is the same on all devices, kernels and memories are each device's own."""
+    config, kernel, memory, x, _ = setup("topk", "rows")
+    x = x[:M].at[0].set(jnp.inf)  # also a row that is lost
+    kernels = jnp.stack([kernel + d for d in range(2 * DEVICES)])
+    own = [jax.tree.map(lambda a, d=d: a[:M] + d if a.ndim else a, memory) for d in range(2 * DEVICES)]
+    memories = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
+
+    def member(kernel, memory):
+        return grad_fn(kernel, memory, x, None, config)
+
+    sharded = jax.shard_map(jax.vmap(member), mesh=mesh_of(), in_specs=ROWS, out_specs=ROWS)
+    expected = jax.vmap(member)(kernels, memories)
+    chex.assert_trees_all_close(jax.jit(sharded)(kernels, memories), expected, rtol=1e-5)
