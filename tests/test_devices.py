@@ -270,7 +270,9 @@ def test_one_batch_for_an_ensemble_over_devices():
     config, kernel, memory, x, _ = setup("topk", "rows")
     x = x[:M].at[0].set(jnp.inf)  # also a row that is lost
     kernels = jnp.stack([kernel + d for d in range(2 * DEVICES)])
-    own = [jax.tree.map(lambda a, d=d: a[:M] + d if a.ndim else a, memory) for d in range(2 * DEVICES)]
+    own = [
+        jax.tree.map(lambda a, d=d: a[:M] + d if a.ndim else a, memory) for d in range(2 * DEVICES)
+    ]
     memories = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
 
     def member(kernel, memory):

@@ -1,0 +1,391 @@
+"""Reproduce the experiments of arXiv 2110.09164, and compare with the published figures.
+
+One dense layer, plain SGD, three policies with and without memory at three sizes of K, and the
+exact gradient: 19 configurations a data set, ten runs each, in DIR/results.json, as a table, and as
+the paper's figures. A run that was stopped goes on with the configuration that it had reached.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import pathlib
+import time
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, PartitionSpec
+
+import mem_aop_jax as aop
+
+try:
+    import paper_data
+    import paper_report
+    from tqdm import tqdm
+except ImportError as error:
+    raise SystemExit(
+        f"{error}. Install the examples' packages: pip install '.[examples]'"
+    ) from None
+
+POLICIES = ("randk", "weightedk", "topk")
+CONTROL = "uniform"
+
+
+class Experiment(NamedTuple):
+    """What differs between the two experiments; the figures are the paper's.
+
+    Attributes:
+      epochs: passes over the training set.
+      rows: of a batch (M); a last, partial batch is dropped.
+      validation_rows: of a batch of the validation set, where a last, partial one is dropped too.
+      ks: sizes of K.
+      policies: run by default.
+      out_features: of the layer.
+      prepare: stored inputs to the layer's.
+      losses: `(outputs, targets)` to the loss of each row.
+    """
+
+    epochs: int
+    rows: int
+    validation_rows: int
+    ks: tuple[int, ...]
+    policies: tuple[str, ...]
+    out_features: int
+    prepare: Callable[[jax.Array], jax.Array]
+    losses: Callable[[jax.Array, jax.Array], jax.Array]
+
+    @property
+    def classifies(self) -> bool:
+        return self.out_features > 1
+
+
+def pixels_to_inputs(pixels):
+    return (pixels.astype(jnp.float32) / 255 - 0.5) / 0.5
+
+
+def squared_errors(outputs, targets):
+    return jnp.square(outputs - targets).mean(axis=-1)
+
+
+def double_softmax_cross_entropy(outputs, labels):
+    """The paper's: a softmax, whose result goes into the cross-entropy as if it were logits."""
+    return optax.softmax_cross_entropy_with_integer_labels(jax.nn.softmax(outputs), labels)
+
+
+LEARNING_RATE = 0.01
+EXPERIMENTS = {
+    "energy": Experiment(
+        epochs=100,
+        rows=144,
+        validation_rows=192,
+        ks=(18, 9, 3),
+        policies=(*POLICIES, CONTROL),
+        out_features=1,
+        prepare=lambda x: x,
+        losses=squared_errors,
+    ),
+    "mnist": Experiment(
+        epochs=30,
+        rows=64,
+        validation_rows=64,
+        ks=(32, 16, 8),
+        policies=POLICIES,
+        out_features=paper_data.CLASSES,
+        prepare=pixels_to_inputs,
+        losses=double_softmax_cross_entropy,
+    ),
+}
+
+
+def rescaled(key, scores, k):
+    """The control that the paper lacks: k rows drawn uniformly, times rows/k, so unbiased."""
+    indices = jax.random.choice(key, scores.size, (k,), replace=False)
+    return aop.Selection(indices, jnp.full((k,), scores.size / k))
+
+
+class Configuration(NamedTuple):
+    """A policy with or without memory at one K; the baseline (exact) has none of the three."""
+
+    policy: str | None = None
+    memory: bool | None = None
+    k: int | None = None
+
+    @property
+    def name(self) -> str:
+        if self.policy is None:
+            return "baseline"
+        return f"{self.policy}-{'mem' if self.memory else 'nomem'}-K{self.k}"
+
+    @property
+    def layer(self) -> aop.MemAOP | None:
+        if self.policy is None:
+            return None
+        policy = rescaled if self.policy == CONTROL else self.policy
+        return aop.MemAOP(k=self.k, policy=policy, memory="rows" if self.memory else None)
+
+
+class Trainer:
+    """Training of one configuration. The methods are for one run; `vmap` makes them several."""
+
+    def __init__(self, experiment: Experiment, config: aop.MemAOP | None, in_features: int):
+        bound = 1 / math.sqrt(in_features)
+
+        def uniform(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        self.experiment = experiment
+        self.model = aop.linen.Dense(
+            experiment.out_features, config=config, kernel_init=uniform, bias_init=uniform
+        )
+        self.example = jnp.zeros((experiment.rows, in_features), jnp.float32)
+        variables = self.model.init(jax.random.key(0), self.example)
+        memory = variables.get(aop.linen.COLLECTION, {})  # empty where there is none
+        self.optimizer = aop.mem_aop_sgd(LEARNING_RATE, memory)
+
+    def init(self, key):
+        params = self.model.init(key, self.example)["params"]
+        return params, self.optimizer.init(params)
+
+    def step(self, data, state, batch):
+        """One update, on the rows of the training set that `batch` names; loss and hits before."""
+        params, opt_state = state
+        indices, key = batch
+        x, y = self.experiment.prepare(data.train_x[indices]), data.train_y[indices]
+
+        def loss_fn(params, memory):
+            variables = {"params": params, aop.linen.COLLECTION: memory}
+            outputs = self.model.apply(variables, x, rngs={aop.linen.RNG: key})
+            return self.experiment.losses(outputs, y).mean(), outputs
+
+        gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+        (loss, outputs), (grads, memory) = gradient(params, aop.get_memory(opt_state))
+        updates, opt_state = self.optimizer.update(grads, opt_state, memory=memory)
+        return (optax.apply_updates(params, updates), opt_state), (loss, hits(outputs, y).sum())
+
+    def epoch(self, state, key, data):
+        """One pass over the reshuffled training set, then the validation set."""
+        rows = len(data.train_x)
+        batches = rows // self.experiment.rows
+        order = jax.random.permutation(key, rows)[: batches * self.experiment.rows]
+        inputs = order.reshape(batches, -1), jax.random.split(key, batches)
+        step = functools.partial(self.step, data)
+        state, (losses, correct) = jax.lax.scan(step, state, inputs)
+
+        params, _ = state
+        y = data.validation_y
+        outputs = self.model.apply({"params": params}, self.experiment.prepare(data.validation_x))
+        whole = len(y) // self.experiment.validation_rows * self.experiment.validation_rows
+        metrics = {
+            "loss": losses.mean(),
+            "loss_val": self.experiment.losses(outputs, y)[:whole].mean(),
+        }
+        if self.experiment.classifies:
+            hit = hits(outputs, y)
+            metrics["acc"] = correct.sum() / rows
+            metrics["acc_val"] = hit[:whole].sum() / len(y)
+            metrics["learned"] = learned_classes(hit, y)
+        return state, metrics
+
+
+def hits(outputs, targets):
+    """Which rows are classified right; none where the targets are numbers."""
+    return (
+        outputs.argmax(axis=-1) == targets if targets.ndim == 1 else jnp.zeros(len(targets), bool)
+    )
+
+
+def learned_classes(hit, labels):
+    """How many classes have at least a tenth of their rows right."""
+    of_class = labels == jnp.arange(paper_data.CLASSES)[:, None]
+    return ((hit & of_class).sum(axis=1) >= 0.1 * of_class.sum(axis=1)).sum()
+
+
+def train(trainer, data, key, options, progress):
+    """All runs at once, shared by the devices: each metric's `(epochs, runs)`."""
+    devices = math.gcd(options.runs, jax.local_device_count())
+    mesh = jax.make_mesh(
+        (devices,), ("runs",), axis_types=(AxisType.Auto,), devices=jax.local_devices()[:devices]
+    )
+    runs, everywhere = PartitionSpec("runs"), PartitionSpec()
+    epoch = jax.jit(
+        jax.shard_map(
+            jax.vmap(trainer.epoch, in_axes=(0, 0, None)),
+            mesh=mesh,
+            in_specs=(runs, runs, everywhere),
+            out_specs=runs,
+        ),
+        donate_argnums=0,
+    )
+    keys = jax.random.split(key, (options.epochs + 1, options.runs))
+    state = jax.vmap(trainer.init)(keys[0])
+    history = []
+    for epoch_keys in keys[1:]:
+        state, metrics = epoch(state, epoch_keys, data)
+        history.append(jax.device_get(metrics))
+        progress.update()
+    return jax.tree.map(lambda *epochs: np.stack(epochs), *history)
+
+
+def settings(configuration, options, data):
+    """What a result depends on; a stopped run goes on only with results of the same."""
+    experiment = EXPERIMENTS[options.experiment]
+    return configuration._asdict() | {
+        "rows": experiment.rows,
+        "epochs": options.epochs,
+        "learning_rate": LEARNING_RATE,
+        "runs": options.runs,
+        "seed": options.seed,
+        "data": data.checksum(),
+    }
+
+
+def result(history):
+    """The final epoch of all runs, and the mean of every epoch."""
+    return {
+        name: {
+            "mean": float(values[-1].mean(dtype=float)),
+            "std": float(values[-1].std(dtype=float, ddof=min(1, values.shape[1] - 1))),
+            "runs": values[-1].tolist(),
+            "epoch_mean": values.mean(axis=1, dtype=float).tolist(),
+        }
+        for name, values in history.items()
+    }
+
+
+class Results:
+    """`results.json`: a data set's configurations by name, written after each."""
+
+    def __init__(self, path: pathlib.Path, dataset: str):
+        self.path = path
+        try:
+            self.all = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise SystemExit(
+                f"{path}: is no JSON ({error}). Name another folder with --out"
+            ) from None
+        self.configurations = self.all.setdefault(dataset, {})
+
+    def has(self, name: str, wanted: dict) -> bool:
+        """Whether it is done; with other settings than those wanted it is an error."""
+        done = self.configurations.get(name)
+        if done is None:
+            return False
+        different = {key: done.get(key) for key in wanted if done.get(key) != wanted[key]}
+        if different:
+            raise SystemExit(
+                f"{self.path}: {name} was run with {different}, now asked for with "
+                f"{ {key: wanted[key] for key in different} }. Name another folder with --out, or "
+                "delete the file"
+            )
+        return True
+
+    def add(self, name: str, entry: dict) -> None:
+        self.configurations[name] = entry
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.all, indent=1))
+        new.replace(self.path)  # whole or not at all
+
+
+def load(options: argparse.Namespace) -> paper_data.Data:
+    rows = EXPERIMENTS[options.experiment].rows
+    try:
+        if options.experiment == "energy":
+            data = paper_data.energy(options.data)
+        else:
+            data = paper_data.images(options.dataset, options.data)
+    except paper_data.DataError as error:
+        raise SystemExit(f"{error}") from None
+    if len(data.train_x) < rows:
+        raise SystemExit(f"{options.data}: has {len(data.train_x)} images; a batch has {rows}")
+    return data
+
+
+def run(options: argparse.Namespace, data: paper_data.Data) -> dict[str, dict]:
+    """Trains what `results.json` lacks; all that were asked for, by name."""
+    experiment = EXPERIMENTS[options.experiment]
+    variants = [
+        Configuration(policy, memory, k)
+        for k, policy in itertools.product(options.k, options.policies)
+        for memory in ((False,) if policy == CONTROL else (True, False))
+    ]
+    wanted = {c: settings(c, options, data) for c in (Configuration(), *variants)}
+    results = Results(options.out / "results.json", options.dataset)
+    missing = [c for c in wanted if not results.has(c.name, wanted[c])]
+    on_device = jax.tree.map(jnp.asarray, data)
+    with tqdm(total=len(wanted) * options.epochs, unit="epoch") as progress:
+        progress.update((len(wanted) - len(missing)) * options.epochs)
+        for configuration in missing:
+            progress.set_description(configuration.name)
+            start = time.perf_counter()
+            trainer = Trainer(experiment, configuration.layer, data.train_x.shape[1])
+            key = jax.random.fold_in(
+                jax.random.key(options.seed), zlib.crc32(configuration.name.encode())
+            )
+            history = train(trainer, on_device, key, options, progress)
+            seconds = round(time.perf_counter() - start, 2)
+            entry = wanted[configuration] | {"seconds": seconds} | result(history)
+            results.add(configuration.name, entry)
+    return {c.name: results.configurations[c.name] for c in wanted}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument(
+        "--dataset", choices=paper_data.SOURCES, help="images for the MNIST experiment"
+    )
+    parser.add_argument(
+        "--data", type=pathlib.Path, metavar="PATH",
+        help="the energy csv, or a folder with four IDX files (.gz or not); default: download",
+    )  # fmt: skip
+    parser.add_argument("--k", type=int, nargs="+", help="outer products of a batch (the paper's)")
+    parser.add_argument(
+        "--policies", nargs="+", choices=(*POLICIES, CONTROL),
+        help=f"the paper's; {CONTROL} is randk without memory, rescaled by rows/K",
+    )  # fmt: skip
+    parser.add_argument("--runs", type=int, default=10, help="of each configuration (10)")
+    parser.add_argument("--epochs", type=int, help="passes over the training set (the paper's)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("reproduction"), metavar="DIR",
+        help="folder for results.json, tables and figures (reproduction)",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    experiment = EXPERIMENTS[options.experiment]
+    if options.dataset and options.experiment != "mnist":
+        parser.error("--dataset goes with mnist; energy is one data set")
+    options.dataset = options.dataset or options.experiment
+    options.k = list(dict.fromkeys(options.k or experiment.ks))
+    options.policies = list(dict.fromkeys(options.policies or experiment.policies))
+    options.epochs = experiment.epochs if options.epochs is None else options.epochs
+    for k in options.k:
+        if not 1 <= k <= experiment.rows:
+            parser.error(f"--k {k}: must be between 1 and the {experiment.rows} rows of a batch")
+    for name in ("runs", "epochs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: cannot be made ({error.strerror})")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())  # a few runs a core
+    results = run(options, load(options))
+    print("\n" + paper_report.write(options.dataset, results, options.out))
+
+
+if __name__ == "__main__":
+    main()
