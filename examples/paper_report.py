@@ -22,10 +22,12 @@ class Metric(NamedTuple):
     scale: str
 
 
-LOSSES = (Metric("loss", "train loss", "log"), Metric("loss_val", "validation loss", "log"))
 METRICS = {
-    "energy": LOSSES,
-    "images": (LOSSES[0], Metric("acc_val", "validation accuracy", "linear")),
+    "energy": (Metric("loss", "train loss", "log"), Metric("loss_val", "validation loss", "log")),
+    "images": (
+        Metric("loss", "train loss", "linear"),
+        Metric("acc_val", "validation accuracy", "linear"),
+    ),
 }
 # The final epoch of ten runs, mean and sample standard deviation of each metric; MNIST: then
 # minimum, median and maximum of the validation accuracy.
