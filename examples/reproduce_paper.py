@@ -35,7 +35,7 @@ except ImportError as error:
     ) from None
 
 POLICIES = ("randk", "weightedk", "topk")
-CONTROL = "uniform"
+CONTROL = "uniform"  # which the paper lacks: randk without memory, but unbiased
 
 
 class Experiment(NamedTuple):
@@ -104,12 +104,6 @@ EXPERIMENTS = {
 }
 
 
-def rescaled(key, scores, k):
-    """The control that the paper lacks: k rows drawn uniformly, times rows/k, so unbiased."""
-    indices = jax.random.choice(key, scores.size, (k,), replace=False)
-    return aop.Selection(indices, jnp.full((k,), scores.size / k))
-
-
 class Configuration(NamedTuple):
     """A policy with or without memory at one K; the baseline (exact) has none of the three."""
 
@@ -127,8 +121,7 @@ class Configuration(NamedTuple):
     def layer(self) -> aop.MemAOP | None:
         if self.policy is None:
             return None
-        policy = rescaled if self.policy == CONTROL else self.policy
-        return aop.MemAOP(k=self.k, policy=policy, memory="rows" if self.memory else None)
+        return aop.MemAOP(k=self.k, policy=self.policy, memory="rows" if self.memory else None)
 
 
 class Trainer:

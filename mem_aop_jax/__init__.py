@@ -3,7 +3,7 @@
 from mem_aop_jax import linen, nnx
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.dense import dense, dot_general
-from mem_aop_jax.memory import Memory, init_memory
+from mem_aop_jax.memory import Memory, Subspace, init_memory
 from mem_aop_jax.policies import Selection
 from mem_aop_jax.transform import (
     carry_memory,
@@ -17,6 +17,7 @@ __all__ = [
     "MemAOP",
     "Memory",
     "Selection",
+    "Subspace",
     "carry_memory",
     "dense",
     "dot_general",

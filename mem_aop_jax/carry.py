@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from mem_aop_jax.compat import varying_axes
-from mem_aop_jax.memory import Memory, wide
+from mem_aop_jax.memory import Memory, Subspace, wide
 
 
 def rate_factor(
@@ -23,11 +23,13 @@ def rate_factor(
     return jnp.where(then == 0, jnp.ones_like(then), jnp.sqrt(now / jnp.where(then == 0, 1, then)))
 
 
-def carried(caller: str, old: Memory, new: Memory, factor: chex.Array | None) -> Memory:
+def carried(
+    caller: str, old: Memory | Subspace, new: Memory | Subspace, factor: chex.Array | None
+) -> Memory | Subspace:
     """The memory for the next step, after a step with `old` whose gradient is `new`.
 
-    That of a layer which took no part in the loss is the old one. `factor` is from `rate_factor`;
-    memories may be stacked.
+    That of a layer which took no part in the loss is the old one. `factor` is from `rate_factor`,
+    for rows; memories may be stacked.
 
     Raises:
       ValueError: a memory that was added up, scaled or averaged on its way.
@@ -35,11 +37,12 @@ def carried(caller: str, old: Memory, new: Memory, factor: chex.Array | None) ->
     _check_untouched(caller, old, new)
     uses = jnp.asarray(new.uses)
     unused = uses[..., None, None] == 0  # of stacked memories each has its own
-    inputs, cotangents = (
-        _rescaled(jnp.where(unused, was, now), factor)
-        for was, now in zip(old[:2], new[:2], strict=True)
+    inputs, cotangents = jax.tree.map(
+        lambda was, now: jnp.where(unused, was, now), tuple(old[:2]), tuple(new[:2])
     )
-    return Memory(inputs, cotangents, uses)
+    if isinstance(new, Memory):
+        inputs, cotangents = _rescaled(inputs, factor), _rescaled(cotangents, factor)
+    return type(new)(inputs, cotangents, uses)
 
 
 def _rescaled(rows, factor):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mem_aop_jax.compat import varying_axes
 from mem_aop_jax.config import MemAOP
-from mem_aop_jax.memory import Memory
+from mem_aop_jax.memory import Memory, Subspace, wide
 from mem_aop_jax.policies import Selection
 
 
@@ -50,17 +50,32 @@ def memory(name, config, x, sizes, given):
 
     `sizes` is (rows, in_features, out_features).
     """
-    if not config.keeps_rows:
+    kind = config.memory_kind
+    if kind is None:
         raise ValueError(
-            f"{name}: got a memory, but the configuration has memory=None; pass memory=None to the "
-            "layer, or configure MemAOP(memory='rows')."
+            f"{name}: got a memory, but the configuration has memory={config.memory!r}, which with "
+            f"policy={config.policy!r} is none; pass memory=None to the layer, or configure "
+            "MemAOP(memory='rows') or 'subspace'."
         )
-    if not isinstance(given, Memory):
+    wanted = Memory if kind == "rows" else Subspace
+    if not isinstance(given, wanted):
         raise TypeError(
-            f"{name}: memory is of type {type(given).__name__}; it must be an aop.Memory (a "
-            "restored dict becomes one again with aop.Memory(**memory))."
+            f"{name}: memory is of type {type(given).__name__}; with memory={kind!r} it must be an "
+            f"aop.{wanted.__name__} (a restored dict becomes one again with "
+            f"aop.{wanted.__name__}(**memory))."
         )
     given = jax.tree.map(jnp.asarray, given)
+    check = _rows if kind == "rows" else _subspace
+    check(name, config, x, sizes, given)
+    if given.uses.shape != () or given.uses.dtype != jnp.float32:
+        raise ValueError(
+            f"{name}: memory.uses has shape {given.uses.shape} and dtype {given.uses.dtype}; it "
+            "must be a float32 scalar. Use the memory that the last step returned, unchanged."
+        )
+    return given
+
+
+def _rows(name, config, x, sizes, given):
     dtype = config.stored_dtype(x.dtype)
     m, n, p = sizes
     anew = f"aop.init_memory(config, {m}, {n}, {p}, jnp.{dtype})"
@@ -87,17 +102,29 @@ def memory(name, config, x, sizes, given):
                 f"memory_dtype={config.memory_dtype} need {dtype}. Start anew with {anew}, or set "
                 f"memory_dtype=jnp.{array.dtype} in the configuration."
             )
-    if given.uses.shape != () or given.uses.dtype != jnp.float32:
-        raise ValueError(
-            f"{name}: memory.uses has shape {given.uses.shape} and dtype {given.uses.dtype}; it "
-            "must be a float32 scalar. Use the memory that the last step returned, unchanged."
-        )
-    return given
+
+
+def _subspace(name, config, x, sizes, given):
+    m, n, p = sizes
+    ranks, dtype = config.ranks(n, p), wide(x.dtype)
+    wanted = [
+        (features, rank) if rank else None for features, rank in zip((n, p), ranks, strict=True)
+    ]
+    for field, shape in zip(("inputs", "cotangents"), wanted, strict=True):
+        array = getattr(given, field)
+        found = None if array is None else array.shape
+        if found != shape or (array is not None and array.dtype != dtype):
+            raise ValueError(
+                f"{name}: memory.{field} is {'None' if array is None else f'{array.dtype} {found}'}"
+                f", but rank={config.rank} for a kernel of shape {(n, p)} and inputs of {x.dtype} "
+                f"needs {'None' if shape is None else f'{dtype} {shape}'}. Start anew with "
+                f"aop.init_memory(config, {m}, {n}, {p}, jnp.{x.dtype})."
+            )
 
 
 def differentiable(name, config, rows, memory, key):
     """All that the backward pass needs beside the inputs."""
-    if config.keeps_rows and memory is None:
+    if config.memory_kind is not None and memory is None:
         raise ValueError(
             f"{name}: differentiated with respect to its kernel without its memory. Pass the "
             "memory (aop.init_memory at the start, then what the last step returned; in Linen the "
@@ -114,8 +141,8 @@ def differentiable(name, config, rows, memory, key):
     config.selected_rows(rows, name)
 
 
-def selection(name, policy, returned, k):
-    """What a policy returned, if it is a choice of k rows."""
+def selection(name, config, policy, returned, k):
+    """What a policy returned, if it is a choice of k rows that goes with the memory."""
     wanted = f"aop.Selection(indices, weights) with {k} integer indices, of shape ({k},)"
     if not isinstance(returned, Selection):
         raise TypeError(
@@ -127,6 +154,18 @@ def selection(name, policy, returned, k):
         raise ValueError(
             f"{name}: policy {policy} returned indices of shape {indices.shape} and dtype "
             f"{indices.dtype}; it must return {wanted}."
+        )
+    if weights is None and config.memory_kind == "subspace":
+        raise ValueError(
+            f"{name}: policy {policy} returned no weights. With memory='subspace' the rows that it "
+            "does not choose are lost: their weight must be on those that it chooses, so that the "
+            "sum is unbiased. Return weights, or use memory='rows' or None."
+        )
+    if weights is not None and config.memory_kind == "rows":
+        raise ValueError(
+            f"{name}: policy {policy} returned weights. With memory='rows' the rows that it does "
+            "not choose come back, so weights would count them twice. Return weights=None, or use "
+            "memory=None or 'subspace'."
         )
     if weights is not None:
         weights = jnp.asarray(weights)

@@ -9,9 +9,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mem_aop_jax.policies import POLICIES, RANDOM_POLICIES, Policy
+from mem_aop_jax.policies import POLICIES, RANDOM_POLICIES, UNBIASED_POLICIES, Policy
 
-MEMORIES = ("auto", "rows")
+MEMORIES = ("auto", "rows", "subspace")
 
 
 @jax.tree_util.register_static
@@ -25,14 +25,20 @@ class MemAOP:
       k: number of outer products to compute, of one per row of the batch (the paper's K).
       ratio: the same as a fraction of the rows, in (0, 1]: `k = max(1, round(ratio * rows))`.
         Give exactly one of `k` and `ratio`.
-      policy: which rows: "topk", "weightedk", "randk" (PAPER: the three of the paper), or a
-        callable `policy(key, scores, k) -> Selection`.
-      memory: where the other rows wait: "rows" keeps each and adds it to the same row of the next
-        batch (the paper's memory); None drops them; "auto" is "rows".
-      decay: factor on what a kept row's outer product is worth a step later, in [0, 1]. Every
-        published experiment has 1.
-      memory_dtype: floating dtype of the memory, for instance `jnp.bfloat16`; None means that of
-        the layer's inputs.
+      policy: which rows: "topk", "weightedk", "randk" (the three of the paper); "priority", "crs",
+        "uniform" (unbiased: they weigh what they choose); or a callable
+        `policy(key, scores, k) -> Selection`.
+      memory: "rows" keeps each row that was not chosen and adds it to the same row of the next
+        batch (the paper's memory); "subspace" keeps directions: the part of the gradient in the
+        span of the leading directions of inputs and cotangents is computed exactly, and an unbiased
+        policy samples the rest (see `Subspace`); None keeps nothing. "auto" is None for the
+        unbiased policies, else "rows".
+      decay: of row memory: factor on what a kept row's outer product is worth a step later, in
+        [0, 1]. Every published experiment has 1.
+      memory_dtype: of row memory: its floating dtype, for instance `jnp.bfloat16`; None means that
+        of the layer's inputs.
+      rank: of subspace memory: number of directions of the inputs and of the cotangents (at most
+        as many as there are features); or a pair, with 0 for no directions of the cotangents.
       groups: the rows are split into that many contiguous groups of equal size, and an equal share
         of k is chosen in each. With a multiple of the devices that share a batch under `jit`, no
         row leaves its device. Under `shard_map` and `pmap` a device selects among its own rows
@@ -49,6 +55,7 @@ class MemAOP:
     memory: str | None = "auto"
     decay: float = 1.0
     memory_dtype: chex.ArrayDType | None = None
+    rank: int | tuple[int, int] = 16
     groups: int = 1
 
     def __post_init__(self):
@@ -82,17 +89,57 @@ class MemAOP:
             raise ValueError(
                 f"MemAOP got memory={self.memory!r}; it is one of "
                 f"{', '.join(map(repr, MEMORIES))}, None: 'rows' keeps the rows that were not "
-                "chosen, None drops them."
+                "chosen, 'subspace' keeps directions, None keeps nothing."
             )
+        self._check_policy_and_memory()
         object.__setattr__(self, "decay", _fraction("decay", self.decay, include_zero=True))
         if self.memory_dtype is not None:
             dtype = floating_dtype("memory_dtype", self.memory_dtype)
             object.__setattr__(self, "memory_dtype", dtype)
+        object.__setattr__(self, "rank", _rank(self.rank))
+        self._check_options_of_memory()
+
+    def _check_policy_and_memory(self):
+        unbiased = self.policy in UNBIASED_POLICIES
+        if self.memory == "rows" and unbiased:
+            raise ValueError(
+                f"MemAOP got memory='rows' and policy={self.policy!r}, whose weights make up for "
+                "the rows that it does not choose; from a memory they would come a second time. "
+                "Use memory=None or 'subspace', or one of the policies 'topk', 'weightedk', "
+                "'randk'."
+            )
+        if self.memory == "subspace" and not (unbiased or callable(self.policy)):
+            raise ValueError(
+                f"MemAOP got memory='subspace' and policy={self.policy!r}, which drops the rows "
+                "that it does not choose: with a subspace nothing brings them back. Use a policy "
+                f"with weights, {', '.join(map(repr, UNBIASED_POLICIES))}."
+            )
+
+    def _check_options_of_memory(self):
+        kind = self.memory_kind
+        for name, misplaced in (
+            ("decay", kind == "subspace"),
+            ("memory_dtype", kind == "subspace"),
+            ("rank", kind != "subspace"),
+        ):
+            if misplaced and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"MemAOP got {name}={getattr(self, name)}, which memory={kind!r} does not have "
+                    f"(memory={self.memory!r}, policy={self.policy!r}); leave it out, or use "
+                    f"memory={'subspace' if name == 'rank' else 'rows'!r}."
+                )
 
     @property
-    def keeps_rows(self) -> bool:
-        """Whether rows that are not chosen wait in a `Memory`."""
-        return self.memory is not None
+    def memory_kind(self) -> str | None:
+        """ "rows" (a `Memory`), "subspace" (a `Subspace`) or None."""
+        if self.memory == "auto":
+            return None if self.policy in UNBIASED_POLICIES else "rows"
+        return self.memory
+
+    def ranks(self, in_features: int, out_features: int) -> tuple[int, int]:
+        """The number of directions of the inputs and of the cotangents, for a layer's sizes."""
+        of_inputs, of_cotangents = self.rank if isinstance(self.rank, tuple) else (self.rank,) * 2
+        return min(of_inputs, in_features), min(of_cotangents, out_features)
 
     @property
     def needs_key(self) -> bool:
@@ -146,6 +193,16 @@ def _count(name: str, value: int) -> int:
     if count < 1:
         raise ValueError(f"MemAOP got {name}={count}; it must be at least 1.")
     return count
+
+
+def _rank(rank: int | tuple[int, int]) -> int | tuple[int, int]:
+    if not isinstance(rank, tuple):
+        return _count("rank", rank)
+    if len(rank) != 2:
+        raise ValueError(
+            f"MemAOP got rank={rank}; it must be an integer, or two: for inputs and cotangents."
+        )
+    return _count("rank", rank[0]), rank[1] if rank[1] == 0 else _count("rank", rank[1])
 
 
 def _fraction(name: str, value: float, *, include_zero: bool) -> float:

@@ -8,7 +8,7 @@ import chex
 import jax.numpy as jnp
 from jax import lax
 
-from mem_aop_jax.memory import Memory
+from mem_aop_jax.memory import Memory, Subspace, is_memory
 
 
 def as_static(dimension_numbers: lax.DotDimensionNumbers) -> lax.DotDimensionNumbers:
@@ -32,17 +32,21 @@ def why_exact(
     lhs: chex.Array,
     rhs: chex.Array,
     dimension_numbers: lax.DotDimensionNumbers,
-    memory: Memory | None = None,
+    memory: Memory | Subspace | None = None,
     kernel_shape: tuple[int, ...] | None = None,
 ) -> str | None:
     """Why a contraction is no dense layer, or None; the kernel is told by a memory or its shape."""
     _, (lhs_batch, _) = dimension_numbers
     if len(lhs_batch):
         return "it has batch dimensions, and Mem-AOP needs one kernel for all rows."
-    if isinstance(memory, Memory):
+    if is_memory(memory):
         rows, in_features, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
-        swapped = (out_features, in_features), (out_features, rows)
-        on_the_left = swapped == tuple(map(jnp.shape, memory[:2])) and rows != out_features
+        shapes = tuple(map(jnp.shape, memory[:2]))
+        if isinstance(memory, Memory):
+            swapped = (out_features, in_features), (out_features, rows)
+        else:  # any number of rows, and the directions of the cotangents are of those of the kernel
+            swapped = shapes[0], (rows, *shapes[1][1:])
+        on_the_left = swapped == shapes and rows != out_features
     else:
         on_the_left = jnp.shape(rhs) != kernel_shape == jnp.shape(lhs)
     if on_the_left:

@@ -7,8 +7,9 @@
                 dW = Xh[S]^T Gh[S]               in place of X^T G
     memory      mem_X, mem_G <- sqrt(decay) * (Xh, Gh with the rows of S set to 0)
 
-This is arXiv 2110.09164 in gradient units: the optimizer applies the learning rate. The next memory
-is returned as the cotangent of the memory, so every JAX transform of a gradient carries it.
+This is arXiv 2110.09164 in gradient units: the optimizer applies the learning rate. With a subspace
+as the memory, dW is what subspace.py says. The next memory is returned as the cotangent of the
+memory, so every JAX transform of a gradient carries it.
 """
 
 import functools
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
-from mem_aop_jax import checks
+from mem_aop_jax import checks, subspace
 from mem_aop_jax.compat import vary, varying_axes
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.contractions import (
@@ -32,8 +33,8 @@ from mem_aop_jax.contractions import (
     warn_once,
     why_exact,
 )
-from mem_aop_jax.memory import Memory, wide
-from mem_aop_jax.policies import POLICIES, row_scores
+from mem_aop_jax.memory import Memory, Subspace, wide
+from mem_aop_jax.policies import POLICIES, row_norms, row_scores
 
 
 class _Layer(NamedTuple):
@@ -95,28 +96,41 @@ def _weight_gradient(layer, kernel, x, g, memory, key):
     """dW and the next memory. Inside, all rows are `(groups, rows of a group, features)`."""
     x, g = (vary(a, _axes(x, g, memory, key)) for a in (x, g))  # one batch for many memories
     x, g = as_rows(layer.dimension_numbers, layer.config.groups, x, g)
-    kept = memory and memory._replace(
-        inputs=memory.inputs.reshape(x.shape), cotangents=memory.cotangents.reshape(g.shape)
-    )
-    xh, gh = _join(kept, x, g)
-    scores, finite = row_scores(xh, gh)
-    finite &= _fits(kept, xh) & _fits(kept, gh)
+    if isinstance(memory, Subspace):
+        sides = [
+            subspace.split(rows, basis, layer.precision)
+            for rows, basis in ((x, memory.inputs), (g, memory.cotangents))
+        ]
+        scores, finite = row_scores(*(side.residual_norms for side in sides))
+    else:
+        kept = memory and memory._replace(
+            inputs=memory.inputs.reshape(x.shape), cotangents=memory.cotangents.reshape(g.shape)
+        )
+        xh, gh = _join(kept, x, g)
+        scores, finite = row_scores(row_norms(xh), row_norms(gh))
+        finite &= _fits(kept, xh) & _fits(kept, gh)
     chosen, weights = _select(layer, key, scores)
     not_chosen = jax.vmap(lambda chosen, group: group.at[chosen].set(False))(
         chosen, jnp.ones_like(finite)
     )
 
-    xs, gs = _join(kept, x, g, chosen)
+    if isinstance(memory, Subspace):
+        xs, gs = (side.residuals(chosen, _take) for side in sides)
+    else:
+        xs, gs = _join(kept, x, g, chosen)
     lost = ~finite & not_chosen  # neither chosen nor fit for the memory
     bad_x, bad_g = lax.cond(jnp.any(lost), _bad_columns, _no_columns, lost, x, g)
     xs = jnp.where(bad_x, jnp.nan, xs)
     gs = jnp.where(bad_g | _misused(memory), jnp.nan, gs)
-    xs, gs = _weigh(xs, gs, weights)
+    xs, gs = (a.reshape(-1, a.shape[-1]) for a in _weigh(xs, gs, weights))
+    if isinstance(memory, Subspace):
+        whole = subspace.whole(memory, *sides, layer.precision)
+        xs, gs = jnp.concatenate([xs, whole.left]), jnp.concatenate([gs, whole.right])
     if memory is None or x.dtype != jnp.float16:  # in which a sum of rows could overflow
         xs, gs = xs.astype(x.dtype), gs.astype(g.dtype)
     dw = lax.dot_general(
-        xs.reshape(-1, xs.shape[-1]),
-        gs.reshape(-1, gs.shape[-1]),
+        xs,
+        gs,
         (((0,), (0,)), ((), ())),
         precision=layer.precision,
         preferred_element_type=max(wide(xs.dtype), wide(gs.dtype)),  # of mixed inputs, the wider
@@ -125,14 +139,17 @@ def _weight_gradient(layer, kernel, x, g, memory, key):
 
     if memory is None:
         return dw, None
+    if isinstance(memory, Subspace):
+        return dw, whole.memory._replace(uses=_used_once(memory.uses, whole.memory.inputs))
     kept = _write(kept, x, g, finite & not_chosen, layer.config.decay, after=(xs, gs))
+    kept = kept._replace(uses=_used_once(memory.uses, finite))
     return dw, jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), kept, memory)
 
 
 def dense(
     x: chex.Array,
     kernel: chex.Array,
-    memory: Memory | None = None,
+    memory: Memory | Subspace | None = None,
     *,
     config: MemAOP | None = None,
     key: chex.PRNGKey | None = None,
@@ -142,8 +159,9 @@ def dense(
     """`x @ kernel`, with the weight gradient of Mem-AOP-GD (arXiv 2110.09164).
 
     The result and the gradient of `x` are exact. The gradient of `kernel` is the sum of k of the
-    rows' outer products, those that `config.policy` chooses; the "gradient" of `memory` is the
-    next memory, to be passed in the next step. Products accumulate in float32 (float64 for
+    rows' outer products, those that `config.policy` chooses (weighted by an unbiased policy; of
+    residuals, beside an exact part, with a `Subspace`); the "gradient" of `memory` is the next
+    memory, to be passed in the next step. Products accumulate in float32 (float64 for
     float64). A row with a NaN or infinity makes the same entries of the kernel's gradient
     non-finite as in the exact layer, and never enters the memory.
 
@@ -153,10 +171,10 @@ def dense(
     Args:
       x: `(..., in_features)` floating. All dimensions but the last together are the rows.
       kernel: `(in_features, out_features)` floating.
-      memory: the layer's memory for this number of rows, from `init_memory` or the last step;
-        None where the configuration has none, and to evaluate.
+      memory: the layer's memory, from `init_memory` or the last step; a `Memory` is for this number
+        of rows. None where the configuration has none, and to evaluate.
       config: what to compute; None is an exact layer.
-      key: PRNG key, needed by the policies "weightedk" and "randk"; handed to any policy.
+      key: PRNG key, needed by all named policies but "topk"; handed to any policy.
       precision: as in `jax.lax.dot_general`, for all products.
       name: the layer's name in error messages.
 
@@ -164,8 +182,8 @@ def dense(
       `(..., out_features)`, in the dtype of `jax.lax.dot_general`.
 
     Raises:
-      TypeError: integer or complex `x` or `kernel`; a `memory` that is not a `Memory`, or of
-        another dtype.
+      TypeError: integer or complex `x` or `kernel`; a `memory` of another type than the
+        configuration's, or of another dtype.
       ValueError: shapes that do not fit each other, the memory or the configuration; while
         differentiating with respect to `kernel`: a missing memory or key, or k larger than the
         number of rows.
@@ -202,7 +220,7 @@ def dot_general(
     precision: lax.PrecisionLike = None,
     preferred_element_type: chex.ArrayDType | None = None,
     *,
-    memory: Memory | None = None,
+    memory: Memory | Subspace | None = None,
     config: MemAOP | None = None,
     key: chex.PRNGKey | None = None,
     name: str = "dot_general",
@@ -300,14 +318,17 @@ def _write(memory, x, g, waiting, decay, after):
     """
     x, g, waiting, _ = lax.optimization_barrier((x, g, waiting, after))
     xh, gh = (jnp.where(waiting[..., None], math.sqrt(decay) * a, 0) for a in _join(memory, x, g))
-    uses = vary(jnp.ones_like(memory.uses), varying_axes(memory.uses))
-    if varying_axes(waiting) == varying_axes(uses):  # under vmap one per batch, so that a sum shows
-        uses = jnp.where(jnp.any(waiting), uses, uses)
-    return Memory(
-        inputs=xh.astype(memory.inputs.dtype),
-        cotangents=gh.astype(memory.cotangents.dtype),
-        uses=uses,
+    return memory._replace(
+        inputs=xh.astype(memory.inputs.dtype), cotangents=gh.astype(memory.cotangents.dtype)
     )
+
+
+def _used_once(uses, of_batch):
+    """1, and under vmap one for each batch, so that a sum of memories shows."""
+    once = vary(jnp.ones_like(uses), varying_axes(uses))
+    if varying_axes(of_batch) == varying_axes(once):
+        once = jnp.where(jnp.any(of_batch), once, once)
+    return once
 
 
 def _select(layer, key, scores):
@@ -317,7 +338,9 @@ def _select(layer, key, scores):
     policy = POLICIES.get(layer.config.policy, layer.config.policy)
 
     def select(key, scores):
-        indices, weights = checks.selection(layer.name, policy, policy(key, scores, k), k)
+        indices, weights = checks.selection(
+            layer.name, layer.config, policy, policy(key, scores, k), k
+        )
         return indices.astype(jnp.int32), weights
 
     if groups == 1:

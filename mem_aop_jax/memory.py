@@ -1,8 +1,9 @@
-"""The rows of a batch that wait for the next one."""
+"""What a layer keeps from one batch for the next: rows, or directions."""
 
 from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from mem_aop_jax.config import MemAOP, floating_dtype
@@ -27,14 +28,41 @@ class Memory(NamedTuple):
     uses: chex.Array
 
 
+class Subspace(NamedTuple):
+    """The memory of one dense layer in which the leading directions are kept (not the paper's).
+
+    Columns are orthonormal. They belong to the layer, not to the rows of a batch, so any batch size
+    goes with them. The "gradient" of a loss with respect to a Subspace is the next Subspace, one
+    subspace iteration on.
+
+    Attributes:
+      inputs: `(in_features, rank)` float32 (float64 for float64 inputs), which span the leading
+        directions of the layer's inputs.
+      cotangents: `(out_features, rank)`, the same of the outputs' cotangents; None for rank 0.
+      uses: as in `Memory`.
+    """
+
+    inputs: chex.Array
+    cotangents: chex.Array | None
+    uses: chex.Array
+
+
+MEMORY_TYPES = (Memory, Subspace)
+
+
+def is_memory(node: object) -> bool:
+    """Whether a node of a pytree is the memory of a layer."""
+    return isinstance(node, MEMORY_TYPES)
+
+
 def init_memory(
     config: MemAOP | None,
     rows: int,
     in_features: int,
     out_features: int,
     dtype: chex.ArrayDType = jnp.float32,
-) -> Memory | None:
-    """An empty memory for a layer of `in_features` x `out_features` and a batch of `rows` rows.
+) -> Memory | Subspace | None:
+    """The first memory for a layer of `in_features` x `out_features` and a batch of `rows` rows.
 
     Args:
       config: the layer's configuration.
@@ -44,7 +72,8 @@ def init_memory(
       dtype: the inputs' dtype, that of the memory unless `config.memory_dtype` says otherwise.
 
     Returns:
-      A `Memory` of zeros, or None where the configuration has none.
+      A `Memory` of zeros; a `Subspace` of random directions, always the same; or None where the
+      configuration has none.
 
     Raises:
       TypeError: `config` is no `MemAOP`, or `dtype` is not floating.
@@ -55,19 +84,32 @@ def init_memory(
     if not isinstance(config, MemAOP):
         raise TypeError(f"init_memory: config is of type {type(config).__name__}, not aop.MemAOP.")
     config.selected_rows(rows, "init_memory")
-    if not config.keeps_rows:
-        return None
-    dtype = config.stored_dtype(floating_dtype("dtype", dtype))
-    return Memory(
-        inputs=jnp.zeros((rows, in_features), dtype),
-        cotangents=jnp.zeros((rows, out_features), dtype),
-        uses=jnp.zeros((), jnp.float32),
-    )
+    dtype = floating_dtype("dtype", dtype)
+    uses = jnp.zeros((), jnp.float32)
+    match config.memory_kind:
+        case "rows":
+            dtype = config.stored_dtype(dtype)
+            inputs, cotangents = (jnp.zeros((rows, n), dtype) for n in (in_features, out_features))
+            return Memory(inputs, cotangents, uses)
+        case "subspace":
+            ranks = config.ranks(in_features, out_features)
+            return Subspace(
+                first_directions((in_features, ranks[0]), wide(dtype)),
+                first_directions((out_features, ranks[1]), wide(dtype)) if ranks[1] else None,
+                uses,
+            )
+    return None
+
+
+def first_directions(shape: tuple[int, ...], dtype: chex.ArrayDType) -> chex.Array:
+    """Random orthonormal columns, `(..., features, rank)`, the same for each layer of a stack."""
+    columns = jnp.linalg.qr(jax.random.normal(jax.random.key(0), shape[-2:], dtype))[0]
+    return jnp.broadcast_to(columns, shape)
 
 
 def wide(dtype: chex.ArrayDType) -> jnp.dtype:
     """The dtype in which rows are added and products accumulate: float32, or float64 for itself."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return jnp.zeros((), jnp.float64 if dtype == jnp.float64 else jnp.float32).dtype
 
 
 def memory_name(call: int) -> str:

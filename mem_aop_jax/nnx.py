@@ -47,7 +47,9 @@ class DotGeneral(nnx.Module):
         stack: tuple[int, ...] = (),
     ):
         """For one entry of `layers` per call, a memory of `dtype`, and a stack of such layers."""
-        self.config = dataclasses.replace(config, memory_dtype=config.stored_dtype(dtype))
+        if config.memory_kind == "rows":
+            config = dataclasses.replace(config, memory_dtype=config.stored_dtype(dtype))
+        self.config = config
         self.layers = tuple(layers)
         self.call = 0  # the next one; after all calls of a forward pass it is 0 again
         self.deterministic = False  # the name that eval() and train() set
@@ -263,7 +265,7 @@ def update_memory(
     carry = functools.partial(carried, "update_memory", factor=factor)
     nnx.update(
         model,
-        jax.tree.map(carry, old, new, is_leaf=lambda node: isinstance(node, memory.Memory)),
+        jax.tree.map(carry, old, new, is_leaf=memory.is_memory),
     )
     return others
 

@@ -1,6 +1,8 @@
-"""Which K of the M rows enter the gradient: row scores, and the paper's three policies.
+"""Which K of the M rows enter the gradient: row scores, the paper's policies and unbiased ones.
 
 A policy is any callable `policy(key, scores, k) -> Selection`; the named ones are in `POLICIES`.
+The paper's choose rows whose rest waits in a memory. The unbiased ones weigh the rows that they
+choose, so that the expectation of the weighted sum is the sum over all rows.
 """
 
 from collections.abc import Callable
@@ -47,31 +49,69 @@ def randk(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
     return topk(None, jax.random.bits(key, scores.shape, jnp.uint32), k)
 
 
-POLICIES: dict[str, Policy] = {"topk": topk, "weightedk": weightedk, "randk": randk}
-RANDOM_POLICIES = frozenset({"weightedk", "randk"})  # those that cannot do without a key
+def uniform(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
+    """k rows uniformly, without replacement, each with the weight rows / k."""
+    return Selection(randk(key, scores, k).indices, jnp.full((k,), scores.size / k, scores.dtype))
 
 
-def row_scores(inputs: chex.Array, cotangents: chex.Array) -> tuple[chex.Array, chex.Array]:
+def crs(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
+    """k rows with replacement, with probabilities p in proportion to the norm product.
+
+    Their weights are 1 / (k p) (Drineas, Kannan, Mahoney 2006). With k = rows all rows, once.
+    """
+    if k == scores.size:
+        return uniform(key, scores, k)
+    norms = jnp.sqrt(scores)
+    total = norms.sum()
+    indices = jax.random.choice(key, scores.size, (k,), p=norms / jnp.where(total > 0, total, 1))
+    drawn = norms[indices]  # 0 where all are
+    return Selection(indices, jnp.where(drawn > 0, total / (k * jnp.where(drawn > 0, drawn, 1)), 1))
+
+
+def priority(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
+    """Priority sampling without replacement (Duffield, Lund, Thorup 2007).
+
+    The k rows with the largest s / u, where s is the norm product and u uniform in (0, 1]; their
+    weights are max(1, t / s), where t is the (k+1)-th largest s / u. Rows that stand out are exact.
+    """
+    norms = jnp.sqrt(scores)
+    priorities = norms / (1 - jax.random.uniform(key, scores.shape, scores.dtype))
+    largest, indices = jax.lax.top_k(priorities, min(k + 1, scores.size))
+    threshold = largest[k] if k < scores.size else jnp.zeros_like(largest[0])
+    drawn = norms[indices[:k]]  # 0 where no more rows have a score, and then the threshold is too
+    weights = jnp.maximum(1, threshold / jnp.where(drawn > 0, drawn, 1))
+    return Selection(indices[:k], weights)
+
+
+UNBIASED_POLICIES: dict[str, Policy] = {"priority": priority, "crs": crs, "uniform": uniform}
+POLICIES: dict[str, Policy] = {
+    "topk": topk, "weightedk": weightedk, "randk": randk, **UNBIASED_POLICIES,
+}  # fmt: skip
+RANDOM_POLICIES = frozenset(POLICIES) - {"topk"}  # those that cannot do without a key
+
+
+def row_scores(
+    input_norms: chex.Array, cotangent_norms: chex.Array
+) -> tuple[chex.Array, chex.Array]:
     """The score of each row, (||inputs[m]|| ||cotangents[m]||)^2, relative to the largest.
 
-    A constant factor on either array changes no score, although squared norms of small gradients
+    A constant factor on either changes no score, although squared norms of small gradients
     underflow: the scores are the paper's up to one common factor.
 
     Args:
-      inputs: `(..., rows, in_features)` floating.
-      cotangents: `(..., rows, out_features)` floating.
+      input_norms: `(..., rows)`, from `row_norms`.
+      cotangent_norms: `(..., rows)`, from `row_norms`.
 
     Returns:
       `(..., rows)` float32 scores, the largest of each group of rows 1 (all 0 where every product
       is 0), and `(..., rows)` bool, False for the rows with a NaN or infinity: their score is 0.
     """
-    input_norms, cotangent_norms = _norms(inputs), _norms(cotangents)
     finite = jnp.isfinite(input_norms) & jnp.isfinite(cotangent_norms)
     relative = [_over_largest(jnp.where(finite, n, 0)) for n in (input_norms, cotangent_norms)]
     return jnp.square(_over_largest(relative[0] * relative[1])), finite
 
 
-def _norms(rows: chex.Array) -> chex.Array:
+def row_norms(rows: chex.Array) -> chex.Array:
     """Euclidean norms of rows of any finite size, in units of 256, without under- or overflow.
 
     Three scaled sums of squares, of which the first finite one is good. A single reduction of three

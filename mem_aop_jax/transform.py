@@ -10,7 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mem_aop_jax.carry import carried, rate_factor
-from mem_aop_jax.memory import Memory
+from mem_aop_jax.memory import Memory, Subspace, first_directions, is_memory
 
 _MISSING = object()
 
@@ -38,17 +38,18 @@ def carry_memory(
 
     The memory is in gradient units. Where the learning rate eta changes from one step to the next,
     the paper's algorithm (which keeps sqrt(eta) times as much) multiplies it by
-    `sqrt(eta_t / eta_{t+1})`; where eta_{t+1} is 0 it stays.
+    `sqrt(eta_t / eta_{t+1})`; where eta_{t+1} is 0 it stays. A `Subspace` has no units.
 
     Chain it outside `optax.MultiSteps`, which would drop the memory of all micro-steps but the
     last; the rate then changes every so many updates: `lambda count: schedule(count // every_k)`.
     Never average a memory over devices or micro-batches: its rows belong to the batch's.
 
     Args:
-      memory: any pytree of `Memory`, for instance the collection `aop.linen.COLLECTION`; None and
-        an empty one are fine. The state starts from it, without a copy: a training step that
-        donates its state takes the buffers with it. `jax.ShapeDtypeStruct`s in place of arrays
-        stand for zeros, so that `jax.jit(tx.init, out_shardings=...)` makes them where they belong.
+      memory: any pytree of `Memory` and `Subspace`, for instance the collection
+        `aop.linen.COLLECTION`; None and an empty one are fine. The state starts from it, without a
+        copy: a training step that donates its state takes the buffers with it.
+        `jax.ShapeDtypeStruct`s in place of arrays stand for a first memory, so that
+        `jax.jit(tx.init, out_shardings=...)` makes it where it belongs.
       learning_rate: the optimizer's schedule, if it has one, as a function of the number of
         updates. A constant changes nothing, and what `optax.inject_hyperparams` hands to the
         function it wraps is one: give the schedule to a `carry_memory` outside.
@@ -57,7 +58,7 @@ def carry_memory(
       A transformation to chain in front of any optimizer.
 
     Raises:
-      TypeError: a leaf of `memory` that is no `Memory`; from `update`, without `memory=`.
+      TypeError: a leaf of `memory` that is neither; from `update`, without `memory=`.
       ValueError: from `update`, for a memory of another structure, shape or dtype, or one that
         was added up or scaled (found where values are known, that is, outside `jit`; inside, the
         layer's next weight gradient is NaN), or averaged over devices (found in `shard_map`, not
@@ -75,17 +76,18 @@ def carry_memory(
       >>> updates, opt_state = tx.update(grad, opt_state, kernel, memory=memory)
     """
 
-    for leaf in jax.tree.leaves(memory, is_leaf=_is_memory):
-        if not _is_memory(leaf):
+    for leaf in jax.tree.leaves(memory, is_leaf=is_memory):
+        if not is_memory(leaf):
             raise TypeError(
                 f"carry_memory: memory has a leaf of type {type(leaf).__name__}; it must be a "
-                "pytree of aop.Memory alone, such as variables[aop.linen.COLLECTION] (a restored "
-                "dict becomes a memory again with aop.Memory(**memory))."
+                "pytree of aop.Memory or aop.Subspace alone, such as variables[aop.linen."
+                "COLLECTION] (a restored dict becomes a memory again with aop.Memory(**memory))."
             )
 
     def init(params):
         del params
-        return CarryMemoryState(jax.tree.map(_live_array, memory), jnp.zeros((), jnp.int32))
+        live = jax.tree.map(_live_memory, memory, is_leaf=is_memory)
+        return CarryMemoryState(live, jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None, *, memory=_MISSING, **extra_args):
         del params, extra_args
@@ -98,7 +100,7 @@ def carry_memory(
         _check_same_kind(state.memory, memory)
         factor = rate_factor(learning_rate, state.count)
         carry = functools.partial(carried, "carry_memory", factor=factor)
-        memory = jax.tree.map(carry, state.memory, memory, is_leaf=_is_memory)
+        memory = jax.tree.map(carry, state.memory, memory, is_leaf=is_memory)
         return updates, CarryMemoryState(memory, optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -170,6 +172,8 @@ def state_shardings(
 ) -> chex.ArrayTree:
     """Where the optimizer state belongs: memory rows with the batch, moments with the parameters.
 
+    A `Subspace` is replicated.
+
     For `jax.jit(tx.init, out_shardings=...)`, for the in and out shardings of a training step, and
     for the target of a restored checkpoint; for `shard_map`, take the `.spec` of each.
 
@@ -201,7 +205,7 @@ def state_shardings(
         params_sharding = jax.tree.map(lambda _: params_sharding, params)
 
     def rows_with_the_batch(node, sharding):
-        if not _is_memory(node):
+        if not isinstance(node, Memory):
             return sharding
         stacked = [None] * (node.inputs.ndim - 2)
         rows = NamedSharding(mesh, PartitionSpec(*stacked, *batch_sharding.spec[:1]))
@@ -222,7 +226,7 @@ def state_shardings(
         transform_non_params=lambda _: replicated,
         is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
-    return jax.tree.map(rows_with_the_batch, state, shardings, is_leaf=_is_memory)
+    return jax.tree.map(rows_with_the_batch, state, shardings, is_leaf=is_memory)
 
 
 def _find(kind, tree):
@@ -231,13 +235,18 @@ def _find(kind, tree):
     return [node for node in nodes if isinstance(node, kind)]
 
 
-def _is_memory(node):
-    return isinstance(node, Memory)
+def _live_memory(memory):
+    """Arrays; a first memory where there are only shapes."""
+    first = first_directions if isinstance(memory, Subspace) else jnp.zeros
+    of_rows = [_live_array(leaf, first) for leaf in memory[:2]]
+    return type(memory)(*of_rows, _live_array(memory.uses, jnp.zeros))
 
 
-def _live_array(leaf):
+def _live_array(leaf, first):
+    if leaf is None:
+        return None
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jnp.zeros(leaf.shape, leaf.dtype)
+        return first(leaf.shape, leaf.dtype)
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
         raise ValueError(
             "carry_memory: the memory given was donated to a training step and is gone; make it "

@@ -40,11 +40,32 @@ class Unhashable:
         (
             {"k": 1, "policy": "top-k"},
             ValueError,
-            r"policy='top-k'; the known ones are 'topk', 'weightedk', 'randk', or give a callable",
+            r"policy='top-k'; the known ones are 'topk', .*'priority', .* or give a callable",
         ),
         ({"k": 1, "policy": ["topk"]}, ValueError, r"policy=\['topk'\]; the known ones"),
         ({"k": 1, "policy": Unhashable()}, TypeError, r"which is not hashable; give a function"),
-        ({"k": 1, "memory": "row"}, ValueError, r"memory='row'; it is one of 'auto', 'rows', None"),
+        ({"k": 1, "memory": "row"}, ValueError, r"memory='row'; it is one of 'auto', 'rows', 's"),
+        (
+            {"k": 1, "policy": "priority", "memory": "rows"},
+            ValueError,
+            r"memory='rows' and policy='priority', whose weights make up for the rows",
+        ),
+        (
+            {"k": 1, "policy": "topk", "memory": "subspace"},
+            ValueError,
+            r"memory='subspace' and policy='topk', which drops the rows .* 'priority', 'crs', 'un",
+        ),
+        ({"k": 1, "rank": 0}, ValueError, r"rank=0; it must be at least 1"),
+        ({"k": 1, "rank": 1.5}, TypeError, r"rank=1.5; it must be an integer"),
+        ({"k": 1, "rank": (1, 2, 3)}, ValueError, r"rank=\(1, 2, 3\); .* two: for inputs and"),
+        ({"k": 1, "rank": (0, 2)}, ValueError, r"rank=0; it must be at least 1"),
+        ({"k": 1, "rank": 8}, ValueError, r"rank=8, which memory='rows' does not have"),
+        ({"k": 1, "policy": "crs", "rank": 8}, ValueError, r"rank=8, .* or use memory='subspace'"),
+        (
+            {"k": 1, "policy": "crs", "memory": "subspace", "decay": 0.5},
+            ValueError,
+            r"decay=0.5, which memory='subspace' does not have",
+        ),
         ({"k": 1, "memory_dtype": jnp.int8}, TypeError, r"memory_dtype=int8; .* floating"),
         ({"k": 4, "groups": 0}, ValueError, r"groups=0; it must be at least 1"),
         ({"k": 4, "groups": 1.5}, TypeError, r"groups=1.5; it must be an integer"),
@@ -136,3 +157,18 @@ def test_init_memory():
     assert aop.init_memory(aop.MemAOP(k=2), 8, 3, 2, jnp.float64).inputs.dtype == jnp.float64
     assert aop.init_memory(aop.MemAOP(k=2, memory=None), 8, 3, 2) is None
     assert aop.init_memory(None, 8, 3, 2) is None
+    for policy in ("priority", "crs", "uniform"):
+        assert aop.init_memory(aop.MemAOP(k=2, policy=policy), 8, 3, 2) is None
+
+
+def test_init_subspace():
+    config = aop.MemAOP(k=2, policy="priority", memory="subspace", rank=3)
+    memory = aop.init_memory(config, 8, 5, 2, jnp.bfloat16)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), memory)
+    assert shapes == aop.Subspace(((5, 3), "float32"), ((2, 2), "float32"), ((), "float32"))
+    for basis in memory[:2]:
+        np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-6)
+    assert memory.uses == 0
+    assert aop.init_memory(config, 8, 5, 2, jnp.float64).inputs.dtype == jnp.float64
+    one_sided = dataclasses.replace(config, rank=(3, 0))
+    assert aop.init_memory(one_sided, 8, 5, 2).cotangents is None

@@ -4,6 +4,7 @@ Each cell is compared with the primitive: one device, one batch, a Python loop. 
 README.md is what `python tests/test_matrix.py` prints.
 """
 
+import dataclasses
 import functools
 import operator
 import pathlib
@@ -25,6 +26,7 @@ import mem_aop_jax as aop
 BATCHES, ROWS, FEATURES, LAYERS = 4, 8, 5, 3  # as many batches as devices
 CONFIG = aop.MemAOP(k=2)
 OF_FOUR = aop.MemAOP(k=2 * BATCHES, groups=BATCHES)
+RANK = 3
 COLLECTION = aop.linen.COLLECTION
 ROWS_SPEC, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
 
@@ -32,7 +34,8 @@ ROWS_SPEC, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
 class Model(NamedTuple):
     """A way into the library: `apply(params, memory, x)`, one layer or a stack of them.
 
-    The leaves of params are bias and kernel, those of memory the three of `aop.Memory`.
+    The leaves of params are bias and kernel, those of memory the three of `aop.Memory` or
+    `aop.Subspace`.
     """
 
     params: chex.ArrayTree
@@ -105,12 +108,29 @@ def of_nnx(config, rows, remat=None):
         model = nnx.split_rngs(splits=LAYERS)(nnx.vmap(Layer))(nnx.Rngs(0))
         body = nnx.remat(forward) if remat else forward
         forward = nnx.scan(body, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-    graph, params, memory = nnx.split(model, nnx.Param, aop.nnx.Memory)
+    graph, params, memory, keys = nnx.split(model, nnx.Param, aop.nnx.Memory, ...)
 
     def apply(params, memory, x):
-        return forward(nnx.merge(graph, params, memory), x)
+        fresh = jax.tree.map(jnp.copy, keys)  # a key is drawn from: one of this trace
+        return forward(nnx.merge(graph, params, memory, fresh), x)
 
     return Model(params, memory, apply)
+
+
+def weighted(key, scores, k):
+    """Unbiased policies draw at random; what a cell compares is the same for this one."""
+    del key
+    return aop.Selection(jax.lax.top_k(scores, k)[1], jnp.full((k,), scores.size / k, scores.dtype))
+
+
+def with_subspace(make):
+    """The same way in, with directions in place of rows in the memory."""
+
+    def make_with_subspace(config, rows, remat=None):
+        config = dataclasses.replace(config, policy=weighted, memory="subspace", rank=RANK)
+        return make(config, rows, remat)
+
+    return make_with_subspace
 
 
 def product(config):
@@ -128,6 +148,14 @@ WAYS = {
     "`linen.DotGeneral`": functools.partial(linen, product, True, False),
     "`nnx.Linear`": of_nnx,
 }
+WAYS |= {
+    f"{way}, subspace": with_subspace(WAYS[way])
+    for way in ("`dense`", "`linen.wrap`", "`nnx.Linear`")
+}
+
+
+def reference_of(way):
+    return with_subspace(primitive) if way.endswith("subspace") else primitive
 
 
 # ---- what a cell is compared with
@@ -158,14 +186,21 @@ def setup(way, config=CONFIG, rows=ROWS, remat=None, batches=None):
 
     With `batches`, memory and inputs are stacked.
     """
-    model, reference = (make(config, rows, remat) for make in (WAYS[way], primitive))
+    model, reference = (make(config, rows, remat) for make in (WAYS[way], reference_of(way)))
     before = () if batches is None else (batches,)
     layers = () if remat is None else (LAYERS,)
-    memory = aop.Memory(
-        numbers(*before, *layers, rows, FEATURES, seed=5),
-        numbers(*before, *layers, rows, FEATURES, seed=6),
-        jnp.ones((*before, *layers), jnp.float32),
-    )
+    if way.endswith("subspace"):
+        sides = (
+            jnp.linalg.qr(numbers(*before, *layers, FEATURES, RANK, seed=seed))[0]
+            for seed in (5, 6)
+        )
+        memory = aop.Subspace(*sides, jnp.ones((*before, *layers), jnp.float32))
+    else:
+        memory = aop.Memory(
+            numbers(*before, *layers, rows, FEATURES, seed=5),
+            numbers(*before, *layers, rows, FEATURES, seed=6),
+            jnp.ones((*before, *layers), jnp.float32),
+        )
     return model, reference, reference.params, memory, numbers(*before, rows, FEATURES, seed=7)
 
 
@@ -244,9 +279,15 @@ def mesh_of(axis_type):
     return jax.make_mesh((BATCHES,), ("data",), axis_types=(axis_type,))
 
 
+def specs_of(way):
+    """Rows are each device's own, directions the same everywhere."""
+    side = EVERYWHERE if way.endswith("subspace") else ROWS_SPEC
+    return side, side, EVERYWHERE
+
+
 def shard_map(way):
     _, params, memory, x, wanted = for_all_rows(way)
-    specs = like(memory, aop.Memory(ROWS_SPEC, ROWS_SPEC, EVERYWHERE))
+    specs = like(memory, specs_of(way))
     sharded = jax.shard_map(
         gradients(WAYS[way](CONFIG, ROWS)),
         mesh=mesh_of(AxisType.Auto),
@@ -259,11 +300,13 @@ def shard_map(way):
 def jit_over_a_mesh(axis_type, way):
     model, params, memory, x, wanted = for_all_rows(way)
     rows, everywhere = (NamedSharding(mesh_of(axis_type), s) for s in (ROWS_SPEC, EVERYWHERE))
-    memory = jax.tree.map(lambda a: jax.device_put(a, rows if a.ndim else everywhere), memory)
+    shardings = [NamedSharding(rows.mesh, spec) for spec in specs_of(way)]
+    memory = jax.device_put(memory, like(memory, shardings))
     params, x = jax.device_put(params, everywhere), jax.device_put(x, rows)
     ours = jax.jit(gradients(model))(params, memory, x)
     same(ours, wanted)
-    assert all(a.sharding.is_equivalent_to(rows, 2) for a in jax.tree.leaves(ours[1]) if a.ndim)
+    for after, sharding in zip(jax.tree.leaves(ours[1]), shardings, strict=True):
+        assert after.sharding.is_equivalent_to(sharding, after.ndim)
 
 
 def scan_over_steps(way):
@@ -286,7 +329,7 @@ def scan_over_layers(remat, way):
     model, _, params, memory, x = setup(way, remat=remat)
 
     def unrolled(params, memory, x):
-        layer = primitive(CONFIG, ROWS).apply
+        layer = reference_of(way)(CONFIG, ROWS).apply
         for i in range(LAYERS):
             x = layer(*jax.tree.map(operator.itemgetter(i), (params, memory)), x)
         return x

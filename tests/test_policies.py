@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 import pathlib
@@ -8,10 +9,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mem_aop_jax.policies import POLICIES, row_scores
+from mem_aop_jax.policies import POLICIES, UNBIASED_POLICIES, row_norms, row_scores
 
 DATA = pathlib.Path(__file__).parent / "data"
 SCORES = np.array([0.5, 3.0, 0.02, 1.0, 0.3, 1.5], np.float32)
+
+
+def scores_of(inputs, cotangents):
+    return row_scores(row_norms(inputs), row_norms(cotangents))
 
 
 def subset_probabilities(weights, k):
@@ -63,11 +68,91 @@ def test_rows_of_zero_score_come_last(policy):
     assert {2, 4} <= set.intersection(*map(set, drawn.tolist()))
 
 
+ROWS = {  # norms of 12 rows
+    "uniform": np.ones(12),
+    "heavy tails": np.arange(1, 13) ** -2.0,
+    "one dominant": np.array([1000.0] + [1.0] * 11),
+}
+
+
+def weighted_sums(policy, norms, k, draws=20_000):
+    """Of 12 rows with random directions; and the scores' own sum, the sum of the norm products."""
+    rows = norms[:, None] * np.random.default_rng(0).normal(size=(12, 5))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True) / norms[:, None]
+    scores = jnp.asarray((norms / norms.max()) ** 2, jnp.float32)
+
+    def draw(key):
+        indices, weights = POLICIES[policy](key, scores, k)
+        return weights.astype(jnp.float64) @ jnp.asarray(rows)[indices]
+
+    sums = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(k), draws))
+    return np.asarray(sums), rows.sum(axis=0)
+
+
+@pytest.mark.parametrize("k", [1, 4, 11])
+@pytest.mark.parametrize("norms", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("policy", UNBIASED_POLICIES)
+def test_unbiased(policy, norms, k):
+    sums, exact = weighted_sums(policy, norms, k)
+    standard_error = sums.std(axis=0) / len(sums) ** 0.5
+    rounding = 1e-6 * norms.max()
+    off = np.abs(sums.mean(axis=0) - exact)
+    assert (off <= 4 * standard_error + rounding).all()
+    assert np.linalg.norm(off) <= 4 * np.linalg.norm(standard_error) + rounding
+
+
+@pytest.mark.parametrize("k", [4, 8, 11])
+@pytest.mark.parametrize("norms", ROWS.values(), ids=ROWS)
+def test_priority_has_the_least_variance(norms, k):
+    """For rows in random directions, of which the variances add up.
+
+    Its threshold costs it a row, which matters for equal scores and few rows (Szegedy 2006): there
+    it has the variance of `uniform` with k - 1 of rows - 1.
+    """
+    scores = jnp.asarray((norms / norms.max()) ** 2, jnp.float32)
+
+    def weights_of_rows(policy, key):
+        indices, weights = POLICIES[policy](key, scores, k)
+        return jnp.zeros(12).at[indices].add(weights.astype(jnp.float64))
+
+    keys = jax.random.split(jax.random.key(k), 20_000)
+    variance = {
+        policy: (jax.vmap(functools.partial(weights_of_rows, policy))(keys).var(0) @ norms**2)
+        for policy in UNBIASED_POLICIES
+    }
+    cost_of_a_row = (11 / (k - 1) - 1) / (12 / k - 1)
+    assert variance["priority"] <= 1.05 * min(variance["crs"], cost_of_a_row * variance["uniform"])
+
+
+@pytest.mark.parametrize("policy", UNBIASED_POLICIES)
+def test_weights(policy):
+    scores = jnp.asarray([4.0, 1.0, 0.0, 9.0, 0.0, 0.0], jnp.float32)
+    for k in range(1, 7):
+        indices, weights = POLICIES[policy](jax.random.key(k), scores, k)
+        assert indices.shape == weights.shape == (k,)
+        assert weights.dtype == jnp.float32
+        assert jnp.isfinite(weights).all()
+        if policy != "uniform":
+            assert {0, 1, 3} <= set(indices.tolist()) or k < 3 or policy == "crs"
+    indices, weights = POLICIES[policy](jax.random.key(0), scores, 6)
+    assert sorted(indices.tolist()) == list(range(6))
+    assert (weights == 1).all()  # k = rows is exact
+    zeros = POLICIES[policy](jax.random.key(0), jnp.zeros(6, jnp.float32), 3)
+    assert jnp.isfinite(zeros.weights).all()
+
+
+def test_priority_keeps_a_dominant_row_as_it_is():
+    scores = jnp.asarray([1e8, *[1.0] * 15], jnp.float32)
+    for seed in range(20):
+        indices, weights = POLICIES["priority"](jax.random.key(seed), scores, 4)
+        assert weights[indices.tolist().index(0)] == 1
+
+
 def test_scores_are_those_of_the_trace_after_the_memory_is_added():
     trace = np.load(DATA / "a_topk_K3_mem_d0.9.npz")
     lr = np.sqrt(trace["lr"][0])
     for t in range(1, 25):
-        scores, _ = row_scores(
+        scores, _ = scores_of(
             jnp.asarray(trace["memA"][t - 1] + lr * trace["X"][t]),
             jnp.asarray(trace["memB"][t - 1] + lr * trace["G"][t]),
         )
@@ -78,14 +163,14 @@ def test_scores_are_those_of_the_trace_after_the_memory_is_added():
 @pytest.mark.parametrize("factor", [1e-15, 1e-12, 1e-6, 1.0, 1e6, 1e15])
 @pytest.mark.parametrize("side", ["inputs", "cotangents", "both"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("policy", ["topk", "weightedk"])
+@pytest.mark.parametrize("policy", ["topk", "weightedk", "priority"])
 def test_selection_ignores_constant_factors(policy, side, factor, dtype):
     rng = np.random.default_rng(0)
     inputs, cotangents = 1e-6 * rng.normal(size=(64, 9)), 1e-9 * rng.normal(size=(64, 5))
     key = jax.random.key(3)
 
     def selection(input_factor, cotangent_factor):
-        scores, finite = row_scores(
+        scores, finite = scores_of(
             jnp.asarray(inputs * input_factor, dtype),
             jnp.asarray(cotangents * cotangent_factor, dtype),
         )
@@ -100,23 +185,23 @@ def test_selection_ignores_constant_factors(policy, side, factor, dtype):
 
 def test_scores_of_rows_across_the_range_of_float32():
     rows = jnp.asarray(np.logspace(-18, 18, 13)[:, None] * np.ones((13, 4)), jnp.float32)
-    scores, finite = row_scores(rows, jnp.ones((13, 1), jnp.float32))
+    scores, finite = scores_of(rows, jnp.ones((13, 1), jnp.float32))
     assert finite.all()
     np.testing.assert_allclose(np.sqrt(scores[6:]), np.logspace(-18, 0, 7), rtol=1e-5)
 
 
 def test_the_largest_finite_rows_are_finite():
     rows = jnp.full((3, 64), 3.4e38, jnp.float32).at[1].set(3.4e-30)
-    scores, finite = row_scores(rows, rows)
+    scores, finite = scores_of(rows, rows)
     assert finite.all()
     assert scores.tolist() == [1, 0, 1]
 
 
 def test_rows_that_are_not_finite_score_zero():
     rows = jnp.asarray([[1.0, 2.0], [jnp.nan, 0.0], [1.0, jnp.inf], [0.5, 0.5]], jnp.float32)
-    scores, finite = row_scores(rows, jnp.ones((4, 1), jnp.float32).at[3].set(-jnp.inf))
+    scores, finite = scores_of(rows, jnp.ones((4, 1), jnp.float32).at[3].set(-jnp.inf))
     assert finite.tolist() == [True, False, False, False]
     assert scores.tolist() == [1, 0, 0, 0]
-    zeros, finite = row_scores(jnp.zeros((4, 2)), jnp.zeros((4, 1)))
+    zeros, finite = scores_of(jnp.zeros((4, 2)), jnp.zeros((4, 1)))
     assert finite.all()
     assert not zeros.any()

@@ -147,16 +147,6 @@ def test_an_epoch_of_mnist_against_a_loop_in_numpy(folder, standard_promotion):
     np.testing.assert_allclose([*ours.values()], [expected[name] for name in ours], rtol=1e-5)
 
 
-def test_the_control_is_unbiased():
-    def selected(key):
-        indices, weights = reproduce_paper.rescaled(key, jnp.ones(12), 3)
-        return jnp.zeros(12).at[indices].add(weights)
-
-    draws = jax.vmap(selected)(jax.random.split(jax.random.key(0), 20_000))
-    assert set(np.unique(draws)) == {0.0, 4.0}
-    np.testing.assert_allclose(draws.mean(axis=0), 1, atol=4 * 3**0.5 / 20_000**0.5)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "published.json").exists(), reason="needs the published figures")
 def test_energy_as_published(tmp_path):

@@ -18,7 +18,7 @@ from mem_aop_jax import checks
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.contractions import contraction_sizes, warn_once, why_exact
 from mem_aop_jax.dense import dot_general
-from mem_aop_jax.memory import Memory, init_memory, memory_name
+from mem_aop_jax.memory import Memory, Subspace, init_memory, memory_name
 from mem_aop_jax.rules import Layer
 
 COLLECTION = OVERWRITE_WITH_GRADIENT  # TrainState replaces its variables by their gradients
@@ -32,7 +32,7 @@ class Dense(nn.Dense):
     parameters with the same initial values, the same outputs. The gradients of the inputs and of
     the bias are exact.
 
-    `init` puts an empty `Memory` into the collection `COLLECTION`, for as many rows as the example
+    `init` puts the first `Memory` into the collection `COLLECTION`, for as many rows as the example
     input has: initialise with a batch of the training size. The gradient with respect to that
     collection is the next memory. Hand it on with `carry_memory`; or keep all variables in the
     `params` of an unmodified `flax.training.train_state.TrainState`, which overwrites the
@@ -159,7 +159,7 @@ def scopes_of(module: nn.Module) -> list[Scope]:
 class Lent(NamedTuple):
     """What stands beside a layer's parameters inside of a wrapped model."""
 
-    memory: Memory | None
+    memory: Memory | Subspace | None
     key: chex.PRNGKey | None
 
 
@@ -218,7 +218,7 @@ def _memory_of_this_call(module, config, sizes, dtype, lend):
         lent = Lent(None, None)
     key = module.make_rng(RNG) if module.has_rng(RNG) else lent.key
     memory = module.get_variable(COLLECTION, name, lent.memory)
-    if module.is_initializing() and memory is None and config.keeps_rows:
+    if module.is_initializing() and memory is None and config.memory_kind is not None:
         config.selected_rows(sizes[0], _name(module))
         new = init_memory(config, *sizes, dtype)
         if module.is_mutable_collection(COLLECTION):

@@ -19,7 +19,7 @@ from mem_aop_jax.linen.modules import (
     scopes_of,
     trace_anew,
 )
-from mem_aop_jax.memory import Memory
+from mem_aop_jax.memory import is_memory
 from mem_aop_jax.rules import Rules, as_rules, check_all_used, config_for
 
 
@@ -147,12 +147,10 @@ def _intercept(rules, depth, lend, paths, call, args, kwargs, context):
 
 def _lend_memories(key, variables):
     """Puts the memories of COLLECTION, each with a key, beside the parameters of their layers."""
-    memories, structure = jax.tree.flatten(
-        variables.get(COLLECTION, {}), is_leaf=lambda node: isinstance(node, Memory)
-    )
+    memories, structure = jax.tree.flatten(variables.get(COLLECTION, {}), is_leaf=is_memory)
 
     def lend(i, memory):
-        if not isinstance(memory, Memory) or jnp.ndim(memory.uses) == 0:
+        if not is_memory(memory) or jnp.ndim(memory.uses) == 0:
             return None  # of no lifted transform: it is found in COLLECTION
         if key is None:
             return Lent(memory, None)

@@ -1,0 +1,80 @@
+"""The runs of language_model.py: a table, and the loss over the FLOPs spent."""
+
+import pathlib
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+
+
+def write(results: dict[str, dict], folder: pathlib.Path, description: str) -> str:
+    """Writes `results.md` and `results.png`; the table, the description, and where they are.
+
+    Args:
+      results: runs by name, as in results.json.
+      folder: for the files.
+      description: what stands below the table.
+    """
+    text = f"{table(results)}\n\n{description}"
+    paths = folder / "results.md", folder / "results.png"
+    paths[0].write_text(text + "\n")
+    draw(results).savefig(paths[1], dpi=120)
+    return f"{text}\n\n{paths[0]}\n{paths[1]}"
+
+
+def summary(losses: list[list[float]]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation, over the seeds, of the loss at the end."""
+    final = np.array(losses)[:, -1]
+    return float(final.mean()), float(final.std(ddof=1)) if len(final) > 1 else None
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown.
+
+    c: FLOPs of a step, relative to those of an exact step of the same batch. "of the reference":
+    FLOPs of the whole run, relative to those of the exact run with --batch and --steps. Seconds:
+    of all steps of a seed, without compilation and evaluation.
+    """
+    lines = [
+        ("run", "batch", "steps", "FLOPs of a step", "c", "of the reference", "s", "loss"),
+        ("---", *["---:"] * 7),
+    ]
+    for name, entry in results.items():
+        mean, sd = summary(entry["losses"])
+        lines.append(
+            (
+                f"`{name}`",
+                str(entry["batch"]),
+                str(entry["steps"]),
+                f"{entry['step_flops'] / 1e9:.3g} G",
+                f"{entry['c']:.3f}",
+                f"{entry['of_reference']:.3f}",
+                f"{np.mean(entry['seconds']):.1f}",
+                f"{mean:.4f}" + ("" if sd is None else f" ± {sd:.4f}"),
+            )
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def draw(results: dict[str, dict]) -> Figure:
+    """Validation loss over the FLOPs spent; exact runs black, the bands are one sd of the seeds."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    panel = figure.subplots()
+    exact = [name for name, entry in results.items() if entry["policy"] == "exact"]
+    others = [name for name in results if name not in exact]
+    for name, entry in results.items():
+        style = (
+            {"color": "black", "linestyle": ("-", "--", "-.", ":")[exact.index(name) % 4]}
+            if name in exact
+            else {"color": f"C{others.index(name) % 10}"}
+        )
+        losses, flops = np.array(entry["losses"]), np.array(entry["flops"])
+        mean, sd = losses.mean(axis=0), losses.std(axis=0, ddof=min(1, len(losses) - 1))
+        panel.plot(flops, mean, label=name, marker="o", markevery=[-1], **style)
+        panel.fill_between(flops, mean - sd, mean + sd, color=style["color"], alpha=0.15, lw=0)
+    panel.set(xlabel="FLOPs", ylabel="validation loss")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    return figure

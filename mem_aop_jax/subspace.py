@@ -1,0 +1,149 @@
+"""Subspace memory: the directions in which the rows of a batch lie. Not the paper's.
+
+    X = A V^T + Xr,  A = X V          V (N, q) the directions of the inputs
+    G = B U^T + Gr,  B = G U          U (P, q) the directions of the cotangents
+    dW = V (A^T G) + (Xr^T B) U^T     computed for all rows: q columns in place of N or P
+         + Xr^T Gr                    sampled: K rows, with weights
+    Xr^T B = X^T B - V (A^T B)
+
+This holds for any V and U, so the estimate is unbiased for any; its variance is that of the last
+term alone. One subspace iteration a step lets V and U follow the rows: V <- orth(X^T A), and
+U <- orth(G^T B). Nothing of the size of X or G is formed beside them, and of the residuals Xr and
+Gr only the chosen rows.
+"""
+
+import math
+from typing import NamedTuple
+
+import chex
+import jax.numpy as jnp
+from jax import lax
+
+from mem_aop_jax.compat import vary, varying_axes
+from mem_aop_jax.memory import Subspace, wide
+from mem_aop_jax.policies import row_norms
+
+
+class Side(NamedTuple):
+    """The rows of X or of G, and what a basis holds of them.
+
+    Attributes:
+      rows: `(groups, rows, features)`.
+      basis: `(features, q)`, in the dtype of products.
+      coordinates: `(groups, rows, q)`; 0 for rows that are not finite.
+      residual_norms: `(groups, rows)`, in the units of `row_norms`.
+    """
+
+    rows: chex.Array
+    basis: chex.Array
+    coordinates: chex.Array
+    residual_norms: chex.Array
+
+    def residuals(self, chosen: chex.Array, take) -> chex.Array:
+        """The chosen rows less what the basis holds of them, in float32 or float64."""
+        dtype = wide(self.rows.dtype)
+        rows, coordinates = (take(a, chosen).astype(dtype) for a in (self.rows, self.coordinates))
+        return rows - jnp.matmul(coordinates, self.basis.T.astype(dtype))
+
+
+def split(rows: chex.Array, basis: chex.Array | None, precision: lax.PrecisionLike) -> Side:
+    """What a basis `(features, q)` holds of rows `(groups, rows, features)`; None holds nothing."""
+    dtype = jnp.float32 if rows.dtype == jnp.float16 else rows.dtype  # in which sums could overflow
+    if basis is None:
+        basis = jnp.zeros((rows.shape[-1], 0), dtype)
+    basis = vary(basis, varying_axes(rows)).astype(dtype)
+    coordinates = jnp.matmul(
+        rows.astype(dtype), basis, precision=precision, preferred_element_type=wide(dtype)
+    )
+    norms = row_norms(rows.astype(wide(rows.dtype)))
+    finite = jnp.isfinite(norms)
+    coordinates = jnp.where(finite[..., None], coordinates, 0)
+    share = row_norms(coordinates) / jnp.where(norms > 0, norms, 1)
+    # At least a little for every row: products in bfloat16, as on TPUs, tell no less.
+    outside = jnp.maximum(1 - jnp.square(share), 1e-3)
+    return Side(rows, basis, coordinates.astype(dtype), norms * jnp.sqrt(outside))
+
+
+class Whole(NamedTuple):
+    """What is computed of all rows.
+
+    Attributes:
+      left: `(2 q, in_features)`, and
+      right: `(2 q, out_features)`: left^T right is the part of dW in the subspaces.
+      memory: the next one.
+    """
+
+    left: chex.Array
+    right: chex.Array
+    memory: Subspace
+
+
+def whole(memory: Subspace, x: Side, g: Side, precision: lax.PrecisionLike) -> Whole:
+    """The products of all rows with their coordinates, in one pass over X and one over G."""
+    dtype = max(x.basis.dtype, g.basis.dtype, key=lambda dtype: dtype.itemsize)
+    a, b = x.coordinates.astype(dtype), g.coordinates.astype(dtype)
+    axes = tuple(sorted(varying_axes(a) - varying_axes(memory.inputs)))  # share the memory
+
+    def over_rows(a, b):
+        a, b = (c.reshape(math.prod(c.shape[:2]), c.shape[2]).astype(dtype) for c in (a, b))
+        return lax.dot_general(
+            a,
+            b,
+            (((0,), (0,)), ((), ())),
+            precision=precision,
+            preferred_element_type=wide(dtype),
+        )
+
+    def next_basis(old, new):
+        return orthonormal(lax.psum(new, axes) if axes else new, old)
+
+    q = a.shape[-1]
+    of_x = over_rows(x.rows, jnp.concatenate([_unit(a, axes), b], axis=-1))
+    of_g = over_rows(g.rows, jnp.concatenate([a, _unit(b, axes)], axis=-1))
+    v, u = (side.basis.astype(of_x.dtype) for side in (x, g))
+    xr_b = of_x[:, q:] - jnp.matmul(v, over_rows(a, b), precision=precision)
+    new = memory._replace(inputs=next_basis(memory.inputs, of_x[:, :q]))
+    if memory.cotangents is not None:
+        new = new._replace(cotangents=next_basis(memory.cotangents, of_g[:, q:]))
+    return Whole(
+        left=jnp.concatenate([v, xr_b], axis=-1).T,
+        right=jnp.concatenate([of_g[:, :q], u], axis=-1).T,
+        memory=new,
+    )
+
+
+def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:
+    """Orthonormal columns that span `columns`, and directions of `old` where these have too few.
+
+    Cholesky-QR, three times, the first time shifted, on columns of unit length: after a few steps
+    of subspace iteration they are nearly orthogonal, however different their lengths. Columns that
+    are not finite leave `old` as it is.
+
+    Args:
+      columns: `(features, q)` float32 or float64, of any rank and size.
+      old: `(features, q)`, orthonormal columns.
+    """
+    dtype = old.dtype
+    columns = columns.astype(dtype)
+    columns = _over(columns, jnp.max(jnp.abs(columns), initial=0))
+    columns = _over(columns, jnp.linalg.norm(columns, axis=0, keepdims=True))
+    columns += 1e-3 * old  # then the rank is q
+    rank = columns.shape[1]
+    identity = jnp.eye(rank, dtype=dtype)
+    for shift in (rank**2 * jnp.finfo(dtype).eps, 0, 0):  # more than the rounding of the first
+        gram = jnp.matmul(columns.T, columns, precision="highest")
+        inverse = lax.linalg.triangular_solve(  # for q x q, since one for N x q is slow on CPUs
+            jnp.linalg.cholesky(gram + shift * identity), identity, left_side=True, lower=True
+        )
+        columns = jnp.matmul(columns, inverse.T, precision="highest")
+    return jnp.where(jnp.all(jnp.isfinite(columns)), columns, old)
+
+
+def _unit(coordinates, axes):
+    """Coordinates in units of the largest on all devices: their products do not underflow."""
+    largest = jnp.max(jnp.abs(coordinates), initial=0)
+    return _over(coordinates, lax.pmax(largest, tuple(sorted(axes))) if axes else largest)
+
+
+def _over(values, size):
+    return values / jnp.where(size > 0, size, 1)

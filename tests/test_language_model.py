@@ -1,0 +1,355 @@
+"""examples/language_model.py, as a user runs it, and its parts."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import language_model
+import language_report
+import numpy as np
+import pytest
+
+SCRIPT = pathlib.Path(language_model.__file__)
+SIZES = {"--width": 32, "--layers": 1, "--heads": 2, "--sequence": 16, "--batch": 4}
+ARGUMENTS = [str(word) for option in SIZES.items() for word in option]
+TRAINING = [*ARGUMENTS, "--steps", "80", "--learning-rate", "0.01", "--seeds", "2"]
+RUNS = (
+    "exact",
+    "exact:flops=1",
+    "exact:batch=1/2,flops=0.5",
+    "topk:ratio=1,memory=none",
+    "topk:ratio=1/4,flops=1",
+)
+
+
+def train(*arguments, cwd):
+    command = [sys.executable, str(SCRIPT), *TRAINING, *map(str, arguments)]
+    fast = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles in half the time
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | fast)
+
+
+def write_text(path, characters=20_000):
+    """A random sequence of a few words."""
+    words = np.array(["def", "return", "self", "lambda", "yield", "import", "naïve", "class"])
+    drawn = np.random.default_rng(0).choice(words, characters // 5)
+    path.write_text(" ".join(drawn)[:characters], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What the command printed, and the folder that it left."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_text(folder / "words.txt")
+    runs = [word for run in RUNS for word in ("--run", run)]
+    run = train("--text", "words.txt", "--out", "out", *runs, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    return run, folder
+
+
+@pytest.fixture
+def results(trained):
+    _, folder = trained
+    return json.loads((folder / "out/results.json").read_text())["words.txt"]
+
+
+# ---- the command
+
+
+def test_it_trains_every_run_and_reports(trained, results):
+    run, folder = trained
+    assert "100%" in run.stderr  # the progress bar
+    assert list(results) == list(RUNS)
+    for entry in results.values():
+        assert np.shape(entry["losses"]) == (2, language_model.EVALUATIONS)
+        final = [losses[-1] for losses in entry["losses"]]
+        assert entry["mean"] == pytest.approx(np.mean(final))
+        assert entry["sd"] == pytest.approx(np.std(final, ddof=1))
+        assert final[0] != final[1]
+
+    table = (folder / "out/results.md").read_text()
+    assert table in run.stdout + "\n"
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2 : 2 + len(RUNS)]]
+    for row, (name, entry) in zip(rows, results.items(), strict=True):
+        assert row[:3] == [f"`{name}`", str(entry["batch"]), str(entry["steps"])]
+        assert row[-1] == f"{entry['mean']:.4f} ± {entry['sd']:.4f}"
+    assert "block_0/qkv (32 to 96), block_0/out (32 to 32), block_0/up (32 to 128)" in table
+    assert (folder / "out/results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_loss_is_that_of_a_model_which_has_learned(trained, results):
+    _, folder = trained
+    text = (folder / "words.txt").read_text(encoding="utf-8")
+    _, counts = np.unique(language_model.encode(text), return_counts=True)
+    shares = counts / counts.sum()
+    unigram = -(shares * np.log(shares)).sum()
+    for losses in results["exact"]["losses"]:
+        assert losses[-1] < 0.7 * unigram < losses[0]
+    for name in ("topk:ratio=1/4,flops=1", "exact:batch=1/2,flops=0.5"):
+        assert all(losses[-1] < unigram for losses in results[name]["losses"])
+
+
+def test_runs_of_a_seed_differ_by_their_gradients_alone(results):
+    exact, again, all_rows, approximate = (
+        np.array(results[RUNS[i]]["losses"]) for i in (0, 1, 3, 4)
+    )
+    np.testing.assert_array_equal(exact, again)
+    np.testing.assert_allclose(all_rows, exact, rtol=1e-4)  # the same, added up in another order
+    assert (np.abs(approximate - exact).max(axis=1) > 0.01).all()
+
+
+def test_steps_are_what_the_flops_pay_for(results):
+    exact = results["exact"]
+    budget = exact["steps"] * exact["step_flops"]
+    assert exact["steps"] == 80
+    for name, share in ((RUNS[1], 1), (RUNS[2], 0.5), (RUNS[4], 1)):
+        entry = results[name]
+        spent = entry["flops"][-1]
+        assert spent == entry["steps"] * entry["step_flops"]
+        assert spent <= share * budget < spent + entry["step_flops"]
+        assert entry["of_reference"] == pytest.approx(spent / budget)
+    assert results[RUNS[2]]["batch"] == 2
+    assert results[RUNS[2]]["c"] == exact["c"] == 1
+    assert results[RUNS[4]]["c"] == results[RUNS[4]]["step_flops"] / exact["step_flops"] != 1
+    assert results[RUNS[4]]["steps"] == int(80 / results[RUNS[4]]["c"])
+    assert len(set(exact["flops"])) == language_model.EVALUATIONS
+
+
+def test_flops_of_an_exact_step_are_those_of_its_products(results):
+    """Three products for each kernel, and those of the attention; the rest is small."""
+    width, tokens, vocabulary = 32, 4 * 16, language_model.UNKNOWN + 1
+    kernels = width * (12 * width + vocabulary)
+    products = 6 * tokens * (kernels + 2 * 16 * width)
+    assert products < results["exact"]["step_flops"] < 1.5 * products
+
+
+def test_a_stopped_run_goes_on_where_it_was(trained, results, tmp_path):
+    _, folder = trained
+    shutil.copy(folder / "words.txt", tmp_path)
+    stopped = {RUNS[0]: results[RUNS[0]], RUNS[4]: json.loads(json.dumps(results[RUNS[4]]))}
+    for key in ("losses", "seconds"):
+        del stopped[RUNS[4]][key][1:]  # after its first seed
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/results.json").write_text(json.dumps({"words.txt": stopped}))
+    arguments = ("--text", "words.txt", "--out", "out", "--run", RUNS[0], "--run", RUNS[4])
+    run = train(*arguments, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    resumed = json.loads((tmp_path / "out/results.json").read_text())["words.txt"]
+    assert resumed[RUNS[0]] == results[RUNS[0]]  # not run again
+    for entry in (resumed[RUNS[4]], results[RUNS[4]]):
+        assert len(entry.pop("seconds")) == 2
+    assert resumed[RUNS[4]] == results[RUNS[4]]
+
+
+def test_results_of_other_settings_are_refused(trained, standard_promotion):
+    _, folder = trained
+    arguments = f"--text {folder / 'words.txt'} --out {folder / 'out'} --run exact --width 64"
+    with pytest.raises(SystemExit, match=r"exact was run with {'width': 32}, now asked for with"):
+        language_model.main([*TRAINING, *arguments.split()])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--steps 0", "argument --steps: 0 is not between 1"),
+        ("--learning-rate nan", "argument --learning-rate: nan is not between"),
+        ("--width wide", "argument --width: invalid count value: 'wide'"),
+        ("--heads 5", "--heads 5: do not divide --width 32"),
+        ("--preset huge", "invalid choice: 'huge'"),
+        ("--run best:ratio=1/4", "argument --run: best:ratio=1/4: MemAOP got policy='best'"),
+        ("--run topk", "argument --run: topk: MemAOP got k=None and ratio=None"),
+        ("--run topk:ratio=3/2", "MemAOP got ratio=1.5"),
+        ("--run topk:ratio=1/0", "MemAOP got ratio='1/0'"),
+        ("--run topk:ratio=1/4,memory=much", "MemAOP got memory='much'"),
+        ("--run topk:ratio=1/4,power=2", "unexpected keyword argument 'power'"),
+        ("--run topk:ratio", "'ratio' is not NAME=VALUE"),
+        ("--run topk:ratio=1/4,ratio=1/2", "ratio is given twice"),
+        ("--run exact:ratio=1/4", "exact takes batch, steps and flops, not ratio"),
+        ("--run exact:steps=9,flops=1", "give steps or flops, not both"),
+        ("--run exact:steps=0", "steps must be a number above 0"),
+        ("--run exact:batch=half", "batch must be a number above 0"),
+        ("--run exact:batch=1/3", "batch is 1.33333, no whole number, where --batch is 4"),
+        ("--run topk:k=65", "topk:k=65: block_0/qkv: k=65 outer products asked of a batch of 64"),
+        ("--run topk:k=8 --layers-exact none", "the rule for 'none' matches no dense layer"),
+        ("--run topk:k=8 --layers-exact (", "'(' is no regular expression"),
+        ("--out /dev/null/x", "--out /dev/null/x: cannot be made"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        language_model.parse_arguments([*ARGUMENTS, "--run", "exact", *arguments.split()])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error
+    assert ": error: " in error
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        language_model.main(["--help"])
+    assert "exact:flops=0.75" in capsys.readouterr().out
+
+
+# ---- what is compared
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("8", 8), ("1/8", 0.125), ("2/1", 2.0), ("0.5", 0.5), ("none", None), ("True", True)],
+)
+def test_values(text, value):
+    parsed = language_model.parse_value(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.fixture
+def parse(standard_promotion, tmp_path):
+    return lambda arguments: language_model.parse_arguments(
+        ["--out", str(tmp_path), *ARGUMENTS, *arguments.split()]
+    )
+
+
+def test_sizes_of_runs(parse):
+    options = parse(
+        "--steps 10 --run exact --run exact:batch=8,steps=1/2 --run randk:k=3,batch=2/1,flops=0.5 "
+        "--run topk:ratio=1/8,decay=0.5,memory_dtype=bfloat16,steps=7 --run exact"
+    )
+    assert [run[3:] for run in options.run] == [
+        (4, 10, None), (8, 5, None), (8, None, 0.5), (4, 7, None)
+    ]  # fmt: skip
+    config = options.run[3].config
+    assert (config.ratio, config.decay, config.memory_dtype) == (1 / 8, 0.5, jnp.bfloat16)
+
+
+def test_equal_flops_is_for_approximate_runs_without_sizes(parse):
+    options = parse("--equal-flops --run exact --run topk:k=3 --run topk:k=3,steps=9")
+    assert [(run.steps, run.flops) for run in options.run] == [(250, None), (None, 1), (9, None)]
+
+
+def test_a_preset_gives_way_to_options(parse, monkeypatch):
+    monkeypatch.setattr(language_model, "DEFAULT_RUNS", ("exact",))
+    options = parse("--preset small --steps 7")
+    assert options.layers == SIZES["--layers"]
+    assert options.steps == 7
+    defaults = language_model.parse_arguments(["--out", str(options.out), "--preset", "small"])
+    small = language_model.PRESETS["small"]
+    assert {name: getattr(defaults, name) for name in small} == small
+
+
+def test_the_default_runs_are_valid(parse):
+    options = parse("--heads 4")
+    assert [run.name for run in options.run] == list(language_model.DEFAULT_RUNS)
+    assert [layer.split()[0] for layer in options.approximate] == [
+        f"block_0/{name}" for name in ("qkv", "out", "up", "down")
+    ]
+    fewer = parse("--run topk:k=3 --layers-exact block_0/(up|down)")
+    assert fewer.approximate == options.approximate[:2]
+
+
+# ---- the text
+
+
+def load(*arguments):
+    return language_model.load(language_model.parse_arguments([*ARGUMENTS, *map(str, arguments)]))
+
+
+def test_tokens():
+    characters = "~ \tdef naïve():\n€ 😀\x00\r"
+    tokens = language_model.encode(characters)
+    known = language_model.CHARACTERS
+    decoded = "".join(known[t] if t < len(known) else "?" for t in tokens)
+    assert decoded == "~ \tdef na?ve():\n? ???"
+    assert tokens.max() == language_model.UNKNOWN == 97
+
+
+def test_a_text_is_split(tmp_path, monkeypatch, standard_promotion):
+    path = write_text(tmp_path / "words.txt", 5_000)
+    arguments = ("--run", "exact", "--out", tmp_path, "--text", path)
+    text = load(*arguments)
+    tokens = language_model.encode(path.read_text(encoding="utf-8"))
+    np.testing.assert_array_equal(text.train, tokens[:4_750])
+    windows = text.validation.reshape(-1, 17)
+    np.testing.assert_array_equal(windows[0], tokens[4_750:4_767])
+    np.testing.assert_array_equal(windows[-1], tokens[-17:])
+    monkeypatch.setattr(language_model, "TEXT_LIMIT", 2_000)
+    assert len(load(*arguments).train) == 1_900
+
+
+def test_the_standard_library(tmp_path):
+    for name, content in (
+        ("b.py", b"b\xff\r\n"),
+        ("a/z.py", b"z"),
+        ("a/test/no.py", b"no"),
+        ("site-packages/no.py", b"no"),
+        ("a/no.txt", b"no"),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    assert language_model.standard_library(tmp_path) == "zb\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"words\.txt: cannot be read \(No such file"),
+        ("x" * 339, r"words\.txt: has 339 characters; with --sequence 16 at least 340 are wanted"),
+    ],
+)
+def test_a_bad_text_is_one_line(content, message, tmp_path, standard_promotion):
+    path = tmp_path / "words.txt"
+    if content:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match=message) as error:
+        load("--run", "exact", "--out", tmp_path, "--text", path)
+    assert "\n" not in str(error.value)
+
+
+# ---- the model and its batches
+
+
+def test_the_model_looks_at_earlier_characters_alone(standard_promotion):
+    model = language_model.Transformer(width=8, layers=2, heads=2)
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(1, 12)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)
+    apply = jax.jit(model.apply)
+    logits, other = (apply(params, x) for x in (tokens, tokens.at[0, 7].set(50)))
+    changed = (np.abs(logits - other) > 1e-6).any(axis=(0, 2))
+    np.testing.assert_array_equal(changed, np.arange(12) >= 7)
+
+
+def test_windows_come_in_the_same_order_for_every_batch_size(parse):
+    options = parse("--run exact")
+    tokens, key = jnp.arange(97, dtype=jnp.uint8), jax.random.key(3)
+    one, two = (language_model.Trainer(None, batch, 10, options) for batch in (6, 3))
+    windows = one.windows(tokens, key, 1)
+    halves = [two.windows(tokens, key, i) for i in (2, 3)]
+    np.testing.assert_array_equal(windows, jnp.concatenate(halves))
+    np.testing.assert_array_equal(jnp.diff(windows, axis=1), 1)
+    assert len(set(windows[:, 0].tolist())) > 1
+
+
+def test_the_learning_rate_has_the_same_shape_for_every_length(parse):
+    options = parse("--run exact --learning-rate 0.5")
+    short, long = (
+        language_model.Trainer(None, 4, steps, options).schedule for steps in (100, 1000)
+    )
+    for share in (0.1, 0.5, 0.9, 1):
+        assert float(short(100 * share)) == pytest.approx(float(long(1000 * share)), abs=1e-6)
+    assert float(short(10)) == pytest.approx(0.5)
+    assert 0 < float(short(0)) < 0.1
+    assert 0 < float(short(99)) < 0.01
+
+
+def test_a_table_of_one_seed_has_no_standard_deviation():
+    entry = {"batch": 4, "steps": 9, "step_flops": 2e9, "c": 0.5, "of_reference": 0.25}
+    entry |= {"losses": [[3.0, 2.5]], "seconds": [1.25]}
+    assert language_report.summary(entry["losses"]) == (2.5, None)
+    row = language_report.table({"topk:k=3": entry}).splitlines()[-1]
+    assert row == "| `topk:k=3` | 4 | 9 | 2 G | 0.500 | 0.250 | 1.2 | 2.5000 |"
