@@ -75,25 +75,31 @@ ROWS = {  # norms of 12 rows
 }
 
 
-def weighted_sums(policy, norms, k, draws=20_000):
-    """Of 12 rows with random directions; and the scores' own sum, the sum of the norm products."""
-    rows = norms[:, None] * np.random.default_rng(0).normal(size=(12, 5))
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True) / norms[:, None]
-    scores = jnp.asarray((norms / norms.max()) ** 2, jnp.float32)
+def scores_from(norms):
+    return jnp.asarray((norms / norms.max()) ** 2, jnp.float32)
 
-    def draw(key):
+
+@functools.cache
+def weights_of_rows(policy, k, draws=20_000):
+    """Scores of 12 rows to their weights in many draws, `(draws, 12)`."""
+
+    def draw(scores, key):
         indices, weights = POLICIES[policy](key, scores, k)
-        return weights.astype(jnp.float64) @ jnp.asarray(rows)[indices]
+        return jnp.zeros(12).at[indices].add(weights.astype(jnp.float64))
 
-    sums = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(k), draws))
-    return np.asarray(sums), rows.sum(axis=0)
+    keys = jax.random.split(jax.random.key(k), draws)
+    return jax.jit(lambda scores: jax.vmap(functools.partial(draw, scores))(keys))
 
 
 @pytest.mark.parametrize("k", [1, 4, 11])
-@pytest.mark.parametrize("norms", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("policy", UNBIASED_POLICIES)
-def test_unbiased(policy, norms, k):
-    sums, exact = weighted_sums(policy, norms, k)
+@pytest.mark.parametrize("norms", ROWS.values(), ids=ROWS)
+def test_unbiased(norms, policy, k):
+    """The sum of 12 rows in random directions."""
+    rows = np.random.default_rng(0).normal(size=(12, 5))
+    rows *= (norms / np.linalg.norm(rows, axis=1))[:, None]
+    sums = np.asarray(weights_of_rows(policy, k)(scores_from(norms))) @ rows
+    exact = rows.sum(axis=0)
     standard_error = sums.std(axis=0) / len(sums) ** 0.5
     rounding = 1e-6 * norms.max()
     off = np.abs(sums.mean(axis=0) - exact)
@@ -109,15 +115,8 @@ def test_priority_has_the_least_variance(norms, k):
     Its threshold costs it a row, which matters for equal scores and few rows (Szegedy 2006): there
     it has the variance of `uniform` with k - 1 of rows - 1.
     """
-    scores = jnp.asarray((norms / norms.max()) ** 2, jnp.float32)
-
-    def weights_of_rows(policy, key):
-        indices, weights = POLICIES[policy](key, scores, k)
-        return jnp.zeros(12).at[indices].add(weights.astype(jnp.float64))
-
-    keys = jax.random.split(jax.random.key(k), 20_000)
     variance = {
-        policy: (jax.vmap(functools.partial(weights_of_rows, policy))(keys).var(0) @ norms**2)
+        policy: weights_of_rows(policy, k)(scores_from(norms)).var(axis=0) @ norms**2
         for policy in UNBIASED_POLICIES
     }
     cost_of_a_row = (11 / (k - 1) - 1) / (12 / k - 1)
