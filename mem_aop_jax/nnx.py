@@ -24,7 +24,7 @@ RNG = "mem_aop"  # nnx.Rngs(mem_aop=...), for the random policies; else the defa
 
 
 class Memory(nnx.Variable):
-    """The variable that holds the `aop.Memory` of a layer.
+    """The variable that holds the `aop.Memory` or `aop.Subspace` of a layer.
 
     Its gradient is the next memory: differentiate with respect to `nnx.Param` and this type, and
     hand the gradients to `update_memory`.
