@@ -202,7 +202,8 @@ def _rank(rank: int | tuple[int, int]) -> int | tuple[int, int]:
         raise ValueError(
             f"MemAOP got rank={rank}; it must be an integer, or two: for inputs and cotangents."
         )
-    return _count("rank", rank[0]), rank[1] if rank[1] == 0 else _count("rank", rank[1])
+    one_sided = rank[1] == 0 and not isinstance(rank[1], bool)
+    return _count("rank", rank[0]), 0 if one_sided else _count("rank", rank[1])
 
 
 def _fraction(name: str, value: float, *, include_zero: bool) -> float:

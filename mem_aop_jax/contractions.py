@@ -41,12 +41,12 @@ def why_exact(
         return "it has batch dimensions, and Mem-AOP needs one kernel for all rows."
     if is_memory(memory):
         rows, in_features, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
-        shapes = tuple(map(jnp.shape, memory[:2]))
         if isinstance(memory, Memory):
             swapped = (out_features, in_features), (out_features, rows)
-        else:  # any number of rows, and the directions of the cotangents are of those of the kernel
-            swapped = shapes[0], (rows, *shapes[1][1:])
-        on_the_left = swapped == shapes and rows != out_features
+            on_the_left = swapped == tuple(map(jnp.shape, memory[:2])) and rows != out_features
+        else:  # which says nothing of rows; of out_features if it has their directions
+            sizes = () if memory.cotangents is None else jnp.shape(memory.cotangents)[:1]
+            on_the_left = sizes == (rows,) and rows != out_features
     else:
         on_the_left = jnp.shape(rhs) != kernel_shape == jnp.shape(lhs)
     if on_the_left:

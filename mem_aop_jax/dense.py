@@ -115,7 +115,7 @@ def _weight_gradient(layer, kernel, x, g, memory, key):
     )
 
     if isinstance(memory, Subspace):
-        xs, gs = (side.residuals(chosen, _take) for side in sides)
+        xs, gs = (side.residuals(chosen, _take, layer.precision) for side in sides)
     else:
         xs, gs = _join(kept, x, g, chosen)
     lost = ~finite & not_chosen  # neither chosen nor fit for the memory
@@ -126,8 +126,12 @@ def _weight_gradient(layer, kernel, x, g, memory, key):
     if isinstance(memory, Subspace):
         whole = subspace.whole(memory, *sides, layer.precision)
         xs, gs = jnp.concatenate([xs, whole.left]), jnp.concatenate([gs, whole.right])
-    if memory is None or x.dtype != jnp.float16:  # in which a sum of rows could overflow
-        xs, gs = xs.astype(x.dtype), gs.astype(g.dtype)
+    dtypes = x.dtype, g.dtype
+    if isinstance(memory, Subspace):  # what is computed of all rows is rounded to neither
+        dtypes = (max(dtypes, key=lambda dtype: dtype.itemsize),) * 2
+    # In float16 a sum of rows could overflow, or a row with its weight.
+    if jnp.float16 not in dtypes or (memory is None and weights is None):
+        xs, gs = xs.astype(dtypes[0]), gs.astype(dtypes[1])
     dw = lax.dot_general(
         xs,
         gs,
@@ -232,7 +236,8 @@ def dot_general(
     are the rows, the contracted ones the in_features, the free dimensions of `rhs` the
     out_features, each in the order in which they stand in the array (in_features: in that of
     `dimension_numbers`). A contraction with batch dimensions, or with a memory that makes the left
-    operand the kernel, runs exact and says so once.
+    operand the kernel (a `Subspace` without directions of the cotangents cannot tell), runs exact
+    and says so once.
 
     Args:
       lhs: the inputs, floating.

@@ -30,7 +30,7 @@ class Side(NamedTuple):
     Attributes:
       rows: `(groups, rows, features)`.
       basis: `(features, q)`, in the dtype of products.
-      coordinates: `(groups, rows, q)`; 0 for rows that are not finite.
+      coordinates: `(groups, rows, q)`; 0 in place of what is not finite.
       residual_norms: `(groups, rows)`, in the units of `row_norms`.
     """
 
@@ -39,11 +39,11 @@ class Side(NamedTuple):
     coordinates: chex.Array
     residual_norms: chex.Array
 
-    def residuals(self, chosen: chex.Array, take) -> chex.Array:
+    def residuals(self, chosen: chex.Array, take, precision: lax.PrecisionLike) -> chex.Array:
         """The chosen rows less what the basis holds of them, in float32 or float64."""
         dtype = wide(self.rows.dtype)
         rows, coordinates = (take(a, chosen).astype(dtype) for a in (self.rows, self.coordinates))
-        return rows - jnp.matmul(coordinates, self.basis.T.astype(dtype))
+        return rows - jnp.matmul(coordinates, self.basis.T.astype(dtype), precision=precision)
 
 
 def split(rows: chex.Array, basis: chex.Array | None, precision: lax.PrecisionLike) -> Side:
@@ -56,8 +56,7 @@ def split(rows: chex.Array, basis: chex.Array | None, precision: lax.PrecisionLi
         rows.astype(dtype), basis, precision=precision, preferred_element_type=wide(dtype)
     )
     norms = row_norms(rows.astype(wide(rows.dtype)))
-    finite = jnp.isfinite(norms)
-    coordinates = jnp.where(finite[..., None], coordinates, 0)
+    coordinates = jnp.where(jnp.isfinite(coordinates), coordinates, 0)
     share = row_norms(coordinates) / jnp.where(norms > 0, norms, 1)
     # At least a little for every row: products in bfloat16, as on TPUs, tell no less.
     outside = jnp.maximum(1 - jnp.square(share), 1e-3)
@@ -82,7 +81,6 @@ def whole(memory: Subspace, x: Side, g: Side, precision: lax.PrecisionLike) -> W
     """The products of all rows with their coordinates, in one pass over X and one over G."""
     dtype = max(x.basis.dtype, g.basis.dtype, key=lambda dtype: dtype.itemsize)
     a, b = x.coordinates.astype(dtype), g.coordinates.astype(dtype)
-    axes = tuple(sorted(varying_axes(a) - varying_axes(memory.inputs)))  # share the memory
 
     def over_rows(a, b):
         a, b = (c.reshape(math.prod(c.shape[:2]), c.shape[2]).astype(dtype) for c in (a, b))
@@ -95,11 +93,12 @@ def whole(memory: Subspace, x: Side, g: Side, precision: lax.PrecisionLike) -> W
         )
 
     def next_basis(old, new):
+        axes = _shared_axes(new, old)
         return orthonormal(lax.psum(new, axes) if axes else new, old)
 
     q = a.shape[-1]
-    of_x = over_rows(x.rows, jnp.concatenate([_unit(a, axes), b], axis=-1))
-    of_g = over_rows(g.rows, jnp.concatenate([a, _unit(b, axes)], axis=-1))
+    of_x = over_rows(x.rows, jnp.concatenate([_unit(a, memory.inputs), b], axis=-1))
+    of_g = over_rows(g.rows, jnp.concatenate([a, _unit(b, memory.cotangents)], axis=-1))
     v, u = (side.basis.astype(of_x.dtype) for side in (x, g))
     xr_b = of_x[:, q:] - jnp.matmul(v, over_rows(a, b), precision=precision)
     new = memory._replace(inputs=next_basis(memory.inputs, of_x[:, :q]))
@@ -139,10 +138,19 @@ def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:
     return jnp.where(jnp.all(jnp.isfinite(columns)), columns, old)
 
 
-def _unit(coordinates, axes):
-    """Coordinates in units of the largest on all devices: their products do not underflow."""
+def _shared_axes(of_rows, basis):
+    """The mesh axes (of `jax.shard_map`) over which devices share a basis, but not the rows."""
+    return tuple(sorted(varying_axes(of_rows) - varying_axes(basis)))
+
+
+def _unit(coordinates, basis):
+    """Coordinates in units of the largest on all devices that share the basis.
+
+    So their products do not underflow.
+    """
     largest = jnp.max(jnp.abs(coordinates), initial=0)
-    return _over(coordinates, lax.pmax(largest, tuple(sorted(axes))) if axes else largest)
+    axes = () if basis is None else _shared_axes(coordinates, basis)
+    return _over(coordinates, lax.pmax(largest, axes) if axes else largest)
 
 
 def _over(values, size):

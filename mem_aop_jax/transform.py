@@ -81,7 +81,8 @@ def carry_memory(
             raise TypeError(
                 f"carry_memory: memory has a leaf of type {type(leaf).__name__}; it must be a "
                 "pytree of aop.Memory or aop.Subspace alone, such as variables[aop.linen."
-                "COLLECTION] (a restored dict becomes a memory again with aop.Memory(**memory))."
+                "COLLECTION] (a restored dict becomes a memory again with aop.Memory(**memory) or "
+                "aop.Subspace(**memory))."
             )
 
     def init(params):

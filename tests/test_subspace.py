@@ -1,6 +1,7 @@
 """Subspace memory: unbiased for any directions, and directions that follow the rows."""
 
 import functools
+import warnings
 
 import chex
 import jax
@@ -12,7 +13,8 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mem_aop_jax as aop
-from mem_aop_jax.subspace import orthonormal
+from mem_aop_jax.policies import row_norms
+from mem_aop_jax.subspace import orthonormal, split
 
 M, N, P = 48, 12, 8
 POLICIES = ["priority", "crs", "uniform"]
@@ -112,6 +114,37 @@ def test_all_rows_are_the_exact_gradient(policy, rank):
         np.testing.assert_allclose(dw, exact_gradient(x, g), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_are_scored_by_what_lies_outside(dtype):
+    """A large row inside the subspace counts less than a small one outside."""
+    basis = jnp.eye(N, dtype=jnp.float32)[:, :3]
+    rows = np.zeros((4, N))
+    rows[0, 1], rows[1, 5], rows[2, [0, 7]], rows[3, :] = 50, 2, (30, 4), 1
+    side = split(jnp.asarray(rows, dtype)[None], basis, None)
+    wanted = np.linalg.norm(rows[:, 3:], axis=1)
+    ratio = np.asarray(side.residual_norms[0]) / float(row_norms(jnp.ones((1, 1)))[0])
+    np.testing.assert_allclose(ratio[1:], wanted[1:], rtol=0.01)
+    assert ratio[0] < ratio[1]
+
+
+@pytest.mark.parametrize("rank", [3, (3, 0)])
+def test_mixed_dtypes(rank):
+    """bfloat16 inputs and float32 cotangents: nothing in float32 is rounded."""
+    x = rows_near_a_subspace(M, N, 3, 0.1, 0).astype(jnp.bfloat16)
+    g = rows_near_a_subspace(M, P, 3, 0.1, 1)
+    config = config_of(k=M, rank=rank)
+    memory = aop.init_memory(config, M, N, P, jnp.bfloat16)
+
+    def loss_fn(kernel):
+        y = aop.dense(x, kernel, memory, config=config, key=jax.random.key(0))
+        return jnp.sum(y * g)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dw = jax.grad(loss_fn)(jnp.zeros((N, P), jnp.float32))
+    np.testing.assert_allclose(dw, exact_gradient(x, g), rtol=1e-4, atol=1e-3)
+
+
 def test_the_refresh_is_a_subspace_iteration():
     """The spans of X^T X V and G^T G U, against NumPy's QR in float64."""
     x, g = rows_near_a_subspace(M, N, N, 1, 0), rows_near_a_subspace(M, P, P, 1, 1)
@@ -209,6 +242,17 @@ def test_dtypes(x_dtype):
     assert dw.dtype == x_dtype
     exact = exact_gradient(x, g)
     assert np.linalg.norm(np.asarray(dw, np.float64) - exact) < 0.05 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("memory", ["subspace", None])
+def test_weights_do_not_overflow_in_float16(policy, memory):
+    config = aop.MemAOP(k=2, policy=policy, memory=memory)
+    x = jnp.full((M, N), 0.01, jnp.float16)
+    g = jnp.full((M, P), 6e3, jnp.float16)  # times 24
+    kept = aop.init_memory(config, M, N, P, jnp.float16)
+    dw, _ = weight_gradient(config, x, g, kept, jax.random.key(0))
+    np.testing.assert_allclose(dw, exact_gradient(x, g), rtol=0.02)
 
 
 def test_any_batch_size():
@@ -331,6 +375,38 @@ def test_one_basis_for_all_devices_under_shard_map():
     kernel, key = jnp.zeros((N, P), jnp.float32), jax.random.key(0)
     ours = jax.jit(sharded)(x, g, memory, kernel, key)
     chex.assert_trees_all_close(ours, weight_gradient(one, x, g, memory, key), rtol=1e-4, atol=1e-4)
+
+
+def test_a_kernel_that_is_split_over_devices_by_its_rows():
+    """Directions of the inputs are each device's own, those of the cotangents are shared."""
+    x, g = rows_near_a_subspace(M, N, 3, 1, 0), rows_near_a_subspace(M, P, 3, 1, 1)
+    config, key = config_of(k=M, rank=2), jax.random.key(0)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    columns, rows = PartitionSpec("data", "model"), PartitionSpec("data")
+    of_model, everywhere = PartitionSpec("model"), PartitionSpec()
+    own = aop.init_memory(config, M, N // 2, P)
+    memory = own._replace(inputs=jnp.concatenate([own.inputs] * 2))
+    specs = aop.Subspace(of_model, everywhere, everywhere)
+
+    def gradients(x, g, memory, kernel):
+        def loss_fn(kernel, memory):
+            own = aop.dense(x, kernel, memory, config=config_of(k=M // 2, rank=2), key=key)
+            return jnp.sum(own * g)
+
+        return jax.grad(loss_fn, argnums=(0, 1))(kernel, memory)
+
+    sharded = jax.shard_map(
+        gradients,
+        mesh=mesh,
+        in_specs=(columns, rows, specs, of_model),
+        out_specs=(of_model, specs),
+    )
+    dw, after = jax.jit(sharded)(x, g, memory, jnp.zeros((N, P), jnp.float32))
+    np.testing.assert_allclose(dw, exact_gradient(x, g), rtol=1e-4, atol=1e-3)
+    for features in (slice(N // 2), slice(N // 2, N)):
+        wanted = weight_gradient(config, x[:, features], g, own, key)[1]
+        ours = after._replace(inputs=after.inputs[features])
+        chex.assert_trees_all_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
