@@ -48,9 +48,8 @@ class _Layer(NamedTuple):
 
 def _product(layer, x, kernel, memory, key, **options):
     """X W: exact and differentiable in X as usual; what W contributes is left to `_kernel_term`."""
-    kernel = vary(
-        kernel, _axes(x, memory, key)
-    )  # in shard_map: one kernel on all devices, its transpose sums dW
+    # In shard_map: one kernel on all devices, whose transpose sums dW.
+    kernel = vary(kernel, _axes(x, memory, key))
     y = lax.dot_general(
         x,
         lax.stop_gradient(kernel),

@@ -47,12 +47,9 @@ class Subspace(NamedTuple):
     uses: chex.Array
 
 
-MEMORY_TYPES = (Memory, Subspace)
-
-
 def is_memory(node: object) -> bool:
     """Whether a node of a pytree is the memory of a layer."""
-    return isinstance(node, MEMORY_TYPES)
+    return isinstance(node, Memory | Subspace)
 
 
 def init_memory(
