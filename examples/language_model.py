@@ -16,7 +16,6 @@ selection and the optimizer; XLA counts nothing for calls into libraries, such a
 """
 
 import argparse
-import fractions
 import functools
 import math
 import os
@@ -36,6 +35,7 @@ import mem_aop_jax as aop
 
 try:
     import language_report
+    import runs
     from reproduce_paper import Results
     from tqdm import tqdm
 except ImportError as error:
@@ -87,44 +87,14 @@ class Run(NamedTuple):
     flops: int | float | None = None
 
 
-def parse_value(text: str) -> Any:
-    """Of "8", "0.5", "1/8", "none", "true" and "rows"; a share is a float."""
-    words = {"none": None, "true": True, "false": False}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return int(text) if text.isdecimal() else float(fractions.Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        return text
-
-
 def parse_run(text: str) -> Run:
-    """Of `POLICY:NAME=VALUE,...`."""
-    policy, _, rest = text.partition(":")
-    keywords = {}
-    for item in filter(None, rest.split(",")):
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise argparse.ArgumentTypeError(f"{text}: {item!r} is not NAME=VALUE")
-        if name in keywords:
-            raise argparse.ArgumentTypeError(f"{text}: {name} is given twice")
-        keywords[name] = parse_value(value)
-    sizes = {name: keywords.pop(name) for name in ("batch", "steps", "flops") if name in keywords}
-    for name, value in sizes.items():
+    run = runs.parse(text, others=("batch", "steps", "flops"))
+    for name, value in run.others.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise argparse.ArgumentTypeError(f"{text}: {name} must be a number above 0")
-    if "steps" in sizes and "flops" in sizes:
+    if "steps" in run.others and "flops" in run.others:
         raise argparse.ArgumentTypeError(f"{text}: give steps or flops, not both")
-    if policy == "exact":
-        if keywords:
-            raise argparse.ArgumentTypeError(
-                f"{text}: exact takes batch, steps and flops, not {', '.join(keywords)}"
-            )
-        return Run(text, None, keywords, **sizes)
-    try:
-        return Run(text, aop.MemAOP(policy=policy, **keywords), keywords, **sizes)
-    except (TypeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+    return Run(text, run.config, run.keywords, **run.others)
 
 
 def resolved(run: Run, options: argparse.Namespace) -> Run:
@@ -399,7 +369,7 @@ def compare(options: argparse.Namespace, text: Text) -> dict[str, dict]:
                 losses, seconds = trainer.train(seed, tokens, validation, progress)
                 entry["losses"].append(losses)
                 entry["seconds"].append(round(seconds, 2))
-                entry["mean"], entry["sd"] = language_report.summary(entry["losses"])
+                entry["mean"], entry["sd"] = runs.summary([x[-1] for x in entry["losses"]])
                 results.add(run.name, entry)
     return {name: results.configurations[name] for name in wanted}
 
@@ -411,16 +381,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-    def number(kind, low, high, text):
-        value = kind(text)
-        if not low <= value <= high:  # NaN fails too
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    count = functools.partial(number, int, 1, 10**6)
-    rate = functools.partial(number, float, 0.0, 1e3)
-    count.__name__, rate.__name__ = "count", "rate"  # for argparse's errors
     parser.add_argument(
         "--run", type=parse_run, action="append", metavar="RUN",
         help=f"one way to train; may be repeated ({' '.join(DEFAULT_RUNS)})",
@@ -439,9 +399,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         ("steps", 250, "of the reference"),
         ("seeds", 1, "of each run"),
     ):
-        parser.add_argument(f"--{name}", type=count, default=default, help=f"{meaning} ({default})")
+        parser.add_argument(
+            f"--{name}", type=runs.count, default=default, help=f"{meaning} ({default})"
+        )
     parser.add_argument(
-        "--learning-rate", type=rate, default=1e-3, help="of Adam, at its highest (0.001)"
+        "--learning-rate", type=runs.rate, default=1e-3, help="of Adam, at its highest (0.001)"
     )
     parser.add_argument(
         "--layers-exact", metavar="REGEX",
@@ -459,8 +421,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.width % options.heads:
         parser.error(f"--heads {options.heads}: do not divide --width {options.width}")
-    runs = options.run or map(parse_run, DEFAULT_RUNS)
-    options.run = list({run.name: run for run in runs}.values())
+    wanted = options.run or map(parse_run, DEFAULT_RUNS)
+    options.run = list({run.name: run for run in wanted}.values())
     options.approximate = []
     for i, run in enumerate(options.run):
         try:
@@ -470,10 +432,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"argument --run: {run.name}: {error}")
         names = [f"{x.path} ({x.in_features} to {x.out_features})" for x in layers]
         options.approximate = options.approximate or names
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {options.out}: cannot be made ({error.strerror})")
+    runs.make_out(parser, options)
     return options
 
 

@@ -4,6 +4,7 @@ import pathlib
 
 import matplotlib
 import numpy as np
+import runs
 from matplotlib.figure import Figure
 
 matplotlib.use("Agg")
@@ -24,12 +25,6 @@ def write(results: dict[str, dict], folder: pathlib.Path, description: str) -> s
     return f"{text}\n\n{paths[0]}\n{paths[1]}"
 
 
-def summary(losses: list[list[float]]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, over the seeds, of the loss at the end."""
-    final = np.array(losses)[:, -1]
-    return float(final.mean()), float(final.std(ddof=1)) if len(final) > 1 else None
-
-
 def table(results: dict[str, dict]) -> str:
     """Markdown.
 
@@ -37,25 +32,21 @@ def table(results: dict[str, dict]) -> str:
     FLOPs of the whole run, relative to those of the exact run with --batch and --steps. Seconds:
     of all steps of a seed, without compilation and evaluation.
     """
-    lines = [
-        ("run", "batch", "steps", "FLOPs of a step", "c", "of the reference", "s", "loss"),
-        ("---", *["---:"] * 7),
-    ]
-    for name, entry in results.items():
-        mean, sd = summary(entry["losses"])
-        lines.append(
-            (
-                f"`{name}`",
-                str(entry["batch"]),
-                str(entry["steps"]),
-                f"{entry['step_flops'] / 1e9:.3g} G",
-                f"{entry['c']:.3f}",
-                f"{entry['of_reference']:.3f}",
-                f"{np.mean(entry['seconds']):.1f}",
-                f"{mean:.4f}" + ("" if sd is None else f" ± {sd:.4f}"),
-            )
+    header = ("run", "batch", "steps", "FLOPs of a step", "c", "of the reference", "s", "loss")
+    rows = [
+        (
+            f"`{name}`",
+            str(entry["batch"]),
+            str(entry["steps"]),
+            f"{entry['step_flops'] / 1e9:.3g} G",
+            f"{entry['c']:.3f}",
+            f"{entry['of_reference']:.3f}",
+            f"{np.mean(entry['seconds']):.1f}",
+            runs.shown([losses[-1] for losses in entry["losses"]]),
         )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        for name, entry in results.items()
+    ]
+    return runs.markdown([header, *rows])
 
 
 def draw(results: dict[str, dict]) -> Figure:

@@ -28,6 +28,7 @@ import mem_aop_jax as aop
 try:
     import paper_data
     import paper_report
+    from runs import make_out
     from tqdm import tqdm
 except ImportError as error:
     raise SystemExit(
@@ -286,17 +287,18 @@ class Results:
         new.replace(self.path)  # whole or not at all
 
 
-def load(options: argparse.Namespace) -> paper_data.Data:
-    rows = EXPERIMENTS[options.experiment].rows
+def load(options: argparse.Namespace, rows: int) -> paper_data.Data:
+    """The data set of --dataset and --data, in which there is at least a batch of `rows` rows."""
     try:
-        if options.experiment == "energy":
+        if options.dataset == "energy":
             data = paper_data.energy(options.data)
         else:
             data = paper_data.images(options.dataset, options.data)
     except paper_data.DataError as error:
         raise SystemExit(f"{error}") from None
     if len(data.train_x) < rows:
-        raise SystemExit(f"{options.data}: has {len(data.train_x)} images; a batch has {rows}")
+        where = options.data or options.dataset
+        raise SystemExit(f"{where}: has {len(data.train_x)} images; a batch has {rows}")
     return data
 
 
@@ -366,17 +368,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("runs", "epochs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {options.out}: cannot be made ({error.strerror})")
+    make_out(parser, options)
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     jax.config.update("jax_num_cpu_devices", os.cpu_count())  # a few runs a core
-    results = run(options, load(options))
+    results = run(options, load(options, EXPERIMENTS[options.experiment].rows))
     print("\n" + paper_report.write(options.dataset, results, options.out))
 
 

@@ -3,7 +3,8 @@
 from mem_aop_jax import linen, nnx
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.dense import dense, dot_general
-from mem_aop_jax.memory import Memory, Subspace, init_memory
+from mem_aop_jax.diagnostics import Diagnostics, diagnostics
+from mem_aop_jax.memory import Measured, Memory, Probe, Subspace, init_memory
 from mem_aop_jax.policies import Selection
 from mem_aop_jax.transform import (
     carry_memory,
@@ -14,12 +15,16 @@ from mem_aop_jax.transform import (
 )
 
 __all__ = [
+    "Diagnostics",
+    "Measured",
     "MemAOP",
     "Memory",
+    "Probe",
     "Selection",
     "Subspace",
     "carry_memory",
     "dense",
+    "diagnostics",
     "dot_general",
     "get_memory",
     "init_memory",

@@ -78,14 +78,20 @@ def memory(name, config, x, sizes, given):
 def _rows(name, config, x, sizes, given):
     dtype = config.stored_dtype(x.dtype)
     m, n, p = sizes
+    held, belongs = m, "layer and one batch size: keep the batch size (drop a last partial batch)"
+    if config.memory_slots is not None:
+        held, belongs = config.memory_slots, "layer and one number of slots: keep memory_slots"
+        share = given.inputs.shape[0] if given.inputs.ndim else 0
+        if share and held % share == 0 and share % config.groups == 0:
+            held = share  # of a device under shard_map
     anew = f"aop.init_memory(config, {m}, {n}, {p}, jnp.{dtype})"
-    for field, shape in (("inputs", (m, n)), ("cotangents", (m, p))):
+    for field, shape in (("inputs", (held, n)), ("cotangents", (held, p))):
         array = getattr(given, field)
         if array.shape != shape:
             raise ValueError(
                 f"{name}: memory.{field} has shape {array.shape}, but a batch of {m} rows through "
                 f"a kernel of shape {(n, p)} needs {shape}. A memory belongs to one "
-                "layer and one batch size: keep the batch size (drop a last partial batch), start "
+                f"{belongs}, start "
                 f"anew with {anew}, or, to evaluate, leave the memory out."
             )
         replicated = varying_axes(x) - varying_axes(array)
@@ -134,7 +140,7 @@ def differentiable(name, config, rows, memory, key):
         )
     if config.needs_key and key is None:
         raise ValueError(
-            f"{name}: policy {config.policy!r} draws at random and got no key. Pass key= a new "
+            f"{name}: {config.why_key} and got no key. Pass key= a new "
             "jax.random.key each step (in Linen: apply(..., rngs={aop.linen.RNG: key}), and for "
             "layers inside nn.scan or nn.vmap split_rngs={aop.linen.RNG: True})."
         )

@@ -37,6 +37,11 @@ class MemAOP:
         [0, 1]. Every published experiment has 1.
       memory_dtype: of row memory: its floating dtype, for instance `jnp.bfloat16`; None means that
         of the layer's inputs.
+      signed: of row memory: the rows that wait get random signs, the same for inputs and
+        cotangents, so that a sum of several has no cross terms in expectation. Needs a key.
+      memory_slots: of row memory: the rows that wait are added up in that many slots, which are
+        chosen from as the rows of the batch are; None keeps one for each row of the batch. With
+        slots, any batch size goes with a memory. A multiple of groups.
       rank: of subspace memory: number of directions of the inputs and of the cotangents (at most
         as many as there are features); or a pair, with 0 for no directions of the cotangents.
       groups: the rows are split into that many contiguous groups of equal size, and an equal share
@@ -55,6 +60,8 @@ class MemAOP:
     memory: str | None = "auto"
     decay: float = 1.0
     memory_dtype: chex.ArrayDType | None = None
+    signed: bool = False
+    memory_slots: int | None = None
     rank: int | tuple[int, int] = 16
     groups: int = 1
 
@@ -96,6 +103,15 @@ class MemAOP:
         if self.memory_dtype is not None:
             dtype = floating_dtype("memory_dtype", self.memory_dtype)
             object.__setattr__(self, "memory_dtype", dtype)
+        if not isinstance(self.signed, bool):
+            raise TypeError(f"MemAOP got signed={self.signed!r}; it must be True or False.")
+        if self.memory_slots is not None:
+            object.__setattr__(self, "memory_slots", _count("memory_slots", self.memory_slots))
+            if self.memory_slots % self.groups:
+                raise ValueError(
+                    f"MemAOP got memory_slots={self.memory_slots} and groups={self.groups}; each "
+                    "group has an equal share, so memory_slots must be a multiple of groups."
+                )
         object.__setattr__(self, "rank", _rank(self.rank))
         self._check_options_of_memory()
 
@@ -117,16 +133,13 @@ class MemAOP:
 
     def _check_options_of_memory(self):
         kind = self.memory_kind
-        for name, misplaced in (
-            ("decay", kind == "subspace"),
-            ("memory_dtype", kind == "subspace"),
-            ("rank", kind != "subspace"),
-        ):
-            if misplaced and getattr(self, name) != getattr(type(self), name):
+        of_rows = dict.fromkeys(("decay", "memory_dtype", "signed", "memory_slots"), "rows")
+        for name, wanted in (of_rows | {"rank": "subspace"}).items():
+            if kind != wanted and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
                     f"MemAOP got {name}={getattr(self, name)}, which memory={kind!r} does not have "
                     f"(memory={self.memory!r}, policy={self.policy!r}); leave it out, or use "
-                    f"memory={'subspace' if name == 'rank' else 'rows'!r}."
+                    f"memory={wanted!r}."
                 )
 
     @property
@@ -143,8 +156,14 @@ class MemAOP:
 
     @property
     def needs_key(self) -> bool:
-        """Whether the policy is a named one that draws at random."""
-        return self.policy in RANDOM_POLICIES
+        """Whether the policy is a named one that draws at random, or the memory has signs."""
+        return self.signed or self.policy in RANDOM_POLICIES
+
+    @property
+    def why_key(self) -> str:
+        """What draws at random, for an error message."""
+        drawing = "a memory with signed=True" if self.signed else f"policy {self.policy!r}"
+        return f"{drawing} draws at random"
 
     def stored_dtype(self, inputs: chex.ArrayDType) -> jnp.dtype:
         """The dtype of the memory of a layer whose inputs have dtype `inputs`."""

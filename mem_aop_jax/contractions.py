@@ -39,19 +39,23 @@ def why_exact(
     _, (lhs_batch, _) = dimension_numbers
     if len(lhs_batch):
         return "it has batch dimensions, and Mem-AOP needs one kernel for all rows."
+    memory = getattr(memory, "memory", memory)  # of a Probe
     if is_memory(memory):
-        rows, in_features, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
-        if isinstance(memory, Memory):
-            swapped = (out_features, in_features), (out_features, rows)
-            on_the_left = swapped == tuple(map(jnp.shape, memory[:2])) and rows != out_features
-        else:  # which says nothing of rows; of out_features if it has their directions
-            sizes = () if memory.cotangents is None else jnp.shape(memory.cotangents)[:1]
-            on_the_left = sizes == (rows,) and rows != out_features
+        rows, _, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
+        axis = -1 if isinstance(memory, Memory) else 0  # of the kernel's out_features
+        held = None if memory.cotangents is None else jnp.shape(memory.cotangents)[axis]
+        on_the_left = held == rows != out_features
     else:
         on_the_left = jnp.shape(rhs) != kernel_shape == jnp.shape(lhs)
     if on_the_left:
         return "its kernel is the left operand; swap the operands and transpose the result."
     return None
+
+
+def first_free_size(dimension_numbers: lax.DotDimensionNumbers, x: chex.Array) -> int:
+    """The size of the first of the dimensions of x that together are the rows; 1 without any."""
+    (contracting, _), _ = dimension_numbers
+    return next((size for d, size in enumerate(x.shape) if d not in contracting), 1)
 
 
 def as_rows(

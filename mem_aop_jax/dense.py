@@ -7,13 +7,13 @@
                 dW = Xh[S]^T Gh[S]               in place of X^T G
     memory      mem_X, mem_G <- sqrt(decay) * (Xh, Gh with the rows of S set to 0)
 
-This is arXiv 2110.09164 in gradient units: the optimizer applies the learning rate. With a subspace
-as the memory, dW is what subspace.py says. The next memory is returned as the cotangent of the
-memory, so every JAX transform of a gradient carries it.
+This is arXiv 2110.09164 in gradient units: the optimizer applies the learning rate. Other memories
+are in rows.py (signs, slots) and subspace.py; each says what the policy chooses from. The next
+memory is returned as the cotangent of the memory, so every JAX transform of a gradient carries it.
 """
 
+import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import chex
@@ -30,11 +30,14 @@ from mem_aop_jax.contractions import (
     as_rows,
     as_static,
     contraction_sizes,
+    first_free_size,
     warn_once,
     why_exact,
 )
-from mem_aop_jax.memory import Memory, Subspace, wide
-from mem_aop_jax.policies import POLICIES, row_norms, row_scores
+from mem_aop_jax.memory import Memory, Probe, Subspace, wide
+from mem_aop_jax.policies import POLICIES, row_scores
+from mem_aop_jax.probe import measure, parts_of
+from mem_aop_jax.rows import Rows, Slots
 
 
 class _Layer(NamedTuple):
@@ -77,13 +80,15 @@ def _kernel_term(layer, y, x, kernel, memory, key):
 
 def _forward(layer, y, x, kernel, memory, key):
     rows, _, _ = contraction_sizes(x, kernel, layer.dimension_numbers)
-    checks.differentiable(layer.name, layer.config, rows, memory, key)
+    own = memory.memory if isinstance(memory, Probe) else memory
+    checks.differentiable(layer.name, layer.config, rows, own, key)
     return _kernel_term(layer, y, x, kernel, memory, key), (x, kernel, memory, key)
 
 
 def _backward(layer, residuals, g):
     x, kernel, memory, key = residuals
-    rule = functools.partial(_weight_gradient, layer, kernel)
+    rule = _measured_gradient if isinstance(memory, Probe) else _weight_gradient
+    rule = functools.partial(rule, layer, kernel)
     dw, memory = _automatic(rule, like=(kernel, memory))(x, jnp.asarray(g), memory, key)
     return None, None, dw, memory, None
 
@@ -92,42 +97,53 @@ _kernel_term.defvjp(_forward, _backward)
 
 
 def _weight_gradient(layer, kernel, x, g, memory, key):
-    """dW and the next memory. Inside, all rows are `(groups, rows of a group, features)`."""
+    """dW and the next memory."""
+    return _estimate(layer, kernel, x, g, memory, key)[:2]
+
+
+def _measured_gradient(layer, kernel, x, g, probe, key):
+    """The exact dW and what the probe measured."""
+    parts = parts_of(first_free_size(layer.dimension_numbers, x))
+    x, g = (a[0] for a in as_rows(layer.dimension_numbers, 1, x, g))
+    flat = layer._replace(dimension_numbers=(((1,), (0,)), ((), ())))
+    like = jax.ShapeDtypeStruct((x.shape[1], g.shape[1]), jnp.float32)
+
+    def draw(key):
+        dw, _, chosen, scores = _estimate(flat, like, x, g, probe.memory, key)
+        norms = jnp.sqrt(scores)
+        of_chosen = jnp.take_along_axis(norms, chosen, axis=1)
+        return dw, of_chosen.sum() / norms.sum()
+
+    dw, probe = measure(probe, layer.config, x, g, parts, key, draw)
+    return as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape), probe
+
+
+def _estimate(layer, kernel, x, g, memory, key):
+    """dW, the next memory, the chosen candidates and the scores of all.
+
+    Inside, all rows are `(groups, rows of a group, features)`.
+    """
     x, g = (vary(a, _axes(x, g, memory, key)) for a in (x, g))  # one batch for many memories
     x, g = as_rows(layer.dimension_numbers, layer.config.groups, x, g)
-    if isinstance(memory, Subspace):
-        sides = [
-            subspace.split(rows, basis, layer.precision)
-            for rows, basis in ((x, memory.inputs), (g, memory.cotangents))
-        ]
-        scores, finite = row_scores(*(side.residual_norms for side in sides))
-    else:
-        kept = memory and memory._replace(
-            inputs=memory.inputs.reshape(x.shape), cotangents=memory.cotangents.reshape(g.shape)
-        )
-        xh, gh = _join(kept, x, g)
-        scores, finite = row_scores(row_norms(xh), row_norms(gh))
-        finite &= _fits(kept, xh) & _fits(kept, gh)
-    chosen, weights = _select(layer, key, scores)
+    candidates = _candidates(layer, x, g, memory)
+    scores, finite = row_scores(*candidates.norms())
+    finite &= candidates.fit()
+    chosen, weights = _select(layer, x.shape[0] * x.shape[1], key, scores)
     not_chosen = jax.vmap(lambda chosen, group: group.at[chosen].set(False))(
         chosen, jnp.ones_like(finite)
     )
 
-    if isinstance(memory, Subspace):
-        xs, gs = (side.residuals(chosen, _take, layer.precision) for side in sides)
-    else:
-        xs, gs = _join(kept, x, g, chosen)
+    xs, gs = candidates.take(chosen)
     lost = ~finite & not_chosen  # neither chosen nor fit for the memory
     bad_x, bad_g = lax.cond(jnp.any(lost), _bad_columns, _no_columns, lost, x, g)
     xs = jnp.where(bad_x, jnp.nan, xs)
     gs = jnp.where(bad_g | _misused(memory), jnp.nan, gs)
     xs, gs = (a.reshape(-1, a.shape[-1]) for a in _weigh(xs, gs, weights))
-    if isinstance(memory, Subspace):
-        whole = subspace.whole(memory, *sides, layer.precision)
-        xs, gs = jnp.concatenate([xs, whole.left]), jnp.concatenate([gs, whole.right])
     dtypes = x.dtype, g.dtype
-    if isinstance(memory, Subspace):  # what is computed of all rows is rounded to neither
-        dtypes = (max(dtypes, key=lambda dtype: dtype.itemsize),) * 2
+    if isinstance(memory, Subspace):
+        left, right, new_memory = candidates.whole()
+        xs, gs = jnp.concatenate([xs, left]), jnp.concatenate([gs, right])
+        dtypes = (max(dtypes, key=lambda dtype: dtype.itemsize),) * 2  # rounded to neither
     # In float16 a sum of rows could overflow, or a row with its weight.
     if jnp.float16 not in dtypes or (memory is None and weights is None):
         xs, gs = xs.astype(dtypes[0]), gs.astype(dtypes[1])
@@ -141,12 +157,31 @@ def _weight_gradient(layer, kernel, x, g, memory, key):
     dw = as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape)
 
     if memory is None:
-        return dw, None
+        return dw, None, chosen, scores
+    if isinstance(memory, Memory):
+        signs = _signs(layer, key, x)
+        waiting = finite & not_chosen
+        new_memory = candidates.next_memory(waiting, layer.config.decay, signs, after=(xs, gs))
+    new_memory = new_memory._replace(uses=_used_once(memory.uses, new_memory.inputs))
+    new_memory = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), new_memory, memory)
+    return dw, new_memory, chosen, scores
+
+
+def _candidates(layer, x, g, memory):
+    """What the policy chooses from: rows that were joined, rows and slots, or residuals."""
     if isinstance(memory, Subspace):
-        return dw, whole.memory._replace(uses=_used_once(memory.uses, whole.memory.inputs))
-    kept = _write(kept, x, g, finite & not_chosen, layer.config.decay, after=(xs, gs))
-    kept = kept._replace(uses=_used_once(memory.uses, finite))
-    return dw, jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), kept, memory)
+        sides = (
+            subspace.split(rows, basis, layer.precision)
+            for rows, basis in ((x, memory.inputs), (g, memory.cotangents))
+        )
+        return subspace.Residuals(*sides, memory, layer.precision)
+    if memory is None:
+        return Rows(x, g, None)
+    memory = memory._replace(
+        inputs=memory.inputs.reshape(len(x), -1, x.shape[-1]),
+        cotangents=memory.cotangents.reshape(len(g), -1, g.shape[-1]),
+    )
+    return (Rows if layer.config.memory_slots is None else Slots)(x, g, memory)
 
 
 def dense(
@@ -204,16 +239,11 @@ def dense(
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     checks.shapes(name, x, kernel)
-    return dot_general(
-        x,
-        kernel,
-        (((x.ndim - 1,), (0,)), ((), ())),
-        precision,
-        memory=memory,
-        config=config,
-        key=key,
-        name=name,
-    )
+    _check_config(name, config, memory)
+    numbers = ((x.ndim - 1,), (0,)), ((), ())
+    if config is None:
+        return lax.dot_general(x, kernel, numbers, precision=precision)
+    return _approximate(x, kernel, numbers, precision, memory, config, key, name)
 
 
 def dot_general(
@@ -257,23 +287,35 @@ def dot_general(
       TypeError: as in `dense`.
       ValueError: as in `dense`.
     """
-    if config is None and memory is not None:
-        raise ValueError(f"{name}: got a memory but no config; pass config=aop.MemAOP(...).")
-    checks.config(name, config)
+    _check_config(name, config, memory)
     reason = config and why_exact(lhs, rhs, dimension_numbers, memory)
     if reason:
         warn_once(f"{name}: the contraction {dimension_numbers} runs exact: {reason}")
     options |= {"preferred_element_type": preferred_element_type}
     if config is None or reason:
         return lax.dot_general(lhs, rhs, dimension_numbers, precision=precision, **options)
+    return _approximate(
+        lhs, rhs, as_static(dimension_numbers), precision, memory, config, key, name, **options
+    )
 
-    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
-    checks.floating(name, lhs, rhs)
-    if memory is not None:
-        sizes = contraction_sizes(lhs, rhs, dimension_numbers)
-        memory = checks.memory(name, config, lhs, sizes, memory)
-    layer = _Layer(config, as_static(dimension_numbers), precision, name)
-    return _product(layer, lhs, rhs, memory, key, **options)
+
+def _check_config(name, config, memory):
+    if config is None and memory is not None:
+        raise ValueError(f"{name}: got a memory but no config; pass config=aop.MemAOP(...).")
+    checks.config(name, config)
+
+
+def _approximate(x, kernel, dimension_numbers, precision, memory, config, key, name, **options):
+    """`_product`, of inputs that are checked first."""
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    checks.floating(name, x, kernel)
+    own = memory.memory if isinstance(memory, Probe) else memory
+    if own is not None:
+        sizes = contraction_sizes(x, kernel, dimension_numbers)
+        own = checks.memory(name, config, x, sizes, own)
+    memory = dataclasses.replace(memory, memory=own) if isinstance(memory, Probe) else own
+    layer = _Layer(config, dimension_numbers, precision, name)
+    return _product(layer, x, kernel, memory, key, **options)
 
 
 # ---- the steps of the backward rule
@@ -296,37 +338,6 @@ def _automatic(rule, like):
     return jax.sharding.auto_axes(rule, out_sharding=shardings)
 
 
-def _join(memory, x, g, chosen=None):
-    """Xh and Gh, or the chosen rows of them, in float32 (float64 for float64)."""
-
-    def join(kept, fresh):
-        parts = [fresh] if memory is None else [kept, fresh]
-        if chosen is not None:  # before the sum, not to store it whole; a missing row is NaN
-            parts = [_take(a, chosen) for a in parts]
-        return sum(a.astype(wide(fresh.dtype)) for a in parts)
-
-    kept_x, kept_g, _ = memory or (None, None, None)
-    return join(kept_x, x), join(kept_g, g)
-
-
-@jax.vmap
-def _take(rows, chosen):
-    return rows.at[chosen].get(mode="fill", fill_value=jnp.nan)
-
-
-def _write(memory, x, g, waiting, decay, after):
-    """The next memory: the waiting rows of Xh and Gh, written over the last one.
-
-    The barrier lets XLA reuse the buffers of a donated memory: the rows are joined anew, after all
-    that reads the last memory is done.
-    """
-    x, g, waiting, _ = lax.optimization_barrier((x, g, waiting, after))
-    xh, gh = (jnp.where(waiting[..., None], math.sqrt(decay) * a, 0) for a in _join(memory, x, g))
-    return memory._replace(
-        inputs=xh.astype(memory.inputs.dtype), cotangents=gh.astype(memory.cotangents.dtype)
-    )
-
-
 def _used_once(uses, of_batch):
     """1, and under vmap one for each batch, so that a sum of memories shows."""
     once = vary(jnp.ones_like(uses), varying_axes(uses))
@@ -335,10 +346,10 @@ def _used_once(uses, of_batch):
     return once
 
 
-def _select(layer, key, scores):
-    """`(groups, k / groups)` indices of rows of each group, and their weights or None."""
+def _select(layer, rows, key, scores):
+    """`(groups, k / groups)` indices of candidates of each group, and their weights or None."""
     groups = layer.config.groups
-    k = layer.config.selected_rows(scores.size, layer.name) // groups
+    k = layer.config.selected_rows(rows, layer.name) // groups
     policy = POLICIES.get(layer.config.policy, layer.config.policy)
 
     def select(key, scores):
@@ -353,19 +364,21 @@ def _select(layer, key, scores):
     return jax.vmap(select)(keys, scores)
 
 
-def _fits(memory, rows):
-    """Which finite rows stay finite in the memory: all, unless its dtype has a narrower range."""
-    if memory is None or jnp.finfo(memory.inputs.dtype).maxexp >= jnp.finfo(rows.dtype).maxexp:
-        return True
-    return jnp.all(jnp.abs(rows) <= float(jnp.finfo(memory.inputs.dtype).max), axis=-1)
+def _signs(layer, key, x):
+    """`(groups, rows)` random 1 and -1, or None where the memory is not signed."""
+    if not layer.config.signed:
+        return None
+    return jax.random.rademacher(jax.random.fold_in(key, 1), x.shape[:2], jnp.float32)
 
 
 def _bad_columns(lost, x, g):
     """`(groups, 1, in_features)` and `(groups, 1, out_features)`: where a lost row is not finite.
 
     (0 * NaN is NaN: where a chosen row is not finite, too, but there the gradient is not either.)
-    A row that only grew too large for the memory's dtype when it was added up is bad throughout.
+    A row that only grew too large for the memory's dtype when it was added up is bad throughout,
+    as is a slot.
     """
+    lost, slots = lost[:, : x.shape[1]], lost[:, x.shape[1] :]
 
     def product(a, b):
         return jnp.matmul(a, b, preferred_element_type=wide(a.dtype))
@@ -374,6 +387,7 @@ def _bad_columns(lost, x, g):
     fresh = jnp.stack([product(a, jnp.full(a.shape[-1], small, a.dtype)) for a in (x, g)])
     lost = lost[:, None, :]
     outgrown = jnp.any(lost & jnp.all(jnp.isfinite(fresh), axis=0)[:, None, :], -1, keepdims=True)
+    outgrown |= jnp.any(slots, axis=-1)[:, None, None]
     return tuple(~jnp.isfinite(product(lost.astype(a.dtype), a)) | outgrown for a in (x, g))
 
 

@@ -1,5 +1,7 @@
 """What a layer keeps from one batch for the next: rows, or directions."""
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import chex
@@ -12,8 +14,9 @@ from mem_aop_jax.config import MemAOP, floating_dtype
 class Memory(NamedTuple):
     """The memory of one dense layer (the paper's mem_X and mem_G, in gradient units).
 
-    Row m is added to row m of the next batch, whatever example stands there. The "gradient" of a
-    loss with respect to a Memory is the next Memory.
+    Row m is added to row m of the next batch, whatever example stands there. With
+    `MemAOP(memory_slots=...)` there is a row for each slot, and the rows of the batch that wait are
+    added to them. The "gradient" of a loss with respect to a Memory is the next Memory.
 
     Attributes:
       inputs: `(rows, in_features)` floating.
@@ -47,9 +50,76 @@ class Subspace(NamedTuple):
     uses: chex.Array
 
 
+class Measured(NamedTuple):
+    """What is measured of a layer: `()` float32 each.
+
+    Attributes:
+      gradient_norm: Frobenius norm of the exact gradient of the kernel.
+      estimate_norm: that of the approximate one, root mean square over the draws.
+      error: norm of the difference, relative to `gradient_norm`; root mean square over the draws.
+      cosine: between the two, mean over the draws.
+      v: variance over the draws, relative to the square of `gradient_norm`. Of an unbiased
+        estimate it is the square of `error`, up to the number of draws.
+      noise: share of the exact gradient's square that is noise of the batch, from its parts; NaN
+        where the batch has only one part.
+      c: FLOPs of the layer's step, relative to the exact one's.
+      inputs_inside: share of the inputs' energy (sum of squares) inside the subspace; 0 without.
+      cotangents_inside: the same of the cotangents.
+      inputs_rank: how many directions, of the best, would hold 90% of the inputs' energy.
+      cotangents_rank: the same of the cotangents.
+      chosen: share of the candidates' sum of norm products that the chosen ones have, mean over the
+        draws.
+      uses: 1.
+    """
+
+    gradient_norm: chex.Array
+    estimate_norm: chex.Array
+    error: chex.Array
+    cosine: chex.Array
+    v: chex.Array
+    noise: chex.Array
+    c: chex.Array
+    inputs_inside: chex.Array
+    cotangents_inside: chex.Array
+    inputs_rank: chex.Array
+    cotangents_rank: chex.Array
+    chosen: chex.Array
+    uses: chex.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("memory", "measured"), meta_fields=("draws",)
+)
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """In place of a layer's memory: the gradient is exact, and that of the probe what was measured.
+
+    Attributes:
+      memory: the memory that it stands for; None where the configuration has none. Its gradient
+        is 0.
+      measured: zeros; its "gradient" is the measurement.
+      draws: how many approximate gradients are drawn; with 0 nothing is measured.
+    """
+
+    memory: Memory | Subspace | None
+    measured: Measured
+    draws: int
+
+    @classmethod
+    def of(cls, memory: Memory | Subspace | None, draws: int, stack: tuple[int, ...] = ()):
+        """A probe of a memory, or of a stack of them."""
+        zeros = (jnp.zeros(stack, jnp.float32) for _ in Measured._fields)
+        return cls(memory, Measured(*zeros), draws)
+
+    @property
+    def uses(self) -> chex.Array:
+        """As of a memory."""
+        return self.measured.uses
+
+
 def is_memory(node: object) -> bool:
-    """Whether a node of a pytree is the memory of a layer."""
-    return isinstance(node, Memory | Subspace)
+    """Whether a node of a pytree is the memory of a layer, or a probe in its place."""
+    return isinstance(node, Memory | Subspace | Probe)
 
 
 def init_memory(
@@ -85,7 +155,7 @@ def init_memory(
     uses = jnp.zeros((), jnp.float32)
     match config.memory_kind:
         case "rows":
-            dtype = config.stored_dtype(dtype)
+            dtype, rows = config.stored_dtype(dtype), config.memory_slots or rows
             inputs, cotangents = (jnp.zeros((rows, n), dtype) for n in (in_features, out_features))
             return Memory(inputs, cotangents, uses)
         case "subspace":

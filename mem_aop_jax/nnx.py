@@ -68,7 +68,8 @@ class DotGeneral(nnx.Module):
         self.call = (self.call + 1) % len(self.layers)
         own = {"memory": None, "key": None}
         if not self.deterministic:
-            own = {"memory": variable and get_value(variable), "key": self._new_key()}
+            held = None if variable is None else get_value(variable)
+            own = {"memory": held, "key": self._new_key()}
         return dot_general(lhs, rhs, *args, config=self.config, name=layer.path, **own, **options)
 
     def _new_key(self):
@@ -333,7 +334,7 @@ def _key(config, rngs, name):
         return jax.random.fold_in(key, zlib.crc32(f"{RNG}/{name}".encode()))
     if config.needs_key:
         raise ValueError(
-            f"{name}: policy {config.policy!r} draws at random and got no key. Pass rngs= with a "
+            f"{name}: {config.why_key} and got no key. Pass rngs= with a "
             "stream 'mem_aop' or a default one, for instance nnx.Rngs(0)."
         )
     return None

@@ -22,6 +22,7 @@ from jax import lax
 from mem_aop_jax.compat import vary, varying_axes
 from mem_aop_jax.memory import Subspace, wide
 from mem_aop_jax.policies import row_norms
+from mem_aop_jax.rows import take
 
 
 class Side(NamedTuple):
@@ -39,7 +40,7 @@ class Side(NamedTuple):
     coordinates: chex.Array
     residual_norms: chex.Array
 
-    def residuals(self, chosen: chex.Array, take, precision: lax.PrecisionLike) -> chex.Array:
+    def residuals(self, chosen: chex.Array, precision: lax.PrecisionLike) -> chex.Array:
         """The chosen rows less what the basis holds of them, in float32 or float64."""
         dtype = wide(self.rows.dtype)
         rows, coordinates = (take(a, chosen).astype(dtype) for a in (self.rows, self.coordinates))
@@ -63,52 +64,69 @@ def split(rows: chex.Array, basis: chex.Array | None, precision: lax.PrecisionLi
     return Side(rows, basis, coordinates.astype(dtype), norms * jnp.sqrt(outside))
 
 
-class Whole(NamedTuple):
-    """What is computed of all rows.
+class Residuals(NamedTuple):
+    """The rows of a batch outside of the subspaces. Methods as in `rows.Rows`.
 
     Attributes:
-      left: `(2 q, in_features)`, and
-      right: `(2 q, out_features)`: left^T right is the part of dW in the subspaces.
-      memory: the next one.
+      x: the inputs.
+      g: the cotangents.
+      memory: their subspaces.
+      precision: of products.
     """
 
-    left: chex.Array
-    right: chex.Array
+    x: Side
+    g: Side
     memory: Subspace
+    precision: lax.PrecisionLike
 
+    def norms(self):
+        """As in `Rows`."""
+        return self.x.residual_norms, self.g.residual_norms
 
-def whole(memory: Subspace, x: Side, g: Side, precision: lax.PrecisionLike) -> Whole:
-    """The products of all rows with their coordinates, in one pass over X and one over G."""
-    dtype = max(x.basis.dtype, g.basis.dtype, key=lambda dtype: dtype.itemsize)
-    a, b = x.coordinates.astype(dtype), g.coordinates.astype(dtype)
+    def fit(self):
+        """True: none enters the memory."""
+        return True
 
-    def over_rows(a, b):
-        a, b = (c.reshape(math.prod(c.shape[:2]), c.shape[2]).astype(dtype) for c in (a, b))
-        return lax.dot_general(
-            a,
-            b,
-            (((0,), (0,)), ((), ())),
-            precision=precision,
-            preferred_element_type=wide(dtype),
-        )
+    def take(self, chosen):
+        """As in `Rows`."""
+        return tuple(side.residuals(chosen, self.precision) for side in (self.x, self.g))
 
-    def next_basis(old, new):
-        axes = _shared_axes(new, old)
-        return orthonormal(lax.psum(new, axes) if axes else new, old)
+    def whole(self) -> tuple[chex.Array, chex.Array, Subspace]:
+        """What is computed of all rows, in one pass over X and one over G.
 
-    q = a.shape[-1]
-    of_x = over_rows(x.rows, jnp.concatenate([_unit(a, memory.inputs), b], axis=-1))
-    of_g = over_rows(g.rows, jnp.concatenate([a, _unit(b, memory.cotangents)], axis=-1))
-    v, u = (side.basis.astype(of_x.dtype) for side in (x, g))
-    xr_b = of_x[:, q:] - jnp.matmul(v, over_rows(a, b), precision=precision)
-    new = memory._replace(inputs=next_basis(memory.inputs, of_x[:, :q]))
-    if memory.cotangents is not None:
-        new = new._replace(cotangents=next_basis(memory.cotangents, of_g[:, q:]))
-    return Whole(
-        left=jnp.concatenate([v, xr_b], axis=-1).T,
-        right=jnp.concatenate([of_g[:, :q], u], axis=-1).T,
-        memory=new,
-    )
+        Returns:
+          left `(2 q, in_features)` and right `(2 q, out_features)`, whose left^T right is the part
+          of dW in the subspaces; the next memory.
+        """
+        x, g, memory, precision = self
+        dtype = max(x.basis.dtype, g.basis.dtype, key=lambda dtype: dtype.itemsize)
+        a, b = x.coordinates.astype(dtype), g.coordinates.astype(dtype)
+
+        def over_rows(a, b):
+            a, b = (c.reshape(math.prod(c.shape[:2]), c.shape[2]).astype(dtype) for c in (a, b))
+            return lax.dot_general(
+                a,
+                b,
+                (((0,), (0,)), ((), ())),
+                precision=precision,
+                preferred_element_type=wide(dtype),
+            )
+
+        def next_basis(old, new):
+            axes = _shared_axes(new, old)
+            return orthonormal(lax.psum(new, axes) if axes else new, old)
+
+        q = a.shape[-1]
+        of_x = over_rows(x.rows, jnp.concatenate([_unit(a, memory.inputs), b], axis=-1))
+        of_g = over_rows(g.rows, jnp.concatenate([a, _unit(b, memory.cotangents)], axis=-1))
+        v, u = (side.basis.astype(of_x.dtype) for side in (x, g))
+        xr_b = of_x[:, q:] - jnp.matmul(v, over_rows(a, b), precision=precision)
+        new = memory._replace(inputs=next_basis(memory.inputs, of_x[:, :q]))
+        if memory.cotangents is not None:
+            new = new._replace(cotangents=next_basis(memory.cotangents, of_g[:, q:]))
+        left = jnp.concatenate([v, xr_b], axis=-1).T
+        right = jnp.concatenate([of_g[:, :q], u], axis=-1).T
+        return left, right, new
 
 
 def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:

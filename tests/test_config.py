@@ -60,6 +60,24 @@ class Unhashable:
         ({"k": 1, "rank": (1, 2, 3)}, ValueError, r"rank=\(1, 2, 3\); .* two: for inputs and"),
         ({"k": 1, "rank": (0, 2)}, ValueError, r"rank=0; it must be at least 1"),
         ({"k": 1, "rank": 8}, ValueError, r"rank=8, which memory='rows' does not have"),
+        (
+            {"k": 1, "memory": None, "decay": 0.5},
+            ValueError,
+            r"decay=0.5, which memory=None does not have.*memory='rows'",
+        ),
+        (
+            {"k": 1, "policy": "priority", "signed": True},
+            ValueError,
+            r"signed=True, which memory=None does not have",
+        ),
+        ({"k": 1, "signed": 1}, TypeError, r"signed=1; it must be True or False"),
+        ({"k": 1, "memory_slots": 0}, ValueError, r"memory_slots=0; it must be at least 1"),
+        ({"k": 1, "memory_slots": 2.0}, TypeError, r"memory_slots=2.0; it must be an integer"),
+        (
+            {"k": 2, "groups": 2, "memory_slots": 3},
+            ValueError,
+            r"memory_slots=3 and groups=2.*multiple of groups",
+        ),
         ({"k": 1, "policy": "crs", "rank": 8}, ValueError, r"rank=8, .* or use memory='subspace'"),
         (
             {"k": 1, "policy": "crs", "memory": "subspace", "decay": 0.5},

@@ -13,6 +13,7 @@ import language_model
 import language_report
 import numpy as np
 import pytest
+import runs
 
 SCRIPT = pathlib.Path(language_model.__file__)
 SIZES = {"--width": 32, "--layers": 1, "--heads": 2, "--sequence": 16, "--batch": 4}
@@ -203,7 +204,7 @@ def test_help(capsys):
     [("8", 8), ("1/8", 0.125), ("2/1", 2.0), ("0.5", 0.5), ("none", None), ("True", True)],
 )
 def test_values(text, value):
-    parsed = language_model.parse_value(text)
+    parsed = runs.parse_value(text)
     assert parsed == value
     assert type(parsed) is type(value)
 
@@ -350,6 +351,6 @@ def test_the_learning_rate_has_the_same_shape_for_every_length(parse):
 def test_a_table_of_one_seed_has_no_standard_deviation():
     entry = {"batch": 4, "steps": 9, "step_flops": 2e9, "c": 0.5, "of_reference": 0.25}
     entry |= {"losses": [[3.0, 2.5]], "seconds": [1.25]}
-    assert language_report.summary(entry["losses"]) == (2.5, None)
+    assert runs.summary([2.5]) == (2.5, None)
     row = language_report.table({"topk:k=3": entry}).splitlines()[-1]
     assert row == "| `topk:k=3` | 4 | 9 | 2 G | 0.500 | 0.250 | 1.2 | 2.5000 |"

@@ -27,6 +27,7 @@ BATCHES, ROWS, FEATURES, LAYERS = 4, 8, 5, 3  # as many batches as devices
 CONFIG = aop.MemAOP(k=2)
 OF_FOUR = aop.MemAOP(k=2 * BATCHES, groups=BATCHES)
 RANK = 3
+SLOTS = 2  # of each group
 COLLECTION = aop.linen.COLLECTION
 ROWS_SPEC, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
 
@@ -54,7 +55,8 @@ def primitive(config, rows, remat=None):
 
     def layer(params, memory, x):
         bias, kernel = params
-        y = aop.dense(x, kernel, memory, config=config)
+        key = jax.random.key(0) if config.signed else None
+        y = aop.dense(x, kernel, memory, config=config, key=key)
         return jnp.tanh(y + bias.reshape((1,) * (y.ndim - 1) + (-1,)))
 
     def apply(params, memory, x):
@@ -123,14 +125,20 @@ def weighted(key, scores, k):
     return aop.Selection(jax.lax.top_k(scores, k)[1], jnp.full((k,), scores.size / k, scores.dtype))
 
 
-def with_subspace(make):
-    """The same way in, with directions in place of rows in the memory."""
+MEMORIES = {  # what a way in has after its comma
+    "subspace": lambda config: {"policy": weighted, "memory": "subspace", "rank": RANK},
+    "slots": lambda config: {"memory_slots": SLOTS * config.groups},
+    "signed": lambda config: {"signed": True},
+}
 
-    def make_with_subspace(config, rows, remat=None):
-        config = dataclasses.replace(config, policy=weighted, memory="subspace", rank=RANK)
-        return make(config, rows, remat)
 
-    return make_with_subspace
+def with_memory(kind, make):
+    """The same way in, with another memory than the paper's."""
+
+    def make_with_memory(config, rows, remat=None):
+        return make(dataclasses.replace(config, **MEMORIES[kind](config)), rows, remat)
+
+    return make_with_memory
 
 
 def product(config):
@@ -149,13 +157,22 @@ WAYS = {
     "`nnx.Linear`": of_nnx,
 }
 WAYS |= {
-    f"{way}, subspace": with_subspace(WAYS[way])
-    for way in ("`dense`", "`linen.wrap`", "`nnx.Linear`")
+    f"{way}, {kind}": with_memory(kind, WAYS[way])
+    for kind, ways in (
+        ("subspace", ("`dense`", "`linen.wrap`", "`nnx.Linear`")),
+        ("slots", ("`dense`", "`linen.wrap`")),
+        ("signed", ("`dense`",)),
+    )
+    for way in ways
 }
 
 
+def kind_of(way):
+    return way.partition(", ")[2]
+
+
 def reference_of(way):
-    return with_subspace(primitive) if way.endswith("subspace") else primitive
+    return with_memory(kind_of(way), primitive) if kind_of(way) else primitive
 
 
 # ---- what a cell is compared with
@@ -189,16 +206,17 @@ def setup(way, config=CONFIG, rows=ROWS, remat=None, batches=None):
     model, reference = (make(config, rows, remat) for make in (WAYS[way], reference_of(way)))
     before = () if batches is None else (batches,)
     layers = () if remat is None else (LAYERS,)
-    if way.endswith("subspace"):
+    if kind_of(way) == "subspace":
         sides = (
             jnp.linalg.qr(numbers(*before, *layers, FEATURES, RANK, seed=seed))[0]
             for seed in (5, 6)
         )
         memory = aop.Subspace(*sides, jnp.ones((*before, *layers), jnp.float32))
     else:
+        held = SLOTS * config.groups if kind_of(way) == "slots" else rows
         memory = aop.Memory(
-            numbers(*before, *layers, rows, FEATURES, seed=5),
-            numbers(*before, *layers, rows, FEATURES, seed=6),
+            numbers(*before, *layers, held, FEATURES, seed=5),
+            numbers(*before, *layers, held, FEATURES, seed=6),
             jnp.ones((*before, *layers), jnp.float32),
         )
     return model, reference, reference.params, memory, numbers(*before, rows, FEATURES, seed=7)
@@ -281,7 +299,7 @@ def mesh_of(axis_type):
 
 def specs_of(way):
     """Rows are each device's own, directions the same everywhere."""
-    side = EVERYWHERE if way.endswith("subspace") else ROWS_SPEC
+    side = EVERYWHERE if kind_of(way) == "subspace" else ROWS_SPEC
     return side, side, EVERYWHERE
 
 
@@ -294,7 +312,10 @@ def shard_map(way):
         in_specs=(EVERYWHERE, specs, ROWS_SPEC),
         out_specs=(EVERYWHERE, specs),
     )
-    same(jax.jit(sharded)(params, memory, x), wanted)
+    ours = jax.jit(sharded)(params, memory, x)
+    if kind_of(way) == "signed":  # with one key, all devices draw the same signs
+        ours, wanted = jax.tree.map(jnp.abs, (ours, wanted))
+    same(ours, wanted)
 
 
 def jit_over_a_mesh(axis_type, way):

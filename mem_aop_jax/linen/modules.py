@@ -18,7 +18,7 @@ from mem_aop_jax import checks
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.contractions import contraction_sizes, warn_once, why_exact
 from mem_aop_jax.dense import dot_general
-from mem_aop_jax.memory import Memory, Subspace, init_memory, memory_name
+from mem_aop_jax.memory import Memory, Probe, Subspace, init_memory, is_memory, memory_name
 from mem_aop_jax.rules import Layer
 
 COLLECTION = OVERWRITE_WITH_GRADIENT  # TrainState replaces its variables by their gradients
@@ -117,6 +117,49 @@ def layers(module: nn.Module, rngs: chex.ArrayTree, *args, **kwargs) -> list[Lay
       *args: as in `module.init`, for a batch of the training size.
       **kwargs: as in `module.init`.
     """
+    recorded = {}
+    token = _recorded.set(recorded)
+    try:
+        _traced_init(module, rngs, args, kwargs)
+    finally:
+        _recorded.reset(token)
+    return list(recorded.values())
+
+
+def probes(
+    module: nn.Module, memory: chex.ArrayTree, rngs: chex.ArrayTree, *args, **kwargs
+) -> chex.ArrayTree:
+    """The memory of a model, with a `Probe` for each approximate layer that has none.
+
+    For `aop.diagnostics` of layers with `memory=None`.
+
+    Args:
+      module: as in `layers`.
+      memory: the collection `COLLECTION` of the model, empty where no layer has a memory.
+      rngs: as in `module.init`; nothing is computed.
+      *args: as in `module.init`, for a batch of the training size.
+      **kwargs: as in `module.init`.
+    """
+    token = _probing.set(True)
+    try:
+        shapes = _traced_init(module, rngs, args, kwargs).get(COLLECTION, {})
+    finally:
+        _probing.reset(token)
+
+    def with_probes(shapes, memory):
+        memory = dict(memory)
+        for name, node in shapes.items():
+            if isinstance(node, Probe):
+                memory[name] = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), node)
+            elif not is_memory(node):
+                memory[name] = with_probes(node, memory.get(name, {}))
+        return memory
+
+    return with_probes(shapes, memory)
+
+
+def _traced_init(module, rngs, args, kwargs):
+    """The shapes of a model's variables, from a trace that goes through every layer."""
     method = kwargs.pop("method", None) or "__call__"
 
     def call(bound, /, *args, **kwargs):
@@ -124,13 +167,7 @@ def layers(module: nn.Module, rngs: chex.ArrayTree, *args, **kwargs) -> list[Lay
         function = getattr(type(bound), method) if isinstance(method, str) else method
         return getattr(function, "__func__", function)(bound, *args, **kwargs)
 
-    recorded = {}
-    token = _recorded.set(recorded)
-    try:
-        jax.eval_shape(lambda: module.init(rngs, *args, **kwargs, method=call))
-    finally:
-        _recorded.reset(token)
-    return list(recorded.values())
+    return jax.eval_shape(lambda: module.init(rngs, *args, **kwargs, method=call))
 
 
 def trace_anew(*scopes: Scope) -> None:
@@ -165,6 +202,7 @@ class Lent(NamedTuple):
 
 LENT = "mem_aop_"  # + the memory's name in COLLECTION
 
+_probing = contextvars.ContextVar("whether layers without a memory get a probe", default=False)
 _recorded = contextvars.ContextVar("the layers of a call, by path and memory", default=None)
 
 
@@ -218,9 +256,10 @@ def _memory_of_this_call(module, config, sizes, dtype, lend):
         lent = Lent(None, None)
     key = module.make_rng(RNG) if module.has_rng(RNG) else lent.key
     memory = module.get_variable(COLLECTION, name, lent.memory)
-    if module.is_initializing() and memory is None and config.memory_kind is not None:
+    wanted = config.memory_kind is not None or _probing.get()
+    if module.is_initializing() and memory is None and wanted:
         config.selected_rows(sizes[0], _name(module))
-        new = init_memory(config, *sizes, dtype)
+        new = init_memory(config, *sizes, dtype) or Probe.of(None, draws=1)
         if module.is_mutable_collection(COLLECTION):
             module.put_variable(COLLECTION, name, new)
         elif lend:

@@ -1,0 +1,108 @@
+"""What a `Probe` measures: how good a layer's approximate gradient is, on one batch."""
+
+import functools
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mem_aop_jax.config import MemAOP
+from mem_aop_jax.cost import relative_cost
+from mem_aop_jax.memory import Measured, Probe, Subspace
+
+HELD = 0.9  # the share of the energy that `Measured.inputs_rank` directions hold
+PARTS = 8  # of the batch, at most, from which its noise is told
+
+
+def measure(
+    probe: Probe,
+    config: MemAOP,
+    x: chex.Array,
+    g: chex.Array,
+    parts: int,
+    key: chex.PRNGKey | None,
+    draw: Callable[[chex.PRNGKey | None], tuple[chex.Array, chex.Array]],
+) -> tuple[chex.Array, Probe]:
+    """The exact gradient, and what the probe says of the approximate one.
+
+    Args:
+      probe: the probe.
+      config: of the layer.
+      x: `(rows, in_features)`.
+      g: `(rows, out_features)`.
+      parts: into how many equal, independent parts the rows fall.
+      key: for the draws; None if nothing is drawn at random.
+      draw: an approximate gradient `(in_features, out_features)` and the chosen share, of a key.
+    """
+    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    product = functools.partial(jnp.einsum, precision="highest")
+    exact = product("mn,mp->np", x, g)
+    without_memory = jax.tree.map(jnp.zeros_like, probe.memory)
+    if not probe.draws:
+        uses = probe.measured._replace(uses=jnp.ones_like(probe.uses))
+        return exact, Probe(without_memory, uses, 0)
+    size = jnp.linalg.norm(exact)
+    unit = _over(exact, size)
+
+    def one_draw(total, key):
+        estimate, chosen = draw(key)
+        estimate = _over(estimate.astype(jnp.float32), size)
+        off = estimate - unit
+        squares = jnp.sum(estimate**2), jnp.sum(estimate * unit), jnp.sum(off**2)
+        return total + off, (*squares, chosen)
+
+    number = 1 if key is None else probe.draws
+    keys = None if key is None else jax.random.split(key, number)
+    total, (squares, dots, offs, chosen) = jax.lax.scan(
+        one_draw, jnp.zeros_like(exact), keys, length=number
+    )
+    variance = jnp.maximum(offs.sum() - jnp.sum(total**2) / number, 0) / max(number - 1, 1)
+
+    by_part = product(
+        "cmn,cmp->cnp", *(a.reshape(parts, -1, a.shape[-1]) for a in (x, _over(g, size)))
+    )
+    spread = jnp.sum((by_part - unit[None] / parts) ** 2)
+    noise = spread * parts / (parts - 1) if parts > 1 else jnp.nan
+
+    v, u = probe.memory[:2] if isinstance(probe.memory, Subspace) else (None, None)
+    inside, ranks = zip(_spectrum(x, v), _spectrum(g, u), strict=True)
+    measured = Measured(
+        gradient_norm=size,
+        estimate_norm=size * jnp.sqrt(squares.mean()),
+        error=jnp.sqrt(offs.mean()),
+        cosine=_over(dots, jnp.sqrt(squares)).mean(),
+        v=variance,
+        noise=noise,
+        c=relative_cost(config, len(x), x.shape[1], g.shape[1]),
+        inputs_inside=inside[0],
+        cotangents_inside=inside[1],
+        inputs_rank=ranks[0],
+        cotangents_rank=ranks[1],
+        chosen=chosen.mean(),
+        uses=1.0,
+    )
+    measured = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), measured)
+    return exact, Probe(without_memory, measured, probe.draws)
+
+
+def parts_of(rows: int) -> int:
+    """The largest number of equal parts, at most `PARTS`."""
+    return max(parts for parts in range(1, PARTS + 1) if rows % parts == 0)
+
+
+def _spectrum(rows, basis):
+    """The share of the energy inside a basis, and how many directions hold `HELD` of it."""
+    rows = _over(rows, jnp.max(jnp.abs(rows)))
+    total = jnp.sum(rows**2)
+    inside = 0.0
+    if basis is not None:
+        coordinates = jnp.matmul(rows, basis.astype(rows.dtype), precision="highest")
+        inside = _over(jnp.sum(coordinates**2), total)
+    gram = rows.T @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.T
+    held = jnp.cumsum(jnp.linalg.eigvalsh(gram)[::-1])
+    return inside, 1 + jnp.sum(held < HELD * total)
+
+
+def _over(values, size):
+    return values / jnp.where(size > 0, size, 1)

@@ -1,0 +1,161 @@
+"""Row memory: what was not chosen waits, as rows, for the next batch.
+
+The paper's: row m of the memory is added to row m of the batch, and the sum is one candidate. With
+slots, the rows that wait are added up in a fixed number of them, row m in slot m mod slots, and the
+slots are candidates of their own, beside the rows of the batch.
+
+The outer product of a sum of rows has cross terms, of one row's inputs with another's cotangents.
+With random signs (the same for inputs and cotangents) every true term stays what it is, and every
+cross term has the expectation 0, however the rows are chosen: it is decided when the later of two
+rows enters, and comes out once. So what has come out and what still waits add up, in expectation,
+to the sum of all outer products.
+"""
+
+import math
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mem_aop_jax.memory import Memory, wide
+from mem_aop_jax.policies import row_norms
+
+
+class Rows(NamedTuple):
+    """The rows of a batch, each with the row that waited for it.
+
+    Attributes:
+      x: `(groups, rows, in_features)`.
+      g: `(groups, rows, out_features)`.
+      memory: None, or with the shapes of x and g.
+    """
+
+    x: chex.Array
+    g: chex.Array
+    memory: Memory | None
+
+    def norms(self) -> tuple[chex.Array, chex.Array]:
+        """Of the candidates, `(groups, candidates)`; as `row_norms`."""
+        return tuple(row_norms(rows) for rows in self._joined())
+
+    def fit(self) -> chex.Array | bool:
+        """Which finite candidates stay finite in the memory."""
+        if self.memory is None:
+            return True
+        x, g = (_fit(rows, self.memory.inputs.dtype) for rows in self._joined())
+        return x & g
+
+    def take(self, chosen: chex.Array) -> tuple[chex.Array, chex.Array]:
+        """The chosen candidates, in float32 (float64 for float64); a missing one is NaN."""
+        return self._joined(lambda rows: take(rows, chosen))  # before the sum, not to store it
+
+    def next_memory(
+        self, waiting: chex.Array, decay: float, signs: chex.Array | None, after: chex.ArrayTree
+    ) -> Memory:
+        """The memory for the next batch.
+
+        Args:
+          waiting: `(groups, candidates)` bool: neither chosen nor lost.
+          decay: as in `MemAOP`.
+          signs: `(groups, rows)`, 1 or -1; None is 1.
+          after: what reads the last memory. The barrier lets XLA reuse the buffers of a donated
+            one: the rows are joined anew, after all that is done.
+        """
+        rows, waiting, _ = lax.optimization_barrier((self, waiting, after))
+        kept = (_kept(a, waiting, decay, signs) for a in rows._joined())
+        return _stored(self.memory, *kept)
+
+    def _joined(self, of=lambda rows: rows):
+        memory = self.memory or (None, None)
+        return tuple(
+            sum(of(a).astype(wide(fresh.dtype)) for a in (kept, fresh) if a is not None)
+            for kept, fresh in zip(memory[:2], (self.x, self.g), strict=True)
+        )
+
+
+class Slots(NamedTuple):
+    """The rows of a batch, and after them the slots of the memory. Methods as in `Rows`.
+
+    Attributes:
+      x: `(groups, rows, in_features)`.
+      g: `(groups, rows, out_features)`.
+      memory: `(groups, slots, in_features)` and `(groups, slots, out_features)`.
+    """
+
+    x: chex.Array
+    g: chex.Array
+    memory: Memory
+
+    def norms(self):
+        """As in `Rows`."""
+        return tuple(
+            jnp.concatenate(
+                [row_norms(rows.astype(wide(fresh.dtype))) for rows in (fresh, kept)], 1
+            )
+            for fresh, kept in self._sides()
+        )
+
+    def fit(self):
+        """True: a slot that outgrows its dtype is infinite, and lost in the next step."""
+        return True
+
+    def take(self, chosen):
+        """As in `Rows`."""
+        rows = self.x.shape[1]
+        slot = jnp.where(chosen < rows, 0, chosen - rows)
+
+        def one_of_both(fresh, kept):
+            fresh, kept = (
+                take(a, at).astype(wide(fresh.dtype)) for a, at in ((fresh, chosen), (kept, slot))
+            )
+            return jnp.where(chosen[..., None] < rows, fresh, kept)
+
+        return tuple(one_of_both(*side) for side in self._sides())
+
+    def next_memory(self, waiting, decay, signs, after):
+        """As in `Rows`."""
+        slots, waiting, _ = lax.optimization_barrier((self, waiting, after))
+        rows = self.x.shape[1]
+
+        def added(fresh, kept):
+            fresh = _kept(fresh.astype(wide(fresh.dtype)), waiting[:, :rows], decay, signs)
+            kept = _kept(kept.astype(fresh.dtype), waiting[:, rows:], decay)
+            groups, number, features = kept.shape
+            missing = -rows % number
+            fresh = jnp.pad(fresh, ((0, 0), (0, missing), (0, 0)))
+            return kept + fresh.reshape(groups, -1, number, features).sum(axis=1)
+
+        return _stored(self.memory, *(added(*side) for side in slots._sides()))
+
+    def _sides(self):
+        return (self.x, self.memory.inputs), (self.g, self.memory.cotangents)
+
+
+@jax.vmap
+def take(rows: chex.Array, chosen: chex.Array) -> chex.Array:
+    """The chosen rows of each group; NaN for one that there is not."""
+    return rows.at[chosen].get(mode="fill", fill_value=jnp.nan)
+
+
+def _kept(rows, waiting, decay, signs=None):
+    """The rows that wait; 0 in place of the others, which may not be finite."""
+    rows = math.sqrt(decay) * rows
+    if signs is not None:
+        rows *= signs[..., None].astype(rows.dtype)
+    return jnp.where(waiting[..., None], rows, 0)
+
+
+def _stored(memory, inputs, cotangents):
+    return memory._replace(
+        inputs=inputs.astype(memory.inputs.dtype),
+        cotangents=cotangents.astype(memory.cotangents.dtype),
+    )
+
+
+def _fit(rows, dtype):
+    """Which finite rows stay finite in a dtype: all, unless its range is narrower."""
+    if jnp.finfo(dtype).maxexp >= jnp.finfo(rows.dtype).maxexp:
+        return True
+    return jnp.all(jnp.abs(rows) <= float(jnp.finfo(dtype).max), axis=-1)

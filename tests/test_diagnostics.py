@@ -1,0 +1,260 @@
+"""Diagnostics: every figure against a numpy computation of it."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mem_aop_jax as aop
+from mem_aop_jax import cost
+
+M, N, P = 32, 6, 5
+COLLECTION = aop.linen.COLLECTION
+SUBSPACE = aop.MemAOP(ratio=0.25, policy="priority", memory="subspace", rank=2)
+
+
+def numbers(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+X = numbers(M, N) * jnp.asarray([[8, 4, 2, 1, 0.5, 0.25]], jnp.float32)
+G = numbers(M, P, seed=1)
+KERNEL = numbers(N, P, seed=2)
+
+
+def loss_of(config):
+    def loss_fn(kernel, memory, x, g, key):
+        return jnp.sum(aop.dense(x, kernel, memory["one"], config=config, key=key) * g)
+
+    return loss_fn
+
+
+def measured(config, memory=None, x=X, g=G, **options):
+    memory = memory or aop.init_memory(config, M, N, P) or aop.Probe.of(None, draws=1)
+    found = aop.diagnostics(
+        loss_of(config), KERNEL, {"one": memory}, x, g, jax.random.key(0), **options
+    )
+    assert list(found.layers) == ["one"]
+    return found
+
+
+def draws_of(config, number, memory=None):
+    memory = {"one": memory if memory is not None else aop.init_memory(config, M, N, P)}
+    grad_fn = jax.grad(loss_of(config))
+    keys = jax.random.split(jax.random.key(7), number)
+    return np.asarray(jax.vmap(lambda key: grad_fn(KERNEL, memory, X, G, key))(keys))
+
+
+EXACT = np.asarray(X.T @ G, np.float64)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SUBSPACE, aop.MemAOP(ratio=0.25, policy="priority"), aop.MemAOP(k=8, policy="uniform")],
+    ids=["subspace", "priority", "uniform"],
+)
+def test_an_unbiased_estimate(config):
+    found = measured(config, draws=2_000).layers["one"]
+    draws = draws_of(config, 2_000)
+    off = draws - EXACT
+    size = np.linalg.norm(EXACT)
+    v = (off**2).sum(axis=(1, 2)).mean() / size**2
+    assert found.v == pytest.approx(v, rel=0.1)
+    assert found.error == pytest.approx(v**0.5, rel=0.1)
+    assert found.gradient_norm == pytest.approx(size, rel=1e-5)
+    norms = np.linalg.norm(draws, axis=(1, 2))
+    cosines = (draws * EXACT).sum(axis=(1, 2)) / norms / size
+    assert found.cosine == pytest.approx(cosines.mean(), abs=0.02)
+    assert found.estimate_norm == pytest.approx((norms**2).mean() ** 0.5, rel=0.05)
+    assert found.uses == 1
+
+
+def test_the_papers_policy():
+    """One draw is as good as any, and what stays out is the error."""
+    config = aop.MemAOP(k=8)
+    found = measured(config).layers["one"]
+    memory = {"one": aop.init_memory(config, M, N, P)}
+    estimate = np.asarray(jax.grad(loss_of(config))(KERNEL, memory, X, G, None))
+    assert found.v == pytest.approx(0, abs=1e-6)
+    off = np.linalg.norm(estimate - EXACT) / np.linalg.norm(EXACT)
+    assert found.error == pytest.approx(off, rel=1e-4)
+    norms = np.linalg.norm(X, axis=1) * np.linalg.norm(G, axis=1)
+    assert found.chosen == pytest.approx(np.sort(norms)[-8:].sum() / norms.sum(), rel=1e-4)
+    without_key = aop.diagnostics(loss_of(config), KERNEL, memory, X, G, None)
+    assert without_key.layers["one"].error == pytest.approx(off, rel=1e-4)
+
+
+def test_energies_and_ranks():
+    memory = aop.init_memory(SUBSPACE, M, N, P)
+    found = measured(SUBSPACE, memory).layers["one"]
+    for rows, basis, inside, rank in (
+        (X, memory.inputs, found.inputs_inside, found.inputs_rank),
+        (G, memory.cotangents, found.cotangents_inside, found.cotangents_rank),
+    ):
+        rows = np.asarray(rows, np.float64)
+        energy = (rows**2).sum()
+        assert inside == pytest.approx(((rows @ np.asarray(basis)) ** 2).sum() / energy, rel=1e-4)
+        shares = np.cumsum(np.linalg.svd(rows, compute_uv=False) ** 2) / energy
+        assert float(rank) == 1 + (shares < 0.9).sum()
+    assert measured(aop.MemAOP(k=8)).layers["one"].inputs_inside == 0
+
+
+@pytest.mark.parametrize("shape", [(M,), (4, M // 4), (3, M)])
+def test_the_noise_of_the_batch(shape):
+    """From the gradients of equal parts of the batch: of examples, not of their rows."""
+    x, g = numbers(*shape, N, seed=3) + 0.3, numbers(*shape, P, seed=4) + 0.3
+    config = aop.MemAOP(ratio=0.25, policy="uniform")
+    found = measured(config, x=x, g=g).layers["one"]
+    parts = min(8, shape[0])
+    x, g = (np.asarray(a, np.float64).reshape(parts, -1, a.shape[-1]) for a in (x, g))
+    gradients = parts * np.einsum("cmn,cmp->cnp", x, g)  # of a loss that is a mean over the batch
+    mean = gradients.mean(axis=0)
+    variance = ((gradients - mean) ** 2).sum() / (parts - 1) / parts
+    assert found.noise == pytest.approx(variance / (mean**2).sum(), rel=1e-3)
+
+
+def test_one_example_tells_no_noise():
+    found = measured(SUBSPACE, x=X[None], g=G[None])
+    assert np.isnan(found.layers["one"].noise)
+    assert found.layers["one"].error > 0
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1e12])
+def test_nothing_depends_on_the_size_of_the_gradient(factor):
+    sizes, scaled = (measured(SUBSPACE, g=G * f).layers["one"] for f in (1, factor))
+    assert scaled.gradient_norm == pytest.approx(float(sizes.gradient_norm) * factor, rel=1e-4)
+    for of in (sizes, scaled):
+        relative = of._replace(gradient_norm=0, estimate_norm=0)
+        np.testing.assert_allclose(
+            relative, sizes._replace(gradient_norm=0, estimate_norm=0), rtol=1e-4, atol=1e-6
+        )
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(24)(x))
+
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + nn.relu(nn.Dense(24, name="inner")(x)), None
+
+        keys = {"params": True, aop.linen.RNG: True}
+        stack = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs=keys, length=2)
+        return nn.Dense(1)(stack(name="blocks")(x, None)[0])
+
+
+def linen_loss(model):
+    def loss_fn(params, memory, x, key):
+        variables = {"params": params, COLLECTION: memory}
+        y = model.apply(variables, x, rngs={aop.linen.RNG: key})
+        return jnp.mean((y - jnp.sum(x, axis=-1, keepdims=True)) ** 2), y
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("memory_kind", ["subspace", None])
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_wrapped_model_with_a_stack_of_layers(memory_kind):
+    config = aop.MemAOP(ratio=0.25, policy="priority", memory=memory_kind)
+    if memory_kind:
+        config = dataclasses.replace(config, rank=3)
+    model = aop.linen.wrap(Model(), [("Dense_1", None), (".*", config)])
+    x, key = numbers(M, 16), jax.random.key(0)
+    variables = model.init(key, x)
+    memory = variables.get(COLLECTION, {})
+    memory = aop.linen.probes(model, memory, key, x)
+    if memory_kind:
+        jax.tree.map(np.testing.assert_array_equal, memory, variables[COLLECTION])
+    loss_fn = linen_loss(model)
+    found = aop.diagnostics(loss_fn, variables["params"], memory, x, key, draws=4, has_aux=True)
+    names = [name.split("/DotGeneral")[0] for name in found.layers]
+    assert names == ["Dense_0", "blocks/inner[0]", "blocks/inner[1]"]
+
+    # The whole: from the gradients themselves.
+    exact = jax.grad(linen_loss(Model()), has_aux=True)(variables["params"], {}, x, key)[0]
+    norms = [np.linalg.norm(exact["Dense_0"]["kernel"])]
+    norms += [np.linalg.norm(kernel) for kernel in exact["blocks"]["inner"]["kernel"]]
+    ours = [layer.gradient_norm for layer in found.layers.values()]
+    np.testing.assert_allclose(ours, norms, rtol=1e-4)
+    assert found.model.gradient_norm == pytest.approx(np.linalg.norm(norms), rel=1e-4)
+    vs = np.array([layer.v for layer in found.layers.values()])
+    whole = (vs * np.square(norms)).sum() / np.square(norms).sum()
+    assert found.model.v == pytest.approx(whole, rel=1e-3)
+    assert found.step_cost == found.model.c
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_an_nnx_model():
+    class Layer(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = aop.nnx.Linear(N, P, rows=M, config=SUBSPACE, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dense(x)
+
+    model = Layer(nnx.Rngs(0))
+    graph, params, memory, rest = nnx.split(model, nnx.Param, aop.nnx.Memory, ...)
+
+    def loss_fn(params, memory, x, g):
+        return jnp.sum(nnx.merge(graph, params, memory, jax.tree.map(jnp.copy, rest))(x) * g)
+
+    found = aop.diagnostics(loss_fn, params, memory, X, G)
+    assert list(found.layers) == ["dense/dot_general"]
+    assert 0 < found.model.error < 2
+
+
+def test_the_verdict_and_the_table():
+    found = measured(SUBSPACE)
+    one = found.layers["one"]
+    assert found.verdict("one") == pytest.approx((1 + one.error**2) * one.c)
+    table = str(found).splitlines()
+    assert len(table) == 4
+    cells = [cell.strip() for cell in table[2].strip("|").split("|")]
+    assert cells[0] == "one"
+    assert float(cells[1]) == pytest.approx(float(one.error), rel=1e-2)
+    assert float(cells[6]) == pytest.approx(float(found.verdict("one")), rel=1e-2)
+    pays = "if the batch is large" if one.c < 1 else "no"
+    assert cells[7] == ("yes" if found.verdict("one") < 1 else pays)
+    assert all(leaf.shape == () for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("rank", [None, 4, (4, 0), (8, 2)])
+def test_the_cost_is_the_compilers(rank):
+    """Of the gradient of the kernel, from the FLOPs of the step with and without it."""
+    rows, features, k = 1024, 256, 128
+    options = {} if rank is None else {"memory": "subspace", "rank": rank}
+    config = aop.MemAOP(k=k, policy="priority", **options)
+    x = jax.ShapeDtypeStruct((rows, features), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((features, features), jnp.float32)
+    memory = jax.eval_shape(lambda: aop.init_memory(config, rows, features, features))
+
+    def step(argnums):
+        def loss_fn(kernel, x, memory, key):
+            return jnp.sum(aop.dense(x, kernel, memory, config=config, key=key))
+
+        grad_fn = jax.jit(jax.value_and_grad(loss_fn, argnums=argnums))
+        lowered = grad_fn.lower(kernel, x, memory, jax.eval_shape(jax.random.key, 0))
+        return lowered.compile().cost_analysis()["flops"]
+
+    with_memory = (0, 1, 2) if rank else (0, 1)
+    ours = cost.weight_gradient_flops(config, rows, features, features)
+    assert ours == pytest.approx(step(with_memory) - step(1), rel=0.1)
+    relative = cost.relative_cost(config, rows, features, features)
+    assert relative == pytest.approx(step(with_memory) / (6 * rows * features**2), rel=0.05)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"draws=0.*at least 1"):
+        measured(SUBSPACE, draws=0)
+    config = aop.MemAOP(k=8, policy="priority")
+    with pytest.raises(ValueError, match=r"no memory of a layer.*linen\.probes"):
+        aop.diagnostics(
+            lambda kernel, memory, key: jnp.sum(aop.dense(X, kernel, config=config, key=key)),
+            KERNEL, {}, jax.random.key(0),
+        )  # fmt: skip

@@ -1,0 +1,204 @@
+"""Row memory with random signs, and in slots."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mem_aop_jax as aop
+
+M, N, P, STEPS = 12, 5, 4, 200
+SLOTS = 5  # does not divide the rows
+
+
+def gradients(config, x, g, memory, key):
+    """dW and the next memory of a layer whose output has the cotangents g."""
+
+    def loss_fn(kernel, memory):
+        y = aop.dense(x, kernel, memory, config=config, key=key)
+        return jnp.sum(y.astype(jnp.float32) * g.astype(jnp.float32))
+
+    kernel = jnp.zeros((x.shape[-1], g.shape[-1]), x.dtype)
+    return jax.grad(loss_fn, argnums=(0, 1))(kernel, memory)
+
+
+def numbers(*shape, seed=0, mean=0.0):
+    return jnp.asarray(mean + np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@functools.cache
+def sums_of(config, runs):
+    """Of `runs` trainings on the same rows: the sum of all dW, and what still waits."""
+
+    def run(x, g, key):
+        def step(memory, batch):
+            dw, memory = gradients(config, *batch[:2], memory, batch[2])
+            return memory, dw
+
+        memory = aop.init_memory(config, M, N, P)
+        memory, dws = jax.lax.scan(step, memory, (x, g, jax.random.split(key, len(x))))
+        return dws.sum(axis=0), memory.inputs.T @ memory.cotangents
+
+    return jax.jit(jax.vmap(run, in_axes=(None, None, 0)))
+
+
+@pytest.mark.parametrize("slots", [None, SLOTS])
+@pytest.mark.parametrize("policy", ["topk", "randk"])
+def test_with_signs_the_sum_over_many_steps_is_unbiased(policy, slots):
+    """Rows with a mean, so that cross terms would add up."""
+    x, g = numbers(STEPS, M, N, seed=0, mean=0.5), numbers(STEPS, M, P, seed=1, mean=0.5)
+    exact = np.einsum("tmn,tmp->np", x, g)
+
+    def off(signed, runs):
+        """In standard errors, entry by entry in aggregate."""
+        config = aop.MemAOP(k=3, policy=policy, memory="rows", memory_slots=slots, signed=signed)
+        computed, waiting = sums_of(config, runs)(x, g, jax.random.split(jax.random.key(0), runs))
+        sums = np.asarray(computed + waiting, np.float64)
+        return np.linalg.norm(sums.mean(axis=0) - exact), np.linalg.norm(
+            sums.std(axis=0, ddof=1) / runs**0.5
+        )
+
+    distance, error = off(True, 200)
+    assert distance <= 4 * error
+    assert error < 0.05 * np.linalg.norm(exact)  # so that a bias would show
+    distance, error = off(False, 20)
+    assert distance > max(4 * error, 0.2 * np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize("rows", [M, M - 3, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("signed", [False, True])
+def test_slots_follow_a_numpy_loop_at_any_batch_size(signed, groups, rows):
+    """Candidates are the rows, then the slots; row m waits in slot m mod slots of its group."""
+    if rows % groups:
+        pytest.skip("groups divide the rows")
+    of_group, slots = rows // groups, 3
+    config = aop.MemAOP(
+        k=groups, groups=groups, memory_slots=slots * groups, signed=signed, decay=0.25
+    )
+    memory = aop.init_memory(config, rows, N, P)
+    kept = [np.zeros((groups, slots, n)) for n in (N, P)]
+    for step in range(4):
+        key = jax.random.key(step)
+        x, g = numbers(rows, N, seed=2 * step), numbers(rows, P, seed=2 * step + 1)
+        dw, memory = jax.jit(functools.partial(gradients, config))(x, g, memory, key)
+        signs = np.ones((groups, of_group))
+        if signed:
+            key = jax.random.fold_in(key, 1)
+            signs = np.asarray(jax.random.rademacher(key, signs.shape, jnp.float32))
+        wanted = 0
+        for group in range(groups):
+            candidates = [
+                np.concatenate([fresh.reshape(groups, of_group, -1)[group], slot[group]])
+                for fresh, slot in zip((x, g), kept, strict=True)
+            ]
+            scores = np.prod([np.linalg.norm(side, axis=1) for side in candidates], axis=0)
+            best = scores.argmax()
+            wanted += np.outer(*(side[best] for side in candidates))
+            for side, slot in zip(candidates, kept, strict=True):
+                side[best] = 0
+                slot[group] = 0.5 * side[of_group:]
+                for m in range(of_group):
+                    slot[group, m % slots] += 0.5 * signs[group, m] * side[m]
+        np.testing.assert_allclose(dw, wanted, rtol=1e-4, atol=1e-5)
+        for ours, side in zip(memory[:2], kept, strict=True):
+            np.testing.assert_allclose(ours, side.reshape(ours.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_signs_change_nothing_but_the_sign_of_what_waits():
+    x, g, key = numbers(M, N), numbers(M, P, seed=1), jax.random.key(0)
+    plain, signed = aop.MemAOP(k=3), aop.MemAOP(k=3, signed=True)
+    memory = aop.init_memory(plain, M, N, P)
+    dw, after = gradients(plain, x, g, memory, None)
+    signed_dw, signed_after = gradients(signed, x, g, memory, key)
+    np.testing.assert_array_equal(dw, signed_dw)
+    products = [jnp.einsum("mn,mp->mnp", *sides[:2]) for sides in (after, signed_after)]
+    np.testing.assert_array_equal(*products)
+    waits = np.asarray(after.inputs[:, 0]) != 0
+    signs = np.asarray(signed_after.inputs[:, 0])[waits] / np.asarray(after.inputs[:, 0])[waits]
+    assert set(signs) == {1, -1}
+
+
+@pytest.mark.parametrize("shape", [(M,), (3, 4)])
+def test_all_rows_are_the_exact_gradient_and_leave_the_slots_empty(shape):
+    config = aop.MemAOP(k=M, memory_slots=SLOTS, signed=True)
+    x, g = numbers(*shape, N), numbers(*shape, P, seed=1)
+    memory = aop.init_memory(config, M, N, P)
+    dw, memory = gradients(config, x, g, memory, jax.random.key(0))
+    np.testing.assert_allclose(dw, x.reshape(M, N).T @ g.reshape(M, P), rtol=1e-5, atol=1e-5)
+    assert not np.asarray(memory.inputs).any()
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_row_that_is_not_finite_shows_and_enters_no_slot(chosen, bad):
+    def policy(key, scores, k):
+        return aop.Selection(jnp.arange(k) if chosen else jnp.arange(k) + 1)
+
+    config = aop.MemAOP(k=3, policy=policy, memory_slots=SLOTS)
+    x, g = numbers(M, N).at[0, 1].set(bad), numbers(M, P, seed=1)
+    dw, memory = gradients(config, x, g, aop.init_memory(config, M, N, P), None)
+    assert np.isnan(dw).any(axis=1).tolist() == [n == 1 for n in range(N)] or np.isinf(dw[1]).all()
+    assert np.isfinite(np.delete(dw, 1, axis=0)).all()
+    assert all(np.isfinite(side).all() for side in memory[:2])
+
+
+def test_a_slot_that_outgrows_float16_shows_in_the_next_gradient_and_is_emptied():
+    config = aop.MemAOP(k=1, memory_slots=1)
+    x, g = jnp.full((M, N), 3e4, jnp.float16), jnp.full((M, P), 1e-4, jnp.float16)
+    _, memory = gradients(config, x, g, aop.init_memory(config, M, N, P, jnp.float16), None)
+    assert np.isinf(memory.inputs).all()
+    small = jnp.ones((M, N), jnp.float16)
+    dw, memory = gradients(config, small, g, memory, None)
+    assert np.isnan(dw).all()
+    assert np.isfinite(memory.inputs).all()
+
+
+def test_slots_of_a_device_are_a_share_of_all():
+    """And each device selects from its rows and its slots."""
+    devices, config = 4, aop.MemAOP(ratio=0.25, memory_slots=8)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, everywhere = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    specs = aop.Memory(rows, rows, everywhere)
+    x, g = numbers(4 * M, N), numbers(4 * M, P, seed=1)
+    memory = aop.Memory(numbers(8, N, seed=2), numbers(8, P, seed=3), jnp.ones((), jnp.float32))
+    step = functools.partial(gradients, config, key=None)
+    sharded = jax.shard_map(
+        step, mesh=mesh, in_specs=(rows, rows, specs), out_specs=(everywhere, specs)
+    )
+    dw, after = jax.jit(sharded)(x, g, memory)
+    shares = [
+        jax.tree.map(lambda a, i=i: a.reshape(devices, -1, a.shape[-1])[i], (x, g, *memory[:2]))
+        for i in range(devices)
+    ]
+    wanted = [
+        step(x, g, aop.Memory(inputs, cotangents, memory.uses))
+        for x, g, inputs, cotangents in shares
+    ]
+    np.testing.assert_allclose(dw, sum(own for own, _ in wanted), rtol=1e-4, atol=1e-4)
+    for i, side in enumerate(after[:2]):
+        together = np.concatenate([own[i] for _, own in wanted])
+        np.testing.assert_allclose(side, together, rtol=1e-4, atol=1e-5)
+
+
+def test_the_memory_of_slots_has_no_size_of_the_batch():
+    config = aop.MemAOP(ratio=0.25, memory_slots=SLOTS)
+    shapes = {rows: aop.init_memory(config, rows, N, P).inputs.shape for rows in (8, 400)}
+    assert set(shapes.values()) == {(SLOTS, N)}
+
+
+@pytest.mark.parametrize("given", [SLOTS + 1, 2 * SLOTS, M])
+def test_another_number_of_slots(given):
+    config = aop.MemAOP(k=3, memory_slots=SLOTS)
+    memory = aop.init_memory(aop.MemAOP(k=3, memory_slots=given), M, N, P)
+    with pytest.raises(ValueError, match=rf"\({given}, 5\).*needs \(5, 5\).*number of slots"):
+        gradients(config, numbers(M, N), numbers(M, P), memory, None)
+
+
+@pytest.mark.parametrize("slots", [None, SLOTS])
+def test_signs_need_a_key(slots):
+    config = aop.MemAOP(k=3, signed=True, memory_slots=slots)
+    with pytest.raises(ValueError, match=r"dense: a memory with signed=True draws.*no key"):
+        gradients(config, numbers(M, N), numbers(M, P), aop.init_memory(config, M, N, P), None)
