@@ -23,6 +23,7 @@ import pathlib
 import sysconfig
 import time
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -254,16 +255,15 @@ class Trainer:
         params, memory = variables["params"], variables.get(aop.linen.COLLECTION, {})
         return params, self.optimizer(memory).init(params)
 
+    def loss_fn(self, params, memory, windows, key):
+        variables = {"params": params, aop.linen.COLLECTION: memory}
+        logits = self.model.apply(variables, windows[:, :-1], rngs={aop.linen.RNG: key})
+        return loss_of(logits, windows[:, 1:])
+
     def step(self, state, windows, key):
         params, opt_state = state
-
-        def loss_fn(params, memory):
-            variables = {"params": params, aop.linen.COLLECTION: memory}
-            logits = self.model.apply(variables, windows[:, :-1], rngs={aop.linen.RNG: key})
-            return loss_of(logits, windows[:, 1:])
-
         memory = aop.get_memory(opt_state)
-        grads, new_memory = jax.grad(loss_fn, argnums=(0, 1))(params, memory)
+        grads, new_memory = jax.grad(self.loss_fn, argnums=(0, 1))(params, memory, windows, key)
         optimizer = self.optimizer(memory)
         updates, opt_state = optimizer.update(grads, opt_state, params, memory=new_memory)
         return optax.apply_updates(params, updates), opt_state
@@ -295,20 +295,36 @@ class Trainer:
         windows = jnp.zeros((self.batch, self.sequence + 1), jnp.int32)
         return jax.jit(self.step).lower(state, windows, key).compile().cost_analysis()["flops"]
 
-    def train(self, seed: int, tokens, validation, progress: tqdm) -> tuple[list[float], float]:
-        """Validation losses at the evaluated steps; seconds of all steps, without compilation."""
+    def diagnose(self, state, windows, key) -> aop.Diagnostics:
+        """Of the gradient estimates, on windows that were not trained on."""
+        params, opt_state = state
+        probes = aop.linen.probes(self.model, aop.get_memory(opt_state), key, self.example)
+        return aop.diagnostics(self.loss_fn, params, probes, windows, key)
+
+    def train(
+        self, seed: int, tokens, validation, progress: tqdm, diagnosed: Sequence[int] = ()
+    ) -> tuple[list[float], float, dict[int, aop.Diagnostics]]:
+        """Trains once.
+
+        Returns:
+          Validation losses at the evaluated steps; seconds of all steps, without compilation; and
+          diagnostics at those of the evaluated steps that are in `diagnosed`.
+        """
         init_key, *keys = jax.random.split(jax.random.key(seed), 3)
         state = self.init(init_key)
         state = jax.block_until_ready(self.advance(state, tokens, *keys, 0, 0))  # compiles
-        losses, seconds, done = [], 0.0, 0
+        losses, seconds, done, found = [], 0.0, 0, {}
         for step in evaluated_steps(self.steps):
             start = time.perf_counter()
             state = jax.block_until_ready(self.advance(state, tokens, *keys, done, step))
             seconds += time.perf_counter() - start
             losses.append(float(validation_loss(self.exact, state[0], validation)))
+            if step in diagnosed:
+                windows = self.windows(tokens, keys[0], step)
+                found[step] = self.diagnose(state, windows, jax.random.fold_in(keys[1], step))
             done = step
             progress.update()
-        return losses, seconds
+        return losses, seconds, found
 
 
 def settings(run: Run, options: argparse.Namespace, text: Text) -> dict:
@@ -321,6 +337,7 @@ def settings(run: Run, options: argparse.Namespace, text: Text) -> dict:
         "wanted_steps": run.steps,
         "wanted_flops": run.flops,
         "reference": [options.batch, options.steps],
+        "diagnosed": options.diagnose and run.config is not None,
         "text": text.checksum,
         **{name: getattr(options, name) for name in names},
     }
@@ -366,7 +383,19 @@ def compare(options: argparse.Namespace, text: Text) -> dict[str, dict]:
             }
             trainer = Trainer(run.config, run.batch, entry["steps"], options)
             for seed in range(done[run.name], options.seeds):
-                losses, seconds = trainer.train(seed, tokens, validation, progress)
+                diagnosed = evaluated_steps(entry["steps"])[:: EVALUATIONS - 1]
+                if seed > 0 or not entry["diagnosed"]:
+                    diagnosed = ()
+                losses, seconds, found = trainer.train(
+                    seed, tokens, validation, progress, diagnosed
+                )
+                for step, diagnostics in found.items():
+                    of_model = {name: float(x) for name, x in diagnostics.model._asdict().items()}
+                    entry.setdefault("diagnostics", {})[str(step)] = {
+                        "rule": float(diagnostics.verdict()),
+                        "table": str(diagnostics),
+                        **of_model,
+                    }
                 entry["losses"].append(losses)
                 entry["seconds"].append(round(seconds, 2))
                 entry["mean"], entry["sd"] = runs.summary([x[-1] for x in entry["losses"]])
@@ -408,6 +437,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--layers-exact", metavar="REGEX",
         help="exact layers besides the head: their whole path, for instance block_0/.*",
+    )  # fmt: skip
+    parser.add_argument(
+        "--diagnose", action="store_true",
+        help="of the first seed of each approximate run, early and late: v, c, the batch's noise",
     )  # fmt: skip
     parser.add_argument(
         "--text", type=pathlib.Path, metavar="FILE",

@@ -18,11 +18,20 @@ def write(results: dict[str, dict], folder: pathlib.Path, description: str) -> s
       folder: for the files.
       description: what stands below the table.
     """
+    paths = [folder / "results.md", folder / "results.png"]
     text = f"{table(results)}\n\n{description}"
-    paths = folder / "results.md", folder / "results.png"
+    layers = [
+        f"{name}, after {step} steps\n\n{found['table']}\n"
+        for name, entry in results.items()
+        for step, found in entry.get("diagnostics", {}).items()
+    ]
+    if layers:
+        text = f"{text}\n\n{diagnosed(results)}"
+        paths.append(folder / "diagnostics.md")
+        paths[-1].write_text("\n".join(layers))
     paths[0].write_text(text + "\n")
     draw(results).savefig(paths[1], dpi=120)
-    return f"{text}\n\n{paths[0]}\n{paths[1]}"
+    return "\n".join([text, "", *map(str, paths)])
 
 
 def table(results: dict[str, dict]) -> str:
@@ -47,6 +56,20 @@ def table(results: dict[str, dict]) -> str:
         for name, entry in results.items()
     ]
     return runs.markdown([header, *rows])
+
+
+def diagnosed(results: dict[str, dict]) -> str:
+    """Markdown: what was measured of the estimates, by run and step; as in `aop.Measured`.
+
+    c: of the gradient of the loss, relative to the exact one.
+    """
+    figures = ("error", "cosine", "v", "noise", "c", "rule")
+    rows = [
+        (f"`{name}`", step, *(f"{found[figure]:.3g}" for figure in figures))
+        for name, entry in results.items()
+        for step, found in entry.get("diagnostics", {}).items()
+    ]
+    return runs.markdown([("run", "step", *figures[:-1], "(1 + v) c"), *rows])
 
 
 def draw(results: dict[str, dict]) -> Figure:

@@ -1,6 +1,7 @@
 """How good the approximate gradients of a model are on a batch, and whether they pay."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import chex
@@ -75,8 +76,8 @@ def diagnostics(
 
     Each layer's own gradient is measured where it is computed, with the exact gradient coming from
     above, in one backward pass through the exact model. Costs that pass, `draws` approximate
-    gradients, an eigendecomposition per layer, and three compilations: for now and then, not for
-    every step.
+    gradients and an eigendecomposition per layer, and the first time with a `loss_fn` three
+    compilations: for now and then, not for every step.
 
     Args:
       loss_fn: `loss_fn(params, memory, *args)`, the one that is trained.
@@ -114,10 +115,7 @@ def diagnostics(
 
         return jax.tree.map(probe, memory, is_leaf=is_memory)
 
-    def gradient(*argnums):
-        return jax.jit(jax.grad(loss_fn, argnums=argnums, has_aux=has_aux))
-
-    measured = gradient(1)(params, probes(draws), *args)
+    measured = _gradient(loss_fn, (1,), has_aux)(params, probes(draws), *args)
     (measured,) = measured[0] if has_aux else measured
     found = jax.tree_util.tree_leaves_with_path(measured, is_leaf=is_memory)
     if not found:
@@ -134,9 +132,11 @@ def diagnostics(
             number = f"[{','.join(map(str, index))}]" if index else ""
             layers[name + number] = jax.tree.map(lambda a, i=index: a[i], probe.measured)
 
-    step_cost = _step_cost(
-        gradient(0, 1), params, jax.tree.map(of, memory, is_leaf=is_memory), probes(0), args
-    )
+    flops = [
+        _flops(_gradient(loss_fn, (0, 1), has_aux), params, given, *args)
+        for given in (jax.tree.map(of, memory, is_leaf=is_memory), probes(0))
+    ]
+    step_cost = jnp.asarray(flops[0] / flops[1], jnp.float32) if all(flops) else None
     return Diagnostics(layers, _together(list(layers.values()), step_cost), step_cost)
 
 
@@ -164,11 +164,19 @@ def _together(layers, step_cost):
     )
 
 
-def _step_cost(gradient, params, memory, exact, args):
-    flops = []
-    for given in (memory, exact):
-        cost = gradient.lower(params, given, *args).compile().cost_analysis() or {}
-        flops.append(cost.get("flops", 0.0))
-    if not all(count > 0 for count in flops):
-        return None
-    return jnp.asarray(flops[0] / flops[1], jnp.float32)
+@functools.lru_cache(maxsize=16)
+def _gradient(loss_fn, argnums, has_aux):
+    """Kept, so that it compiles once."""
+    return jax.jit(jax.grad(loss_fn, argnums=argnums, has_aux=has_aux))
+
+
+def _flops(gradient, *args):
+    """FLOPs of a compiled function, for one device; 0 where the compiler counts none."""
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda *args: args, *args))
+    return _flops_for_shapes(gradient, structure, tuple(leaves))
+
+
+@functools.lru_cache(maxsize=16)
+def _flops_for_shapes(gradient, structure, shapes):
+    compiled = gradient.lower(*structure.unflatten(shapes)).compile()
+    return max((compiled.cost_analysis() or {}).get("flops", 0.0), 0.0)

@@ -1,6 +1,6 @@
 """Orbax checkpoints: a run goes on, also killed, on other devices and with another batch size.
 
-`python tests/test_checkpoints.py DIRECTORY` is the run that the tests kill.
+`python tests/test_checkpoints.py DIRECTORY MEMORY` is the run that the tests kill.
 """
 
 import functools
@@ -25,14 +25,19 @@ import mem_aop_jax as aop
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 ROWS, STEPS = 8, 12
+CONFIGS = {
+    "rows": aop.MemAOP(ratio=0.25, policy="weightedk"),
+    "bfloat16 rows": aop.MemAOP(ratio=0.25, policy="weightedk", memory_dtype="bfloat16"),
+    "signed slots": aop.MemAOP(ratio=0.25, signed=True, memory_slots=4),
+    "subspace": aop.MemAOP(ratio=0.25, policy="priority", memory="subspace", rank=2),
+}
 SCHEDULE = optax.cosine_decay_schedule(0.05, 20)
 
 
 @functools.cache  # of the compiled steps
-def make_run(devices=1, rows=ROWS, memory_dtype=None):
+def make_run(devices=1, rows=ROWS, memory="rows"):
     """The first state, placed on the devices; the step; the gradients that it takes."""
-    config = aop.MemAOP(ratio=0.25, policy="weightedk", memory_dtype=memory_dtype)
-    model = aop.linen.Dense(3, config=config)
+    model = aop.linen.Dense(3, config=CONFIGS[memory])
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((rows, 4), jnp.float32))
     params, memory = variables["params"], variables[aop.linen.COLLECTION]
     tx = optax.chain(aop.carry_memory(memory, SCHEDULE), optax.adam(SCHEDULE))
@@ -95,9 +100,12 @@ def same_shardings(ours, wanted):
     return all(leaf.sharding.is_equivalent_to(other.sharding, leaf.ndim) for leaf, other in pairs)
 
 
-@pytest.mark.parametrize(("devices", "memory_dtype"), [(1, None), (4, "bfloat16")])
-def test_a_restored_run_goes_on_bit_for_bit(tmp_path, devices, memory_dtype):
-    first, step, _ = make_run(devices, memory_dtype=memory_dtype)
+@pytest.mark.parametrize(
+    ("devices", "memory"),
+    [(1, "rows"), (4, "bfloat16 rows"), (4, "signed slots"), (1, "subspace"), (4, "subspace")],
+)
+def test_a_restored_run_goes_on_bit_for_bit(tmp_path, devices, memory):
+    first, step, _ = make_run(devices, memory=memory)
     state, _ = train(step, first, 1, 5)
     assert same_shardings(state, first)
     restored = save_and_restore(tmp_path, state, abstract(first))
@@ -169,11 +177,11 @@ def test_a_memory_restored_without_a_target(tmp_path):
     assert bits(aop.get_memory(aop.carry_memory(memory).init(params))) == bits(kept)
 
 
-def run_in_a_process(directory, kill_after=None):
+def run_in_a_process(directory, memory, kill_after=None):
     """The losses that the run reports; it takes a step for each line that it is sent."""
     losses = {}
     with subprocess.Popen(
-        [sys.executable, __file__, directory],
+        [sys.executable, __file__, directory, memory],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -189,26 +197,28 @@ def run_in_a_process(directory, kill_after=None):
     return losses
 
 
-def last_checkpoint(directory):
+def last_checkpoint(directory, memory):
+    target = abstract(make_run(memory=memory)[0])
     with ocp.CheckpointManager(directory) as manager:
         assert manager.latest_step() == STEPS
-        return manager.restore(STEPS, args=ocp.args.StandardRestore(abstract(make_run()[0])))
+        return manager.restore(STEPS, args=ocp.args.StandardRestore(target))
 
 
-def test_a_run_that_is_killed_ends_as_if_it_were_not(tmp_path):
+@pytest.mark.parametrize("memory", ["rows", "subspace"])
+def test_a_run_that_is_killed_ends_as_if_it_were_not(tmp_path, memory):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    wanted = run_in_a_process(whole)
-    first = run_in_a_process(killed, kill_after=8)
-    second = run_in_a_process(killed, kill_after=11)
-    third = run_in_a_process(killed)
+    wanted = run_in_a_process(whole, memory)
+    first = run_in_a_process(killed, memory, kill_after=8)
+    second = run_in_a_process(killed, memory, kill_after=11)
+    third = run_in_a_process(killed, memory)
     assert min(second) in (4, 7)  # the checkpoint of step 6 may have been half written
     assert min(third) in (7, 10)
     assert first.items() | second.items() | third.items() == wanted.items()
-    assert bits(last_checkpoint(killed)) == bits(last_checkpoint(whole))
+    assert bits(last_checkpoint(killed, memory)) == bits(last_checkpoint(whole, memory))
 
 
-def main(directory):
-    state, step, _ = make_run()
+def main(directory, memory):
+    state, step, _ = make_run(memory=memory)
     options = ocp.CheckpointManagerOptions(save_interval_steps=3)
     with ocp.CheckpointManager(directory, options=options) as manager:
         done = manager.latest_step() or 0
@@ -222,4 +232,4 @@ def main(directory):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    main(pathlib.Path(sys.argv[1]), sys.argv[2])

@@ -354,3 +354,23 @@ def test_a_table_of_one_seed_has_no_standard_deviation():
     assert runs.summary([2.5]) == (2.5, None)
     row = language_report.table({"topk:k=3": entry}).splitlines()[-1]
     assert row == "| `topk:k=3` | 4 | 9 | 2 G | 0.500 | 0.250 | 1.2 | 2.5000 |"
+
+
+def test_estimates_are_diagnosed_early_and_late(tmp_path, monkeypatch, standard_promotion, capsys):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("words.txt").write_text("a cat sat on a mat, and that was that. " * 400)
+    subspace, priority = "priority:ratio=1/4,memory=subspace,rank=4", "priority:ratio=1/4"
+    options = "--text words.txt --width 16 --layers 1 --heads 2 --sequence 16 --batch 4 --steps 20"
+    named = [word for run in ("exact", subspace, priority) for word in ("--run", run)]
+    language_model.main([*options.split(), "--diagnose", "--out", "out", *named])
+    printed = capsys.readouterr().out
+    results = json.loads(pathlib.Path("out/results.json").read_text())["words.txt"]
+    assert "diagnostics" not in results["exact"]
+    for step in ("2", "20"):
+        better, worse = (results[run]["diagnostics"][step] for run in (subspace, priority))
+        assert 0 < better["v"] < worse["v"]
+        assert better["rule"] == pytest.approx((1 + better["error"] ** 2) * better["c"])
+        assert f"| `{subspace}` | {step} | {better['error']:.3g} |" in printed
+    layers = pathlib.Path("out/diagnostics.md").read_text()
+    assert layers.count("| block_0/qkv |") == 4
+    assert f"{subspace}, after 20 steps" in layers
