@@ -33,6 +33,7 @@ import numpy as np
 import optax
 
 import mem_aop_jax as aop
+from mem_aop_jax.cost import flops_left_out
 
 try:
     import language_report
@@ -225,7 +226,8 @@ class Trainer:
     """Training with one configuration, batch size and number of steps, for any seed."""
 
     def __init__(self, config, batch: int, steps: int, options: argparse.Namespace):
-        self.batch, self.steps, self.sequence = batch, steps, options.sequence
+        self.config, self.batch, self.steps = config, batch, steps
+        self.sequence = options.sequence
         self.exact = Transformer(options.width, options.layers, options.heads)
         self.example = jnp.zeros((batch, options.sequence), jnp.int32)
         self.model = self.exact
@@ -289,11 +291,14 @@ class Trainer:
         return jax.lax.fori_loop(start, stop, body, state)
 
     def step_flops(self) -> float:
-        """FLOPs of one training step, as XLA counts them."""
+        """FLOPs of one training step, as XLA counts them; without the refreshes it leaves out."""
         key = jax.random.key(0)
         state = jax.eval_shape(self.init, key)
         windows = jnp.zeros((self.batch, self.sequence + 1), jnp.int32)
-        return jax.jit(self.step).lower(state, windows, key).compile().cost_analysis()["flops"]
+        counted = jax.jit(self.step).lower(state, windows, key).compile().cost_analysis()["flops"]
+        if self.config is None:
+            return counted
+        return counted - sum(flops_left_out(self.config, *layer[1:4]) for layer in self.layers())
 
     def diagnose(self, state, windows, key) -> aop.Diagnostics:
         """Of the gradient estimates, on windows that were not trained on."""

@@ -44,6 +44,8 @@ class MemAOP:
         slots, any batch size goes with a memory. A multiple of groups.
       rank: of subspace memory: number of directions of the inputs and of the cotangents (at most
         as many as there are features); or a pair, with 0 for no directions of the cotangents.
+      refresh: of subspace memory: the directions follow the rows in one of so many steps, at
+        random. They move slowly: most of the cost of a refresh is saved for little.
       groups: the rows are split into that many contiguous groups of equal size, and an equal share
         of k is chosen in each. With a multiple of the devices that share a batch under `jit`, no
         row leaves its device. Under `shard_map` and `pmap` a device selects among its own rows
@@ -63,6 +65,7 @@ class MemAOP:
     signed: bool = False
     memory_slots: int | None = None
     rank: int | tuple[int, int] = 16
+    refresh: int = 1
     groups: int = 1
 
     def __post_init__(self):
@@ -113,6 +116,7 @@ class MemAOP:
                     "group has an equal share, so memory_slots must be a multiple of groups."
                 )
         object.__setattr__(self, "rank", _rank(self.rank))
+        object.__setattr__(self, "refresh", _count("refresh", self.refresh))
         self._check_options_of_memory()
 
     def _check_policy_and_memory(self):
@@ -134,7 +138,7 @@ class MemAOP:
     def _check_options_of_memory(self):
         kind = self.memory_kind
         of_rows = dict.fromkeys(("decay", "memory_dtype", "signed", "memory_slots"), "rows")
-        for name, wanted in (of_rows | {"rank": "subspace"}).items():
+        for name, wanted in (of_rows | dict.fromkeys(("rank", "refresh"), "subspace")).items():
             if kind != wanted and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
                     f"MemAOP got {name}={getattr(self, name)}, which memory={kind!r} does not have "
@@ -156,13 +160,16 @@ class MemAOP:
 
     @property
     def needs_key(self) -> bool:
-        """Whether the policy is a named one that draws at random, or the memory has signs."""
-        return self.signed or self.policy in RANDOM_POLICIES
+        """Whether the policy is a named one that draws at random, or the memory draws."""
+        return self.signed or self.refresh > 1 or self.policy in RANDOM_POLICIES
 
     @property
     def why_key(self) -> str:
         """What draws at random, for an error message."""
-        drawing = "a memory with signed=True" if self.signed else f"policy {self.policy!r}"
+        drawing = f"policy {self.policy!r}"
+        if self.signed or self.refresh > 1:
+            option = "signed=True" if self.signed else f"refresh={self.refresh}"
+            drawing = f"a memory with {option}"
         return f"{drawing} draws at random"
 
     def stored_dtype(self, inputs: chex.ArrayDType) -> jnp.dtype:

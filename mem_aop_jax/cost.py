@@ -14,14 +14,36 @@ def relative_cost(config: MemAOP, rows: int, in_features: int, out_features: int
     return (2 * exact + estimate) / (3 * exact)
 
 
-def weight_gradient_flops(config: MemAOP, rows: int, in_features: int, out_features: int) -> int:
-    """FLOPs of the kernel's gradient: of its products and of the rows' norms."""
+def weight_gradient_flops(config: MemAOP, rows: int, in_features: int, out_features: int) -> float:
+    """FLOPs of the kernel's gradient, mean over the steps: of its products and the rows' norms."""
     k = config.selected_rows(rows)
     norms = 6 * rows * (in_features + out_features)  # three squares, three sums
     if config.memory_kind != "subspace":
         return 2 * k * in_features * out_features + norms
     of_inputs, of_cotangents = config.ranks(in_features, out_features)
     rank = of_inputs + of_cotangents
-    # The coordinates; then the products of all rows with the coordinates of both sides.
-    passes = 2 * rows * (in_features * (of_inputs + rank) + out_features * (of_cotangents + rank))
-    return 2 * (k + rank) * in_features * out_features + passes + norms
+    products = 2 * (k + rank) * in_features * out_features
+    residuals = 2 * k * (in_features * of_inputs + out_features * of_cotangents)
+    coordinates = 2 * rows * rank * (in_features + out_features)  # X V, X^T B; G U, G^T A
+    coordinates += 2 * (rows + in_features) * of_inputs * of_cotangents  # V (A^T B)
+    refresh = _refresh_flops(config, rows, in_features, out_features)
+    return products + residuals + coordinates + refresh / config.refresh + norms
+
+
+def flops_left_out(config: MemAOP, rows: int, in_features: int, out_features: int) -> float:
+    """FLOPs that a compiler counts in each step and most steps leave out, mean over the steps.
+
+    Of a branch it counts the more costly side: a refresh.
+    """
+    if config.memory_kind != "subspace":
+        return 0.0
+    refresh = _refresh_flops(config, rows, in_features, out_features)
+    return (1 - 1 / config.refresh) * refresh
+
+
+def _refresh_flops(config, rows, in_features, out_features):
+    ranks = config.ranks(in_features, out_features)
+    return sum(
+        2 * rows * features * rank + 12 * features * rank**2  # and Cholesky-QR, three times
+        for features, rank in zip((in_features, out_features), ranks, strict=True)
+    )

@@ -141,7 +141,7 @@ def _estimate(layer, kernel, x, g, memory, key):
     xs, gs = (a.reshape(-1, a.shape[-1]) for a in _weigh(xs, gs, weights))
     dtypes = x.dtype, g.dtype
     if isinstance(memory, Subspace):
-        left, right, new_memory = candidates.whole()
+        left, right, new_memory = candidates.whole(_refresh_is_due(layer, memory, key))
         xs, gs = jnp.concatenate([xs, left]), jnp.concatenate([gs, right])
         dtypes = (max(dtypes, key=lambda dtype: dtype.itemsize),) * 2  # rounded to neither
     # In float16 a sum of rows could overflow, or a row with its weight.
@@ -369,6 +369,20 @@ def _signs(layer, key, x):
     if not layer.config.signed:
         return None
     return jax.random.rademacher(jax.random.fold_in(key, 1), x.shape[:2], jnp.float32)
+
+
+def _refresh_is_due(layer, memory, key):
+    """Whether a subspace is refreshed in this step, on all devices that share it; None is always.
+
+    Drawn at random, so that no layer has to count steps; always in the first step.
+    """
+    if layer.config.refresh == 1:
+        return None
+    drawn = jax.random.uniform(jax.random.fold_in(key, 2))
+    axes = tuple(varying_axes(drawn) - varying_axes(memory.uses))
+    if axes:
+        drawn = lax.psum(drawn, axes) % 1  # uniform, too
+    return (drawn < 1 / layer.config.refresh) | (memory.uses == 0)
 
 
 def _bad_columns(lost, x, g):

@@ -136,7 +136,10 @@ def diagnostics(
         _flops(_gradient(loss_fn, (0, 1), has_aux), params, given, *args)
         for given in (jax.tree.map(of, memory, is_leaf=is_memory), probes(0))
     ]
-    step_cost = jnp.asarray(flops[0] / flops[1], jnp.float32) if all(flops) else None
+    step_cost = None
+    if all(flops):
+        left_out = sum(float(measured.left_out) for measured in layers.values())
+        step_cost = jnp.asarray((flops[0] - left_out) / flops[1], jnp.float32)
     return Diagnostics(layers, _together(list(layers.values()), step_cost), step_cost)
 
 
@@ -161,6 +164,7 @@ def _together(layers, step_cost):
         v=of_squares(of.v),
         noise=of_squares(of.noise),
         c=means.c if step_cost is None else step_cost,
+        left_out=jnp.sum(of.left_out),
     )
 
 

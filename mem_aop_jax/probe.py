@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mem_aop_jax.config import MemAOP
-from mem_aop_jax.cost import relative_cost
+from mem_aop_jax.cost import flops_left_out, relative_cost
 from mem_aop_jax.memory import Measured, Probe, Subspace
 
 HELD = 0.9  # the share of the energy that `Measured.inputs_rank` directions hold
@@ -67,6 +67,7 @@ def measure(
 
     v, u = probe.memory[:2] if isinstance(probe.memory, Subspace) else (None, None)
     inside, ranks = zip(_spectrum(x, v), _spectrum(g, u), strict=True)
+    sizes = len(x), x.shape[1], g.shape[1]
     measured = Measured(
         gradient_norm=size,
         estimate_norm=size * jnp.sqrt(squares.mean()),
@@ -74,7 +75,8 @@ def measure(
         cosine=_over(dots, jnp.sqrt(squares)).mean(),
         v=variance,
         noise=noise,
-        c=relative_cost(config, len(x), x.shape[1], g.shape[1]),
+        c=relative_cost(config, *sizes),
+        left_out=flops_left_out(config, *sizes),
         inputs_inside=inside[0],
         cotangents_inside=inside[1],
         inputs_rank=ranks[0],

@@ -7,7 +7,7 @@
     Xr^T B = X^T B - V (A^T B)
 
 This holds for any V and U, so the estimate is unbiased for any; its variance is that of the last
-term alone. One subspace iteration a step lets V and U follow the rows: V <- orth(X^T A), and
+term alone. A subspace iteration lets V and U follow the rows: V <- orth(X^T A), and
 U <- orth(G^T B). Nothing of the size of X or G is formed beside them, and of the residuals Xr and
 Gr only the chosen rows.
 """
@@ -91,8 +91,12 @@ class Residuals(NamedTuple):
         """As in `Rows`."""
         return tuple(side.residuals(chosen, self.precision) for side in (self.x, self.g))
 
-    def whole(self) -> tuple[chex.Array, chex.Array, Subspace]:
+    def whole(self, due: chex.Array | None) -> tuple[chex.Array, chex.Array, Subspace]:
         """What is computed of all rows, in one pass over X and one over G.
+
+        Args:
+          due: `()` bool, whether this step refreshes the subspaces (in a pass of its own over X and
+            G); None is always (in the same pass).
 
         Returns:
           left `(2 q, in_features)` and right `(2 q, out_features)`, whose left^T right is the part
@@ -112,21 +116,34 @@ class Residuals(NamedTuple):
                 preferred_element_type=wide(dtype),
             )
 
-        def next_basis(old, new):
+        def next_basis(new, old):
             axes = _shared_axes(new, old)
             return orthonormal(lax.psum(new, axes) if axes else new, old)
 
-        q = a.shape[-1]
-        of_x = over_rows(x.rows, jnp.concatenate([_unit(a, memory.inputs), b], axis=-1))
-        of_g = over_rows(g.rows, jnp.concatenate([a, _unit(b, memory.cotangents)], axis=-1))
-        v, u = (side.basis.astype(of_x.dtype) for side in (x, g))
-        xr_b = of_x[:, q:] - jnp.matmul(v, over_rows(a, b), precision=precision)
-        new = memory._replace(inputs=next_basis(memory.inputs, of_x[:, :q]))
-        if memory.cotangents is not None:
-            new = new._replace(cotangents=next_basis(memory.cotangents, of_g[:, q:]))
+        def refreshed(x_a, g_b):
+            if memory.cotangents is None:
+                return next_basis(x_a, memory.inputs), None
+            return next_basis(x_a, memory.inputs), next_basis(g_b, memory.cotangents)
+
+        own = _unit(a, memory.inputs), _unit(b, memory.cotangents)
+        if due is None:
+            q = a.shape[-1]
+            of_x = over_rows(x.rows, jnp.concatenate([own[0], b], axis=-1))
+            of_g = over_rows(g.rows, jnp.concatenate([a, own[1]], axis=-1))
+            bases = refreshed(of_x[:, :q], of_g[:, q:])
+            x_b, g_a = of_x[:, q:], of_g[:, :q]
+        else:
+            x_b, g_a = over_rows(x.rows, b), over_rows(g.rows, a)
+            bases = lax.cond(
+                due,
+                lambda: refreshed(over_rows(x.rows, own[0]), over_rows(g.rows, own[1])),
+                lambda: tuple(memory[:2]),
+            )
+        v, u = (side.basis.astype(x_b.dtype) for side in (x, g))
+        xr_b = x_b - jnp.matmul(v, over_rows(a, b), precision=precision)
         left = jnp.concatenate([v, xr_b], axis=-1).T
-        right = jnp.concatenate([of_g[:, :q], u], axis=-1).T
-        return left, right, new
+        right = jnp.concatenate([g_a, u], axis=-1).T
+        return left, right, Subspace(*bases, memory.uses)
 
 
 def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:

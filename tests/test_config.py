@@ -70,6 +70,7 @@ class Unhashable:
             ValueError,
             r"signed=True, which memory=None does not have",
         ),
+        ({"k": 1, "refresh": 2}, ValueError, r"refresh=2, which memory='rows' does not have"),
         ({"k": 1, "signed": 1}, TypeError, r"signed=1; it must be True or False"),
         ({"k": 1, "memory_slots": 0}, ValueError, r"memory_slots=0; it must be at least 1"),
         ({"k": 1, "memory_slots": 2.0}, TypeError, r"memory_slots=2.0; it must be an integer"),

@@ -55,7 +55,7 @@ def primitive(config, rows, remat=None):
 
     def layer(params, memory, x):
         bias, kernel = params
-        key = jax.random.key(0) if config.signed else None
+        key = jax.random.key(0) if config.needs_key else None
         y = aop.dense(x, kernel, memory, config=config, key=key)
         return jnp.tanh(y + bias.reshape((1,) * (y.ndim - 1) + (-1,)))
 
@@ -127,6 +127,12 @@ def weighted(key, scores, k):
 
 MEMORIES = {  # what a way in has after its comma
     "subspace": lambda config: {"policy": weighted, "memory": "subspace", "rank": RANK},
+    "rare refresh": lambda config: {
+        "policy": weighted,
+        "memory": "subspace",
+        "rank": RANK,
+        "refresh": 2,
+    },
     "slots": lambda config: {"memory_slots": SLOTS * config.groups},
     "signed": lambda config: {"signed": True},
 }
@@ -160,6 +166,7 @@ WAYS |= {
     f"{way}, {kind}": with_memory(kind, WAYS[way])
     for kind, ways in (
         ("subspace", ("`dense`", "`linen.wrap`", "`nnx.Linear`")),
+        ("rare refresh", ("`dense`",)),
         ("slots", ("`dense`", "`linen.wrap`")),
         ("signed", ("`dense`",)),
     )
@@ -169,6 +176,10 @@ WAYS |= {
 
 def kind_of(way):
     return way.partition(", ")[2]
+
+
+def has_subspace(way):
+    return kind_of(way) in ("subspace", "rare refresh")
 
 
 def reference_of(way):
@@ -206,7 +217,7 @@ def setup(way, config=CONFIG, rows=ROWS, remat=None, batches=None):
     model, reference = (make(config, rows, remat) for make in (WAYS[way], reference_of(way)))
     before = () if batches is None else (batches,)
     layers = () if remat is None else (LAYERS,)
-    if kind_of(way) == "subspace":
+    if has_subspace(way):
         sides = (
             jnp.linalg.qr(numbers(*before, *layers, FEATURES, RANK, seed=seed))[0]
             for seed in (5, 6)
@@ -299,7 +310,7 @@ def mesh_of(axis_type):
 
 def specs_of(way):
     """Rows are each device's own, directions the same everywhere."""
-    side = EVERYWHERE if kind_of(way) == "subspace" else ROWS_SPEC
+    side = EVERYWHERE if has_subspace(way) else ROWS_SPEC
     return side, side, EVERYWHERE
 
 

@@ -157,6 +157,62 @@ def test_the_refresh_is_a_subspace_iteration():
     assert after.uses == 1
 
 
+def test_a_rare_refresh_is_the_same_step_with_the_same_gradient():
+    """In one of so many steps, at random, and in the first."""
+    x, g = rows_near_a_subspace(M, N, 4, 0.1, 0), rows_near_a_subspace(M, P, 4, 0.1, 1)
+    always, rarely = config_of(), config_of(refresh=4)
+    first = aop.init_memory(rarely, M, N, P)
+    key = jax.random.key(0)
+    chex.assert_trees_all_equal(
+        *(step_of(config)(x, g, first, key)[1] for config in (always, rarely))
+    )
+    memory, refreshes = refreshed(always, x, g, steps=2), 0
+    for key in jax.random.split(jax.random.key(1), 200):
+        (dw, after), (wanted, followed) = (
+            step_of(config)(x, g, memory, key) for config in (rarely, always)
+        )
+        np.testing.assert_allclose(dw, wanted, rtol=1e-4, atol=1e-4)
+        wanted, was_refreshed = memory, bool(jnp.any(after.inputs != memory.inputs))
+        if was_refreshed:
+            wanted, refreshes = followed, refreshes + 1
+        chex.assert_trees_all_close(tuple(after[:2]), tuple(wanted[:2]), rtol=1e-4, atol=1e-5)
+        assert after.uses == 1
+    assert 30 <= refreshes <= 70  # of 50
+
+
+@pytest.mark.parametrize("rank", [3, (3, 0)])
+def test_devices_with_keys_of_their_own_refresh_together(rank):
+    devices, config = 4, config_of(refresh=2, k=4, rank=rank)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    rows, everywhere = PartitionSpec("data"), PartitionSpec()
+    x, g = rows_near_a_subspace(M, N, 4, 0.1, 0), rows_near_a_subspace(M, P, 4, 0.1, 1)
+
+    def step(x, g, memory, keys):
+        return weight_gradient(config, x, g, memory, keys[0])
+
+    sharded = jax.jit(
+        jax.shard_map(
+            step, mesh=mesh, in_specs=(rows, rows, everywhere, rows), out_specs=everywhere
+        )
+    )
+    memory, refreshes = refreshed(config_of(rank=rank), x, g, steps=2), 0
+    wanted = refreshed(config_of(rank=rank), x, g, steps=1, memory=memory)
+    for key in jax.random.split(jax.random.key(0), 24):
+        _, after = sharded(x, g, memory, jax.random.split(key, devices))
+        unchanged = bool(jnp.all(after.inputs == memory.inputs))
+        refreshes += not unchanged
+        expected = memory if unchanged else wanted
+        chex.assert_trees_all_close(after[:2], expected[:2], rtol=1e-3, atol=1e-4)
+    assert 4 <= refreshes <= 20
+
+
+def test_a_rare_refresh_needs_a_key():
+    config = config_of(policy=lambda key, scores, k: None, refresh=2)
+    x, g = jnp.ones((M, N), jnp.float32), jnp.ones((M, P), jnp.float32)
+    with pytest.raises(ValueError, match=r"a memory with refresh=2 draws at random.*no key"):
+        weight_gradient(config, x, g, aop.init_memory(config, M, N, P), None)
+
+
 def test_the_directions_converge_to_the_leading_ones():
     x, g = rows_near_a_subspace(M, N, 3, 0.1, 0), rows_near_a_subspace(M, P, 3, 0.1, 1)
     memory = refreshed(config_of(), x, g, steps=20)

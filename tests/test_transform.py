@@ -31,7 +31,8 @@ def make_step(tx, config=CONFIG):
         traces.append(1)
 
         def loss_fn(params, memory):
-            return jnp.mean(aop.dense(x, params, memory, config=config) ** 2)
+            y = aop.dense(x, params, memory, config=config, key=jax.random.key(len(traces)))
+            return jnp.mean(y**2)
 
         grads, memory = jax.grad(loss_fn, argnums=(0, 1))(params, aop.get_memory(opt_state))
         updates, opt_state = tx.update(grads, opt_state, params, memory=memory)
@@ -40,11 +41,20 @@ def make_step(tx, config=CONFIG):
     return step, traces
 
 
-@pytest.mark.parametrize("memory_dtype", [None, "bfloat16", "float32"])
+MEMORIES = {
+    "rows": {},
+    "bfloat16 rows": {"memory_dtype": "bfloat16"},
+    "float32 rows": {"memory_dtype": "float32"},
+    "signed slots": {"signed": True, "memory_slots": 3},
+    "subspace": {"policy": "priority", "memory": "subspace", "rank": 2},
+}
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("schedule", [None, optax.linear_schedule(0.1, 0.01, 50)])
-def test_a_training_step_compiles_once(dtype, memory_dtype, schedule):
-    config = aop.MemAOP(k=2, memory_dtype=memory_dtype)
+def test_a_training_step_compiles_once(dtype, memory, schedule):
+    config = aop.MemAOP(k=2, **MEMORIES[memory])
     x, kernel, memory = setup(dtype, config)
     rate = 0.01 if schedule is None else schedule
     tx = optax.chain(aop.carry_memory(memory, rate), optax.sgd(rate, momentum=0.9))
