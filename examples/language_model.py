@@ -17,6 +17,7 @@ selection and the optimizer; XLA counts nothing for calls into libraries, such a
 
 import argparse
 import functools
+import json
 import math
 import os
 import pathlib
@@ -337,7 +338,7 @@ def settings(run: Run, options: argparse.Namespace, text: Text) -> dict:
     names = ("width", "layers", "heads", "sequence", "learning_rate", "layers_exact")
     return {
         "policy": run.config.policy if run.config else "exact",
-        "keywords": run.keywords,
+        "keywords": json.loads(json.dumps(run.keywords)),  # as results.json has them
         "batch": run.batch,
         "wanted_steps": run.steps,
         "wanted_flops": run.flops,

@@ -2,6 +2,7 @@
 
 import argparse
 import fractions
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,10 +30,12 @@ class Run(NamedTuple):
 
 
 def parse_value(text: str) -> Any:
-    """Of "8", "0.5", "1/8", "none", "true" and "rows"; a share is a float."""
+    """Of "8", "0.5", "1/8", "24x8", "none", "true" and "rows"; a share is a float, 24x8 a pair."""
     words = {"none": None, "true": True, "false": False}
     if text.lower() in words:
         return words[text.lower()]
+    if re.fullmatch(r"\d+x\d+", text):
+        return tuple(map(int, text.split("x")))
     try:
         return int(text) if text.isdecimal() else float(fractions.Fraction(text))
     except (ValueError, ZeroDivisionError):

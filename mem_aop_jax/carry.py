@@ -68,6 +68,6 @@ def _check_untouched(caller, old, new):
     if shared:
         raise ValueError(
             f"{caller}: the new memory was averaged or added up over the mesh axes "
-            f"{sorted(shared)}. Its rows belong to each device's own rows of the batch: apply "
-            "jax.lax.pmean to the gradients of the parameters alone."
+            f"{sorted(shared)}. Each device has its own, which belongs to its rows of the batch: "
+            "apply jax.lax.pmean to the gradients of the parameters alone."
         )

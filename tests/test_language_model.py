@@ -201,7 +201,15 @@ def test_help(capsys):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("8", 8), ("1/8", 0.125), ("2/1", 2.0), ("0.5", 0.5), ("none", None), ("True", True)],
+    [
+        ("8", 8),
+        ("1/8", 0.125),
+        ("2/1", 2.0),
+        ("0.5", 0.5),
+        ("24x8", (24, 8)),
+        ("none", None),
+        ("True", True),
+    ],
 )
 def test_values(text, value):
     parsed = runs.parse_value(text)
@@ -359,10 +367,12 @@ def test_a_table_of_one_seed_has_no_standard_deviation():
 def test_estimates_are_diagnosed_early_and_late(tmp_path, monkeypatch, standard_promotion, capsys):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("words.txt").write_text("a cat sat on a mat, and that was that. " * 400)
-    subspace, priority = "priority:ratio=1/4,memory=subspace,rank=4", "priority:ratio=1/4"
+    subspace = "priority:ratio=1/4,memory=subspace,rank=4x4,refresh=4"
+    priority = "priority:ratio=1/4"
     options = "--text words.txt --width 16 --layers 1 --heads 2 --sequence 16 --batch 4 --steps 20"
     named = [word for run in ("exact", subspace, priority) for word in ("--run", run)]
-    language_model.main([*options.split(), "--diagnose", "--out", "out", *named])
+    command = [*options.split(), "--diagnose", "--out", "out", *named]
+    language_model.main(command)
     printed = capsys.readouterr().out
     results = json.loads(pathlib.Path("out/results.json").read_text())["words.txt"]
     assert "diagnostics" not in results["exact"]
@@ -374,3 +384,5 @@ def test_estimates_are_diagnosed_early_and_late(tmp_path, monkeypatch, standard_
     layers = pathlib.Path("out/diagnostics.md").read_text()
     assert layers.count("| block_0/qkv |") == 4
     assert f"{subspace}, after 20 steps" in layers
+    language_model.main(command)  # with nothing left to train
+    assert capsys.readouterr().out == printed
