@@ -50,8 +50,8 @@ def _rescaled(rows, factor):
         return rows
     dtype = wide(rows.dtype)
     largest = float(jnp.finfo(rows.dtype).max)
-    rescaled = rows.astype(dtype) * factor.astype(dtype)
-    return jnp.clip(rescaled, -largest, largest).astype(rows.dtype)
+    rescaled = jnp.clip(rows.astype(dtype) * factor.astype(dtype), -largest, largest)
+    return jnp.where(jnp.isfinite(rows), rescaled.astype(rows.dtype), rows)  # a slot may not be
 
 
 def _check_untouched(caller, old, new):

@@ -40,12 +40,14 @@ class MemAOP:
       signed: of row memory: the rows that wait get random signs, the same for inputs and
         cotangents, so that a sum of several has no cross terms in expectation. Needs a key.
       memory_slots: of row memory: the rows that wait are added up in that many slots, which are
-        chosen from as the rows of the batch are; None keeps one for each row of the batch. With
-        slots, any batch size goes with a memory. A multiple of groups.
+        chosen from as the rows of the batch are: row m in slot m mod memory_slots, of its group.
+        None keeps one for each row of the batch. With slots, any batch size goes with a memory. A
+        multiple of groups.
       rank: of subspace memory: number of directions of the inputs and of the cotangents (at most
         as many as there are features); or a pair, with 0 for no directions of the cotangents.
       refresh: of subspace memory: the directions follow the rows in one of so many steps, at
-        random. They move slowly: most of the cost of a refresh is saved for little.
+        random. They move slowly: most of the cost of a refresh is saved for little. (Under `vmap`
+        over keys or memories nothing is saved: a branch is computed there in every step.)
       groups: the rows are split into that many contiguous groups of equal size, and an equal share
         of k is chosen in each. With a multiple of the devices that share a batch under `jit`, no
         row leaves its device. Under `shard_map` and `pmap` a device selects among its own rows

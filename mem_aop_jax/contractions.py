@@ -8,7 +8,7 @@ import chex
 import jax.numpy as jnp
 from jax import lax
 
-from mem_aop_jax.memory import Memory, Subspace, is_memory
+from mem_aop_jax.memory import Memory, Probe, Subspace, is_memory
 
 
 def as_static(dimension_numbers: lax.DotDimensionNumbers) -> lax.DotDimensionNumbers:
@@ -32,19 +32,28 @@ def why_exact(
     lhs: chex.Array,
     rhs: chex.Array,
     dimension_numbers: lax.DotDimensionNumbers,
-    memory: Memory | Subspace | None = None,
+    memory: Memory | Subspace | Probe | None = None,
     kernel_shape: tuple[int, ...] | None = None,
+    slots: bool = False,
 ) -> str | None:
-    """Why a contraction is no dense layer, or None; the kernel is told by a memory or its shape."""
+    """Why a contraction is no dense layer, or None; the kernel is told by a memory or its shape.
+
+    With `slots` the memory's rows are not those of a batch.
+    """
     _, (lhs_batch, _) = dimension_numbers
     if len(lhs_batch):
         return "it has batch dimensions, and Mem-AOP needs one kernel for all rows."
-    memory = getattr(memory, "memory", memory)  # of a Probe
-    if is_memory(memory):
-        rows, _, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
-        axis = -1 if isinstance(memory, Memory) else 0  # of the kernel's out_features
-        held = None if memory.cotangents is None else jnp.shape(memory.cotangents)[axis]
-        on_the_left = held == rows != out_features
+    if isinstance(memory, Probe):
+        memory = memory.memory
+    if memory is not None and is_memory(memory):
+        rows, in_features, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
+        inputs, cotangents = (() if a is None else jnp.shape(a) for a in memory[:2])
+        if isinstance(memory, Memory):
+            held = (*inputs[-1:], *cotangents[-1:])
+            fits = slots or inputs[:1] == (out_features,)  # the rows of that layer's batch
+        else:  # without directions of the cotangents it cannot tell
+            held, fits = (*inputs[:1], *cotangents[:1]), True
+        on_the_left = fits and held == (in_features, rows) and rows != out_features
     else:
         on_the_left = jnp.shape(rhs) != kernel_shape == jnp.shape(lhs)
     if on_the_left:

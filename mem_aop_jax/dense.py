@@ -39,6 +39,8 @@ from mem_aop_jax.policies import POLICIES, row_scores
 from mem_aop_jax.probe import measure, parts_of
 from mem_aop_jax.rows import Rows, Slots
 
+_SIGNS, _REFRESH = 2**31, 2**31 + 1  # what keys are for, beside those of the groups
+
 
 class _Layer(NamedTuple):
     """What is static about one call. The name is for errors."""
@@ -109,24 +111,28 @@ def _measured_gradient(layer, kernel, x, g, probe, key):
     like = jax.ShapeDtypeStruct((x.shape[1], g.shape[1]), jnp.float32)
 
     def draw(key):
-        dw, _, chosen, scores = _estimate(flat, like, x, g, probe.memory, key)
-        norms = jnp.sqrt(scores)
-        of_chosen = jnp.take_along_axis(norms, chosen, axis=1)
-        return dw, of_chosen.sum() / norms.sum()
+        dw, _, norms, not_chosen = _estimate(flat, like, x, g, probe.memory, key)
+        scores, _ = row_scores(*(n.reshape(-1) for n in norms))  # in units of the largest of all
+        products = jnp.sqrt(scores)
+        of_chosen = jnp.sum(jnp.where(not_chosen.reshape(-1), 0, products))
+        return dw, of_chosen / jnp.maximum(products.sum(), 1)  # of which the largest is 1
 
-    dw, probe = measure(probe, layer.config, x, g, parts, key, draw)
+    probe = measure(probe, layer.config, x, g, parts, key, draw)
+    dtype = max(wide(x.dtype), wide(g.dtype))
+    dw = jnp.matmul(x.T.astype(dtype), g.astype(dtype), precision=layer.precision)
     return as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape), probe
 
 
 def _estimate(layer, kernel, x, g, memory, key):
-    """dW, the next memory, the chosen candidates and the scores of all.
+    """dW, the next memory, the norms of the candidates, and which were not chosen.
 
     Inside, all rows are `(groups, rows of a group, features)`.
     """
     x, g = (vary(a, _axes(x, g, memory, key)) for a in (x, g))  # one batch for many memories
     x, g = as_rows(layer.dimension_numbers, layer.config.groups, x, g)
     candidates = _candidates(layer, x, g, memory)
-    scores, finite = row_scores(*candidates.norms())
+    norms = candidates.norms()
+    scores, finite = row_scores(*norms)
     finite &= candidates.fit()
     chosen, weights = _select(layer, x.shape[0] * x.shape[1], key, scores)
     not_chosen = jax.vmap(lambda chosen, group: group.at[chosen].set(False))(
@@ -157,14 +163,14 @@ def _estimate(layer, kernel, x, g, memory, key):
     dw = as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape)
 
     if memory is None:
-        return dw, None, chosen, scores
+        return dw, None, norms, not_chosen
     if isinstance(memory, Memory):
         signs = _signs(layer, key, x)
         waiting = finite & not_chosen
         new_memory = candidates.next_memory(waiting, layer.config.decay, signs, after=(xs, gs))
     new_memory = new_memory._replace(uses=_used_once(memory.uses, new_memory.inputs))
     new_memory = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), new_memory, memory)
-    return dw, new_memory, chosen, scores
+    return dw, new_memory, norms, not_chosen
 
 
 def _candidates(layer, x, g, memory):
@@ -288,7 +294,8 @@ def dot_general(
       ValueError: as in `dense`.
     """
     _check_config(name, config, memory)
-    reason = config and why_exact(lhs, rhs, dimension_numbers, memory)
+    slots = config is not None and config.memory_slots is not None
+    reason = config and why_exact(lhs, rhs, dimension_numbers, memory, slots=slots)
     if reason:
         warn_once(f"{name}: the contraction {dimension_numbers} runs exact: {reason}")
     options |= {"preferred_element_type": preferred_element_type}
@@ -356,7 +363,8 @@ def _select(layer, rows, key, scores):
         indices, weights = checks.selection(
             layer.name, layer.config, policy, policy(key, scores, k), k
         )
-        return indices.astype(jnp.int32), weights
+        from_the_end = jnp.where(indices < 0, scores.size, 0)
+        return (indices + from_the_end).astype(jnp.int32), weights
 
     if groups == 1:
         return jax.tree.map(lambda a: a[None], select(key, scores[0]))
@@ -368,7 +376,7 @@ def _signs(layer, key, x):
     """`(groups, rows)` random 1 and -1, or None where the memory is not signed."""
     if not layer.config.signed:
         return None
-    return jax.random.rademacher(jax.random.fold_in(key, 1), x.shape[:2], jnp.float32)
+    return jax.random.rademacher(jax.random.fold_in(key, _SIGNS), x.shape[:2], jnp.float32)
 
 
 def _refresh_is_due(layer, memory, key):
@@ -378,7 +386,7 @@ def _refresh_is_due(layer, memory, key):
     """
     if layer.config.refresh == 1:
         return None
-    drawn = jax.random.uniform(jax.random.fold_in(key, 2))
+    drawn = jax.random.uniform(jax.random.fold_in(key, _REFRESH))
     axes = tuple(varying_axes(drawn) - varying_axes(memory.uses))
     if axes:
         drawn = lax.psum(drawn, axes) % 1  # uniform, too

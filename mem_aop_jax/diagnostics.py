@@ -1,7 +1,6 @@
 """How good the approximate gradients of a model are on a batch, and whether they pay."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import chex
@@ -23,11 +22,12 @@ class Diagnostics:
     noise hardly matters (`noise` near 0), v is nearly free, and it pays if c < 1.
 
     Attributes:
-      layers: what was measured of each layer, by the path of its memory.
-      model: the same of the kernels of all these layers together, of which `inputs_inside` and what
-        follows are means over the layers; its c is that of `step_cost` if there is one.
-      step_cost: FLOPs of the compiled gradient of the loss, relative to those of the exact one;
-        None where the compiler counts none.
+      layers: what was measured of each layer that took part in the loss, by the path of its memory.
+      model: the same of the kernels of all these layers together. Its c is that of all of them;
+        the energies, the ranks and `chosen` are means over the layers.
+      step_cost: FLOPs of the compiled gradient of the whole loss, relative to those of the exact
+        one, as the compiler counts them: a refresh in every step, the body of a scan once. None
+        where it counts nothing.
     """
 
     layers: dict[str, Measured]
@@ -35,16 +35,16 @@ class Diagnostics:
     step_cost: chex.Array | None
 
     def verdict(self, layer: str | None = None) -> chex.Array:
-        """(1 + v) c of a layer, or of the model; below 1 the estimate pays.
+        """(1 + error^2) c of a layer, or of the model; below 1 the estimate pays.
 
-        v here is the square of `error`, so that rows which only wait in a memory count as lost.
+        Of an unbiased estimate, error^2 is v. Of the paper's, rows that wait count as lost.
         """
         measured = self.model if layer is None else self.layers[layer]
         return (1 + measured.error**2) * measured.c
 
     def __str__(self) -> str:
         head = (
-            *("error", "cosine", "v", "noise", "c", "(1+v)c", "pays"),
+            *("error", "cosine", "v", "noise", "c", "(1+error²)c", "pays"),
             *("X inside", "G inside", "X rank 90%", "G rank 90%", "chosen"),
         )
         lines = [("layer", *head), ("---", *["---:"] * len(head))]
@@ -71,25 +71,27 @@ def diagnostics(
     *args,
     draws: int = 8,
     has_aux: bool = False,
+    count_flops: bool = True,
 ) -> Diagnostics:
     """Measures the approximate gradients of a model on one batch, against the exact ones.
 
     Each layer's own gradient is measured where it is computed, with the exact gradient coming from
-    above, in one backward pass through the exact model. Costs that pass, `draws` approximate
-    gradients and an eigendecomposition per layer, and the first time with a `loss_fn` three
-    compilations: for now and then, not for every step.
+    above, in one backward pass through the exact model. That pass, `draws` approximate gradients
+    and an eigendecomposition per layer, and compiling all that anew: for now and then, not for
+    every step. Outside of `pmap` and `shard_map`.
 
     Args:
       loss_fn: `loss_fn(params, memory, *args)`, the one that is trained.
       params: as in training.
       memory: as in training: the memories of the layers to measure. A layer without one (such as
         `MemAOP(policy="priority")`) needs a `Probe` there: see `aop.linen.probes`.
-      *args: the batch, the key and what else `loss_fn` takes.
+      *args: the batch, the key and what else `loss_fn` takes; all are traced.
       draws: how many approximate gradients to draw, with keys split from each layer's own.
       has_aux: whether `loss_fn` returns `(loss, aux)`, as in `jax.grad`.
+      count_flops: whether to compile the gradients of the whole loss, for `step_cost`.
 
     Raises:
-      ValueError: no memory; draws below 1.
+      ValueError: draws below 2; no memory; a memory that several calls share.
 
     Example:
       >>> import jax, jax.numpy as jnp, mem_aop_jax as aop
@@ -102,85 +104,90 @@ def diagnostics(
       >>> bool(found.layers["layer"].cosine > 0.9), float(found.layers["layer"].inputs_rank)
       (True, 1.0)
     """
-    if draws < 1:
-        raise ValueError(f"diagnostics: got draws={draws}; it must be at least 1.")
+    if draws < 2:
+        raise ValueError(f"diagnostics: got draws={draws}; a variance needs at least 2.")
+    memory = jax.tree.map(
+        lambda m: m if isinstance(m, Probe) else Probe.of(m, draws, jnp.shape(m.uses)),
+        memory,
+        is_leaf=is_memory,
+    )
 
-    def of(memory):
-        return memory.memory if isinstance(memory, Probe) else memory
+    def each(change):
+        return jax.tree.map(change, memory, is_leaf=is_memory)
 
-    def probes(draws):
-        def probe(memory):
-            stack = jnp.shape(memory.uses)
-            return Probe.of(of(memory), draws, stack)
+    probes = each(lambda probe: dataclasses.replace(probe, draws=draws))
+    measured = jax.jit(jax.grad(loss_fn, argnums=1, has_aux=has_aux))(params, probes, *args)
+    layers = _by_name(measured[0] if has_aux else measured)
 
-        return jax.tree.map(probe, memory, is_leaf=is_memory)
+    step_cost = None
+    if count_flops:
+        gradient = jax.jit(jax.grad(loss_fn, argnums=(0, 1), has_aux=has_aux, allow_int=True))
+        flops = []
+        for given in (
+            each(lambda probe: probe.memory),
+            each(lambda probe: dataclasses.replace(probe, draws=0)),  # the exact gradient
+        ):
+            counted = gradient.lower(params, given, *args).compile().cost_analysis() or {}
+            flops.append(counted.get("flops", 0.0))
+        if min(flops) > 0:
+            step_cost = jnp.asarray(flops[0] / flops[1], jnp.float32)
+    return Diagnostics(layers, _together(list(layers.values())), step_cost)
 
-    measured = _gradient(loss_fn, (1,), has_aux)(params, probes(draws), *args)
-    (measured,) = measured[0] if has_aux else measured
+
+def _by_name(measured):
+    """Of each layer that took part in the loss."""
     found = jax.tree_util.tree_leaves_with_path(measured, is_leaf=is_memory)
-    if not found:
-        raise ValueError(
-            "diagnostics: memory has no memory of a layer in it. Pass what the layers are trained "
-            "with (aop.get_memory(opt_state), variables[aop.linen.COLLECTION]); for layers that "
-            "have none, aop.linen.probes(model, rngs, example_input)."
-        )
     layers = {}
     for path, probe in found:
+        if path and not isinstance(path[-1], jax.tree_util.DictKey):
+            path = path[:-1]  # the value of an NNX variable
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        name = name.removesuffix("/value").removesuffix("/memory") or "layer"  # NNX has a value
+        name = f"/{name}".removesuffix("/memory").removeprefix("/") or "layer"
         for index in np.ndindex(probe.uses.shape):  # of a stack of layers, each
             number = f"[{','.join(map(str, index))}]" if index else ""
             layers[name + number] = jax.tree.map(lambda a, i=index: a[i], probe.measured)
+    for name, of in layers.items():
+        if of.uses not in (0, 1):
+            raise ValueError(
+                f"diagnostics: the memory of {name} was used {of.uses} times. Each use in a step "
+                "needs a memory of its own (in nn.remat or nn.jit, call a layer once)."
+            )
+    layers = {name: of for name, of in layers.items() if of.uses}
+    if not layers:
+        raise ValueError(
+            f"diagnostics: of {len(found)} memories none took part in the loss. Pass what the "
+            "layers are trained with (aop.get_memory(opt_state), variables[aop.linen.COLLECTION], "
+            "the aop.nnx.Memory state); for Linen layers without a memory, "
+            "aop.linen.probes(model, memory, rngs, example_input)."
+        )
+    return layers
 
-    flops = [
-        _flops(_gradient(loss_fn, (0, 1), has_aux), params, given, *args)
-        for given in (jax.tree.map(of, memory, is_leaf=is_memory), probes(0))
-    ]
-    step_cost = None
-    if all(flops):
-        left_out = sum(float(measured.left_out) for measured in layers.values())
-        step_cost = jnp.asarray((flops[0] - left_out) / flops[1], jnp.float32)
-    return Diagnostics(layers, _together(list(layers.values()), step_cost), step_cost)
 
-
-def _together(layers, step_cost):
+def _together(layers):
     """Of the kernels of all layers: their draws are independent, so squares add up."""
     of = jax.tree.map(lambda *values: jnp.stack(values), *layers)
-    norm = jnp.linalg.norm(of.gradient_norm)
+    norm = _norm(of.gradient_norm)
     share = of.gradient_norm / jnp.where(norm > 0, norm, 1)
+    estimate_norm = _norm(of.estimate_norm)
+    estimate_share = of.estimate_norm / jnp.where(estimate_norm > 0, estimate_norm, 1)
 
     def of_squares(values):
         return jnp.sum(values * share**2)
 
-    estimate_norm = jnp.linalg.norm(of.estimate_norm)
-    dot = jnp.sum(of.cosine * of.gradient_norm * of.estimate_norm)
-    size = norm * estimate_norm
     means = jax.tree.map(jnp.mean, of)
     return means._replace(
         gradient_norm=norm,
         estimate_norm=estimate_norm,
         error=jnp.sqrt(of_squares(of.error**2)),
-        cosine=dot / jnp.where(size > 0, size, 1),
+        cosine=jnp.sum(of.cosine * share * estimate_share),
         v=of_squares(of.v),
         noise=of_squares(of.noise),
-        c=means.c if step_cost is None else step_cost,
-        left_out=jnp.sum(of.left_out),
+        flops=of.flops.sum(),
+        c=jnp.sum(of.c * of.flops) / of.flops.sum(),
     )
 
 
-@functools.lru_cache(maxsize=16)
-def _gradient(loss_fn, argnums, has_aux):
-    """Kept, so that it compiles once."""
-    return jax.jit(jax.grad(loss_fn, argnums=argnums, has_aux=has_aux))
-
-
-def _flops(gradient, *args):
-    """FLOPs of a compiled function, for one device; 0 where the compiler counts none."""
-    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda *args: args, *args))
-    return _flops_for_shapes(gradient, structure, tuple(leaves))
-
-
-@functools.lru_cache(maxsize=16)
-def _flops_for_shapes(gradient, structure, shapes):
-    compiled = gradient.lower(*structure.unflatten(shapes)).compile()
-    return max((compiled.cost_analysis() or {}).get("flops", 0.0), 0.0)
+def _norm(values):
+    """Euclidean, of values of any size."""
+    largest = jnp.max(values)
+    return largest * jnp.linalg.norm(values / jnp.where(largest > 0, largest, 1))

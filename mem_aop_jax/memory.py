@@ -62,14 +62,14 @@ class Measured(NamedTuple):
         estimate it is the square of `error`, up to the number of draws.
       noise: share of the exact gradient's square that is noise of the batch, from its parts; NaN
         where the batch has only one part.
-      c: FLOPs of the layer's step, relative to the exact one's; mean over the steps.
-      left_out: FLOPs of refreshes that most steps leave out, and a compiler counts in all.
+      flops: of the exact layer's step: forward, gradient of the inputs, gradient of the kernel.
+      c: FLOPs of the layer's step, relative to `flops`; mean over the steps.
       inputs_inside: share of the inputs' energy (sum of squares) inside the subspace; 0 without.
       cotangents_inside: the same of the cotangents.
       inputs_rank: how many directions, of the best, would hold 90% of the inputs' energy.
       cotangents_rank: the same of the cotangents.
-      chosen: share of the candidates' sum of norm products that the chosen ones have, mean over the
-        draws.
+      chosen: share of the candidates' sum of norm products that the chosen ones have, each counted
+        once; mean over the draws.
       uses: 1.
     """
 
@@ -79,8 +79,8 @@ class Measured(NamedTuple):
     cosine: chex.Array
     v: chex.Array
     noise: chex.Array
+    flops: chex.Array
     c: chex.Array
-    left_out: chex.Array
     inputs_inside: chex.Array
     cotangents_inside: chex.Array
     inputs_rank: chex.Array

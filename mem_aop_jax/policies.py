@@ -18,7 +18,7 @@ class Selection(NamedTuple):
     """The rows that a policy chose.
 
     Attributes:
-      indices: `(k,)` int32, rows of the batch.
+      indices: `(k,)` int32, rows of the batch; from the number of rows on, slots of the memory.
       weights: `(k,)` floating, the factor of each chosen outer product; None means all ones.
     """
 

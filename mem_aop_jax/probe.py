@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mem_aop_jax.config import MemAOP
-from mem_aop_jax.cost import flops_left_out, relative_cost
+from mem_aop_jax.cost import exact_flops, relative_cost
 from mem_aop_jax.memory import Measured, Probe, Subspace
 
 HELD = 0.9  # the share of the energy that `Measured.inputs_rank` directions hold
@@ -23,8 +23,8 @@ def measure(
     parts: int,
     key: chex.PRNGKey | None,
     draw: Callable[[chex.PRNGKey | None], tuple[chex.Array, chex.Array]],
-) -> tuple[chex.Array, Probe]:
-    """The exact gradient, and what the probe says of the approximate one.
+) -> Probe:
+    """What the probe says of a layer's approximate gradient.
 
     Args:
       probe: the probe.
@@ -35,19 +35,23 @@ def measure(
       key: for the draws; None if nothing is drawn at random.
       draw: an approximate gradient `(in_features, out_features)` and the chosen share, of a key.
     """
-    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
-    product = functools.partial(jnp.einsum, precision="highest")
-    exact = product("mn,mp->np", x, g)
     without_memory = jax.tree.map(jnp.zeros_like, probe.memory)
     if not probe.draws:
         uses = probe.measured._replace(uses=jnp.ones_like(probe.uses))
-        return exact, Probe(without_memory, uses, 0)
+        return Probe(without_memory, uses, 0)
+    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x)), jnp.max(jnp.abs(g))  # squares of small numbers underflow
+    x, g = (_over(a, size) for a, size in zip((x, g), largest, strict=True))
+    product = functools.partial(jnp.einsum, precision="highest")
+    exact = product("mn,mp->np", x, g)
     size = jnp.linalg.norm(exact)
     unit = _over(exact, size)
 
     def one_draw(total, key):
         estimate, chosen = draw(key)
-        estimate = _over(estimate.astype(jnp.float32), size)
+        estimate = estimate.astype(jnp.float32)
+        for unit_of in (*largest, size):
+            estimate = _over(estimate, unit_of)
         off = estimate - unit
         squares = jnp.sum(estimate**2), jnp.sum(estimate * unit), jnp.sum(off**2)
         return total + off, (*squares, chosen)
@@ -68,15 +72,16 @@ def measure(
     v, u = probe.memory[:2] if isinstance(probe.memory, Subspace) else (None, None)
     inside, ranks = zip(_spectrum(x, v), _spectrum(g, u), strict=True)
     sizes = len(x), x.shape[1], g.shape[1]
+    norm = size * largest[0] * largest[1]
     measured = Measured(
-        gradient_norm=size,
-        estimate_norm=size * jnp.sqrt(squares.mean()),
+        gradient_norm=norm,
+        estimate_norm=norm * jnp.sqrt(squares.mean()),
         error=jnp.sqrt(offs.mean()),
         cosine=_over(dots, jnp.sqrt(squares)).mean(),
         v=variance,
         noise=noise,
+        flops=exact_flops(*sizes),
         c=relative_cost(config, *sizes),
-        left_out=flops_left_out(config, *sizes),
         inputs_inside=inside[0],
         cotangents_inside=inside[1],
         inputs_rank=ranks[0],
@@ -85,7 +90,7 @@ def measure(
         uses=1.0,
     )
     measured = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), measured)
-    return exact, Probe(without_memory, measured, probe.draws)
+    return Probe(without_memory, measured, probe.draws)
 
 
 def parts_of(rows: int) -> int:
@@ -95,7 +100,6 @@ def parts_of(rows: int) -> int:
 
 def _spectrum(rows, basis):
     """The share of the energy inside a basis, and how many directions hold `HELD` of it."""
-    rows = _over(rows, jnp.max(jnp.abs(rows)))
     total = jnp.sum(rows**2)
     inside = 0.0
     if basis is not None:

@@ -77,7 +77,7 @@ def carry_memory(
     """
 
     for leaf in jax.tree.leaves(memory, is_leaf=is_memory):
-        if not is_memory(leaf):
+        if not isinstance(leaf, Memory | Subspace):
             raise TypeError(
                 f"carry_memory: memory has a leaf of type {type(leaf).__name__}; it must be a "
                 "pytree of aop.Memory or aop.Subspace alone, such as variables[aop.linen."

@@ -123,7 +123,7 @@ def test_one_example_tells_no_noise():
     assert found.layers["one"].error > 0
 
 
-@pytest.mark.parametrize("factor", [1e-12, 1e12])
+@pytest.mark.parametrize("factor", [1e-25, 1e-12, 1e12, 1e20])
 def test_nothing_depends_on_the_size_of_the_gradient(factor):
     sizes, scaled = (measured(SUBSPACE, g=G * f).layers["one"] for f in (1, factor))
     assert scaled.gradient_norm == pytest.approx(float(sizes.gradient_norm) * factor, rel=1e-4)
@@ -186,7 +186,10 @@ def test_a_wrapped_model_with_a_stack_of_layers(memory_kind):
     vs = np.array([layer.v for layer in found.layers.values()])
     whole = (vs * np.square(norms)).sum() / np.square(norms).sum()
     assert found.model.v == pytest.approx(whole, rel=1e-3)
-    assert found.step_cost == found.model.c
+    costs = np.array([layer.c for layer in found.layers.values()])
+    sizes = np.array([6 * M * n * 24 for n in (16, 24, 24)])
+    assert found.model.flops == sizes.sum()
+    assert found.model.c == pytest.approx((costs * sizes).sum() / sizes.sum(), rel=1e-5)
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -251,11 +254,70 @@ def test_the_cost_is_the_compilers(rank, refresh):
     assert relative == pytest.approx(whole / (6 * rows * features**2), rel=0.03)
 
 
+def test_what_was_chosen_counts_once_and_in_all_groups():
+    norms = jnp.asarray([[1000], [1], [1], [1], [4], [4], [4], [4]], jnp.float32)
+    for config, wanted in (
+        (aop.MemAOP(k=2, groups=2), 1004 / 1019),
+        (aop.MemAOP(k=4, policy="crs"), 1000 / 1019),
+        (aop.MemAOP(k=8), 1),
+    ):
+        memory = aop.init_memory(config, 8, 1, 1) or aop.Probe.of(None, draws=1)
+        args = jnp.ones((1, 1), jnp.float32), {"one": memory}, norms, jnp.ones_like(norms)
+        found = aop.diagnostics(loss_of(config), *args, jax.random.key(0))
+        assert found.layers["one"].chosen == pytest.approx(wanted, abs=0.01)
+
+
+def test_a_layer_that_took_no_part_is_left_out_and_one_used_twice_is_an_error():
+    memory = {name: aop.init_memory(SUBSPACE, M, N, P) for name in ("one", "other")}
+    found = aop.diagnostics(loss_of(SUBSPACE), KERNEL, memory, X, G, jax.random.key(0))
+    assert list(found.layers) == ["one"]
+
+    def twice(*args):
+        return loss_of(SUBSPACE)(*args) + loss_of(SUBSPACE)(*args)
+
+    with pytest.raises(ValueError, match=r"memory of one was used 2.0 times"):
+        aop.diagnostics(twice, KERNEL, memory, X, G, jax.random.key(0))
+
+
+def test_a_gradient_of_zeros():
+    found = measured(SUBSPACE, g=jnp.zeros_like(G))
+    assert found.model.error == found.model.v == found.model.chosen == 0
+    assert np.isfinite(jax.tree.leaves(found.model)).all()
+
+
+def test_names():
+    """Of any pytree of memories; only "memory" is left out."""
+    memory = {name: aop.init_memory(SUBSPACE, M, N, P) for name in ("query", "value", "memory")}
+
+    def loss_fn(kernel, memory, x, g, key):
+        of_all = (loss_of(SUBSPACE)(kernel, {"one": m}, x, g, key) for m in memory["a"].values())
+        return sum(of_all)
+
+    args = KERNEL, {"a": memory}, X, G, jax.random.key(0)
+    found = aop.diagnostics(loss_fn, *args, count_flops=False)
+    assert set(found.layers) == {"a/query", "a/value", "a"}
+    assert found.step_cost is None
+
+
+def test_other_parameters_and_the_compilers_count():
+    """Integers among the parameters, and a loss that is compiled already."""
+
+    @jax.jit
+    def loss_fn(params, memory, x, g, key):
+        return loss_of(SUBSPACE)(params["kernel"], memory, x, g, key) * params["number"]
+
+    params = {"kernel": KERNEL, "number": 2, "nothing": None}
+    memory = {"one": aop.init_memory(SUBSPACE, M, N, P)}
+    found = aop.diagnostics(loss_fn, params, memory, X, G, jax.random.key(0))
+    assert found.layers["one"].gradient_norm == pytest.approx(2 * np.linalg.norm(EXACT), rel=1e-5)
+    assert found.step_cost > 0
+
+
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"draws=0.*at least 1"):
-        measured(SUBSPACE, draws=0)
+    with pytest.raises(ValueError, match=r"draws=1.*at least 2"):
+        measured(SUBSPACE, draws=1)
     config = aop.MemAOP(k=8, policy="priority")
-    with pytest.raises(ValueError, match=r"no memory of a layer.*linen\.probes"):
+    with pytest.raises(ValueError, match=r"of 0 memories none took part.*linen\.probes"):
         aop.diagnostics(
             lambda kernel, memory, key: jnp.sum(aop.dense(X, kernel, config=config, key=key)),
             KERNEL, {}, jax.random.key(0),

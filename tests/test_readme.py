@@ -45,6 +45,7 @@ def test_the_code_runs(number):
         "assert abs(kernel).max() > 0 and memory.uses == 1",
         "assert aop.get_memory(opt_state)['memory'].inputs.sharding.is_equivalent_to(rows, 2)",
         "assert aop.get_memory(opt_state)['memory'].inputs.shape == (256, 16)",
+        "assert set(found.layers) == {'layers_0', 'layers_2'} and 0 < log['v'] < 1",
         "assert flops < 0.72 * exact_flops",
     ][number]
     run(BLOCKS[number] + check)

@@ -32,10 +32,10 @@ class Dense(nn.Dense):
     parameters with the same initial values, the same outputs. The gradients of the inputs and of
     the bias are exact.
 
-    `init` puts the first `Memory` into the collection `COLLECTION`, for as many rows as the example
-    input has: initialise with a batch of the training size. The gradient with respect to that
-    collection is the next memory. Hand it on with `carry_memory`; or keep all variables in the
-    `params` of an unmodified `flax.training.train_state.TrainState`, which overwrites the
+    `init` puts the first memory into the collection `COLLECTION`; a `Memory` of rows for as many as
+    the example input has: initialise with a batch of the training size. The gradient with respect
+    to that collection is the next memory. Hand it on with `carry_memory`; or keep all variables in
+    the `params` of an unmodified `flax.training.train_state.TrainState`, which overwrites the
     collection with its gradient (there, a layer that takes no part in a step loses its memory, and
     a learning-rate schedule does not rescale it).
 
