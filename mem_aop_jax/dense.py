@@ -216,7 +216,7 @@ def dense(
       x: `(..., in_features)` floating. All dimensions but the last together are the rows.
       kernel: `(in_features, out_features)` floating.
       memory: the layer's memory, from `init_memory` or the last step; a `Memory` is for this number
-        of rows. None where the configuration has none, and to evaluate.
+        of rows. None where the configuration has none, and to evaluate; a `Probe` to measure.
       config: what to compute; None is an exact layer.
       key: PRNG key, needed by all named policies but "topk"; handed to any policy.
       precision: as in `jax.lax.dot_general`, for all products.

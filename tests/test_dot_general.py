@@ -210,3 +210,15 @@ def test_rows_wait_in_the_memories_of_an_attention_layer():
     for memory in memories:
         assert (memory.inputs.any(axis=1).sum(), memory.uses) == (9, 1)
     assert len({tuple(memory.inputs.any(axis=1).tolist()) for memory in memories}) > 1
+
+
+@pytest.mark.parametrize("slots", [None, 4])
+def test_the_memory_of_another_layer_is_an_error_though_its_size_is_that_of_the_batch(slots):
+    config = aop.MemAOP(k=2, memory_slots=slots)
+    x, kernel = jnp.ones((8, 3), jnp.float32), jnp.ones((3, 4), jnp.float32)
+    with pytest.raises(ValueError, match=r"dense: memory.cotangents has shape \(\d, 8\)"):
+        aop.dense(x, kernel, aop.init_memory(config, 8, 3, 8), config=config)
+    if slots is None:  # of slots, it might as well be the memory of a kernel on the left
+        numbers, memory = (((1,), (0,)), ((), ())), aop.init_memory(config, 8, 3, 8)
+        with pytest.raises(ValueError, match=r"dot_general: memory.cotangents has shape"):
+            aop.dot_general(x, kernel, numbers, memory=memory, config=config)

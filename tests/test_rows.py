@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import mem_aop_jax as aop
@@ -202,3 +203,32 @@ def test_signs_need_a_key(slots):
     config = aop.MemAOP(k=3, signed=True, memory_slots=slots)
     with pytest.raises(ValueError, match=r"dense: a memory with signed=True draws.*no key"):
         gradients(config, numbers(M, N), numbers(M, P), aop.init_memory(config, M, N, P), None)
+
+
+def test_a_policy_may_count_from_the_end():
+    """The last candidate is the last slot, in the product as in the memory."""
+    x, g = numbers(M, N), numbers(M, P, seed=1)
+    memory = aop.Memory(numbers(SLOTS, N, seed=2), numbers(SLOTS, P, seed=3), jnp.ones((), "f4"))
+    results = []
+    for last in (-1, M + SLOTS - 1):
+        config = aop.MemAOP(
+            k=1, memory_slots=SLOTS, policy=lambda key, s, k, i=last: aop.Selection(jnp.array([i]))
+        )
+        results.append(gradients(config, x, g, memory, None))
+    dw, after = results[0]
+    jax.tree.map(np.testing.assert_array_equal, results[0], results[1])
+    np.testing.assert_allclose(dw, np.outer(memory.inputs[-1], memory.cotangents[-1]), rtol=1e-6)
+    np.testing.assert_allclose(after.inputs[-1], x[SLOTS - 1] + x[2 * SLOTS - 1], rtol=1e-5)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_schedule_hides_no_slot_that_outgrew_float16():
+    config, kernel = aop.MemAOP(k=1, memory_slots=1), jnp.zeros((N, P), jnp.float16)
+    x, g = jnp.full((M, N), 3e4, jnp.float16), jnp.full((M, P), 1e-4, jnp.float16)
+    memory = aop.init_memory(config, M, N, P, jnp.float16)
+    tx = aop.mem_aop_sgd(optax.linear_schedule(0.1, 0.01, 10), memory)
+    state = tx.init(kernel)
+    dw, memory = gradients(config, x, g, memory, None)
+    _, state = tx.update(dw, state, kernel, memory=memory)
+    dw, _ = gradients(config, jnp.ones_like(x), g, aop.get_memory(state), None)
+    assert np.isnan(dw).all()

@@ -358,3 +358,8 @@ def test_a_memory_that_was_added_up_does_not_pass_unnoticed(misuse):
         tx.update(kernel, state, memory=new)
     _, state = jax.jit(functools.partial(tx.update))(kernel, state, memory=new)  # values unknown
     assert jnp.isnan(grad_fn(kernel, aop.get_memory(state), x)[0]).all()
+
+
+def test_a_probe_is_no_memory_to_carry():
+    with pytest.raises(TypeError, match=r"carry_memory: .* leaf of type Probe"):
+        aop.carry_memory({"layer": aop.Probe.of(None, draws=2)})
