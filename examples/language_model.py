@@ -305,7 +305,7 @@ class Trainer:
         """Of the gradient estimates, on windows that were not trained on."""
         params, opt_state = state
         probes = aop.linen.probes(self.model, aop.get_memory(opt_state), key, self.example)
-        return aop.diagnostics(self.loss_fn, params, probes, windows, key)
+        return aop.diagnostics(self.loss_fn, params, probes, windows, key, count_flops=False)
 
     def train(
         self, seed: int, tokens, validation, progress: tqdm, diagnosed: Sequence[int] = ()

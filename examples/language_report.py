@@ -61,7 +61,7 @@ def table(results: dict[str, dict]) -> str:
 def diagnosed(results: dict[str, dict]) -> str:
     """Markdown: what was measured of the estimates, by run and step; as in `aop.Measured`.
 
-    c: of the gradient of the loss, relative to the exact one.
+    c: of the approximate layers alone.
     """
     figures = ("error", "cosine", "v", "noise", "c", "rule")
     rows = [

