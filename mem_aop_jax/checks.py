@@ -91,8 +91,7 @@ def _rows(name, config, x, sizes, given):
             raise ValueError(
                 f"{name}: memory.{field} has shape {array.shape}, but a batch of {m} rows through "
                 f"a kernel of shape {(n, p)} needs {shape}. A memory belongs to one "
-                f"{belongs}, start "
-                f"anew with {anew}, or, to evaluate, leave the memory out."
+                f"{belongs}, start anew with {anew}, or, to evaluate, leave the memory out."
             )
         replicated = varying_axes(x) - varying_axes(array)
         if replicated:

@@ -8,7 +8,7 @@ import chex
 import jax.numpy as jnp
 from jax import lax
 
-from mem_aop_jax.memory import Memory, Probe, Subspace, is_memory
+from mem_aop_jax.memory import Memory, Probe, Subspace, is_memory, measured_memory
 
 
 def as_static(dimension_numbers: lax.DotDimensionNumbers) -> lax.DotDimensionNumbers:
@@ -43,9 +43,8 @@ def why_exact(
     _, (lhs_batch, _) = dimension_numbers
     if len(lhs_batch):
         return "it has batch dimensions, and Mem-AOP needs one kernel for all rows."
-    if isinstance(memory, Probe):
-        memory = memory.memory
-    if memory is not None and is_memory(memory):
+    memory = measured_memory(memory)
+    if is_memory(memory):
         rows, in_features, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
         inputs, cotangents = (() if a is None else jnp.shape(a) for a in memory[:2])
         if isinstance(memory, Memory):

@@ -34,7 +34,7 @@ from mem_aop_jax.contractions import (
     warn_once,
     why_exact,
 )
-from mem_aop_jax.memory import Memory, Probe, Subspace, wide
+from mem_aop_jax.memory import Memory, Probe, Subspace, measured_memory, wide
 from mem_aop_jax.policies import POLICIES, row_scores
 from mem_aop_jax.probe import measure, parts_of
 from mem_aop_jax.rows import Rows, Slots
@@ -82,8 +82,7 @@ def _kernel_term(layer, y, x, kernel, memory, key):
 
 def _forward(layer, y, x, kernel, memory, key):
     rows, _, _ = contraction_sizes(x, kernel, layer.dimension_numbers)
-    own = memory.memory if isinstance(memory, Probe) else memory
-    checks.differentiable(layer.name, layer.config, rows, own, key)
+    checks.differentiable(layer.name, layer.config, rows, measured_memory(memory), key)
     return _kernel_term(layer, y, x, kernel, memory, key), (x, kernel, memory, key)
 
 
@@ -316,7 +315,7 @@ def _approximate(x, kernel, dimension_numbers, precision, memory, config, key, n
     """`_product`, of inputs that are checked first."""
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     checks.floating(name, x, kernel)
-    own = memory.memory if isinstance(memory, Probe) else memory
+    own = measured_memory(memory)
     if own is not None:
         sizes = contraction_sizes(x, kernel, dimension_numbers)
         own = checks.memory(name, config, x, sizes, own)

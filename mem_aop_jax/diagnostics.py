@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mem_aop_jax.memory import Measured, Probe, is_memory
+from mem_aop_jax.policies import over
 
 
 @jax.tree_util.register_dataclass
@@ -167,9 +168,9 @@ def _together(layers):
     """Of the kernels of all layers: their draws are independent, so squares add up."""
     of = jax.tree.map(lambda *values: jnp.stack(values), *layers)
     norm = _norm(of.gradient_norm)
-    share = of.gradient_norm / jnp.where(norm > 0, norm, 1)
+    share = over(of.gradient_norm, norm)
     estimate_norm = _norm(of.estimate_norm)
-    estimate_share = of.estimate_norm / jnp.where(estimate_norm > 0, estimate_norm, 1)
+    estimate_share = over(of.estimate_norm, estimate_norm)
 
     def of_squares(values):
         return jnp.sum(values * share**2)
@@ -190,4 +191,4 @@ def _together(layers):
 def _norm(values):
     """Euclidean, of values of any size."""
     largest = jnp.max(values)
-    return largest * jnp.linalg.norm(values / jnp.where(largest > 0, largest, 1))
+    return largest * jnp.linalg.norm(over(values, largest))

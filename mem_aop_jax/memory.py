@@ -119,6 +119,11 @@ class Probe:
         return self.measured.uses
 
 
+def measured_memory(memory: Memory | Subspace | Probe | None) -> Memory | Subspace | None:
+    """The memory that a probe stands for; any other as it is."""
+    return memory.memory if isinstance(memory, Probe) else memory
+
+
 def is_memory(node: object) -> bool:
     """Whether a node of a pytree is the memory of a layer, or a probe in its place."""
     return isinstance(node, Memory | Subspace | Probe)

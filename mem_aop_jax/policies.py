@@ -133,5 +133,9 @@ def _add_each(a, b):
 
 def _over_largest(values: chex.Array) -> chex.Array:
     """Values in units of the largest of their group, float32."""
-    largest = jnp.max(values, axis=-1, keepdims=True, initial=0)
-    return (values / jnp.where(largest > 0, largest, 1)).astype(jnp.float32)
+    return over(values, jnp.max(values, axis=-1, keepdims=True, initial=0)).astype(jnp.float32)
+
+
+def over(values: chex.Array, size: chex.Array) -> chex.Array:
+    """Values in units of a size; as they are where it is 0."""
+    return values / jnp.where(size > 0, size, 1)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.cost import exact_flops, relative_cost
 from mem_aop_jax.memory import Measured, Probe, Subspace
+from mem_aop_jax.policies import over
 
 HELD = 0.9  # the share of the energy that `Measured.inputs_rank` directions hold
 PARTS = 8  # of the batch, at most, from which its noise is told
@@ -41,17 +42,17 @@ def measure(
         return Probe(without_memory, uses, 0)
     x, g = x.astype(jnp.float32), g.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x)), jnp.max(jnp.abs(g))  # squares of small numbers underflow
-    x, g = (_over(a, size) for a, size in zip((x, g), largest, strict=True))
+    x, g = (over(a, size) for a, size in zip((x, g), largest, strict=True))
     product = functools.partial(jnp.einsum, precision="highest")
     exact = product("mn,mp->np", x, g)
     size = jnp.linalg.norm(exact)
-    unit = _over(exact, size)
+    unit = over(exact, size)
 
     def one_draw(total, key):
         estimate, chosen = draw(key)
         estimate = estimate.astype(jnp.float32)
         for unit_of in (*largest, size):
-            estimate = _over(estimate, unit_of)
+            estimate = over(estimate, unit_of)
         off = estimate - unit
         squares = jnp.sum(estimate**2), jnp.sum(estimate * unit), jnp.sum(off**2)
         return total + off, (*squares, chosen)
@@ -64,7 +65,7 @@ def measure(
     variance = jnp.maximum(offs.sum() - jnp.sum(total**2) / number, 0) / max(number - 1, 1)
 
     by_part = product(
-        "cmn,cmp->cnp", *(a.reshape(parts, -1, a.shape[-1]) for a in (x, _over(g, size)))
+        "cmn,cmp->cnp", *(a.reshape(parts, -1, a.shape[-1]) for a in (x, over(g, size)))
     )
     spread = jnp.sum((by_part - unit[None] / parts) ** 2)
     noise = spread * parts / (parts - 1) if parts > 1 else jnp.nan
@@ -77,7 +78,7 @@ def measure(
         gradient_norm=norm,
         estimate_norm=norm * jnp.sqrt(squares.mean()),
         error=jnp.sqrt(offs.mean()),
-        cosine=_over(dots, jnp.sqrt(squares)).mean(),
+        cosine=over(dots, jnp.sqrt(squares)).mean(),
         v=variance,
         noise=noise,
         flops=exact_flops(*sizes),
@@ -104,11 +105,7 @@ def _spectrum(rows, basis):
     inside = 0.0
     if basis is not None:
         coordinates = jnp.matmul(rows, basis.astype(rows.dtype), precision="highest")
-        inside = _over(jnp.sum(coordinates**2), total)
+        inside = over(jnp.sum(coordinates**2), total)
     gram = rows.T @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.T
     held = jnp.cumsum(jnp.linalg.eigvalsh(gram)[::-1])
     return inside, 1 + jnp.sum(held < HELD * total)
-
-
-def _over(values, size):
-    return values / jnp.where(size > 0, size, 1)

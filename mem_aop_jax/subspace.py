@@ -21,7 +21,7 @@ from jax import lax
 
 from mem_aop_jax.compat import vary, varying_axes
 from mem_aop_jax.memory import Subspace, wide
-from mem_aop_jax.policies import row_norms
+from mem_aop_jax.policies import over, row_norms
 from mem_aop_jax.rows import take
 
 
@@ -159,8 +159,8 @@ def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:
     """
     dtype = old.dtype
     columns = columns.astype(dtype)
-    columns = _over(columns, jnp.max(jnp.abs(columns), initial=0))
-    columns = _over(columns, jnp.linalg.norm(columns, axis=0, keepdims=True))
+    columns = over(columns, jnp.max(jnp.abs(columns), initial=0))
+    columns = over(columns, jnp.linalg.norm(columns, axis=0, keepdims=True))
     columns += 1e-3 * old  # then the rank is q
     rank = columns.shape[1]
     identity = jnp.eye(rank, dtype=dtype)
@@ -185,8 +185,4 @@ def _unit(coordinates, basis):
     """
     largest = jnp.max(jnp.abs(coordinates), initial=0)
     axes = () if basis is None else _shared_axes(coordinates, basis)
-    return _over(coordinates, lax.pmax(largest, axes) if axes else largest)
-
-
-def _over(values, size):
-    return values / jnp.where(size > 0, size, 1)
+    return over(coordinates, lax.pmax(largest, axes) if axes else largest)

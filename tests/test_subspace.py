@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from one_layer import weight_gradient
 
 import mem_aop_jax as aop
 from mem_aop_jax.policies import row_norms
@@ -28,17 +29,6 @@ def rows_near_a_subspace(rows, features, rank, noise, seed):
     rng = np.random.default_rng(seed)
     exact = rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, features))
     return jnp.asarray(exact + noise * rng.normal(size=(rows, features)), jnp.float32)
-
-
-def weight_gradient(config, x, g, memory, key):
-    """dW and the next memory of a layer whose output has the cotangents g."""
-
-    def loss_fn(kernel, memory):
-        y = aop.dense(x, kernel, memory, config=config, key=key)
-        return jnp.sum(y.astype(jnp.float32) * g.astype(jnp.float32))
-
-    kernel = jnp.zeros((x.shape[-1], g.shape[-1]), x.dtype)
-    return jax.grad(loss_fn, argnums=(0, 1))(kernel, memory)
 
 
 def exact_gradient(x, g):
