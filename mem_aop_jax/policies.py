@@ -63,7 +63,7 @@ def crs(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
         return uniform(key, scores, k)
     norms = jnp.sqrt(scores)
     total = norms.sum()
-    indices = jax.random.choice(key, scores.size, (k,), p=norms / jnp.where(total > 0, total, 1))
+    indices = jax.random.choice(key, scores.size, (k,), p=over(norms, total))
     drawn = norms[indices]  # 0 where all are
     return Selection(indices, jnp.where(drawn > 0, total / (k * jnp.where(drawn > 0, drawn, 1)), 1))
 

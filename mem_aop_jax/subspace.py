@@ -58,7 +58,7 @@ def split(rows: chex.Array, basis: chex.Array | None, precision: lax.PrecisionLi
     )
     norms = row_norms(rows.astype(wide(rows.dtype)))
     coordinates = jnp.where(jnp.isfinite(coordinates), coordinates, 0)
-    share = row_norms(coordinates) / jnp.where(norms > 0, norms, 1)
+    share = over(row_norms(coordinates), norms)
     # At least a little for every row: products in bfloat16, as on TPUs, tell no less.
     outside = jnp.maximum(1 - jnp.square(share), 1e-3)
     return Side(rows, basis, coordinates.astype(dtype), norms * jnp.sqrt(outside))
