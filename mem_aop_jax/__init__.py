@@ -1,7 +1,7 @@
 """Mem-AOP-GD (arXiv 2110.09164) for JAX and Flax: cheaper weight gradients of dense layers."""
 
 from mem_aop_jax import linen, nnx
-from mem_aop_jax.config import MemAOP
+from mem_aop_jax.config import InputGrad, MemAOP
 from mem_aop_jax.dense import dense, dot_general
 from mem_aop_jax.diagnostics import Diagnostics, diagnostics
 from mem_aop_jax.memory import Measured, Memory, Probe, Subspace, init_memory
@@ -16,6 +16,7 @@ from mem_aop_jax.transform import (
 
 __all__ = [
     "Diagnostics",
+    "InputGrad",
     "Measured",
     "MemAOP",
     "Memory",

@@ -111,7 +111,7 @@ def _rows(name, config, x, sizes, given):
 
 def _subspace(name, config, x, sizes, given):
     m, n, p = sizes
-    ranks, dtype = config.ranks(n, p), wide(x.dtype)
+    ranks, dtype = config.held_ranks(n, p), wide(x.dtype)
     wanted = [
         (features, rank) if rank else None for features, rank in zip((n, p), ranks, strict=True)
     ]
@@ -121,8 +121,9 @@ def _subspace(name, config, x, sizes, given):
         if found != shape or (array is not None and array.dtype != dtype):
             raise ValueError(
                 f"{name}: memory.{field} is {'None' if array is None else f'{array.dtype} {found}'}"
-                f", but rank={config.rank} for a kernel of shape {(n, p)} and inputs of {x.dtype} "
-                f"needs {'None' if shape is None else f'{dtype} {shape}'}. Start anew with "
+                f", but rank={config.rank} and input_grad={config.input_grad} for a kernel of "
+                f"shape {(n, p)} and inputs of {x.dtype} need "
+                f"{'None' if shape is None else f'{dtype} {shape}'}. Start anew with "
                 f"aop.init_memory(config, {m}, {n}, {p}, jnp.{x.dtype})."
             )
 

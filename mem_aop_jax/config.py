@@ -15,6 +15,34 @@ MEMORIES = ("auto", "rows", "subspace")
 
 
 @jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class InputGrad:
+    """How the gradient of a layer's inputs is estimated, without bias (not the paper's: exact).
+
+    The product of the cotangents with the kernel is computed for some of the rows, drawn by
+    "priority" sampling and weighted; of all rows, exactly, for the part of the cotangents in the
+    span of their leading directions, which a `Subspace` keeps.
+
+    Attributes:
+      ratio: fraction of the rows to draw, in (0, 1]: at least one of each group; 1 is exact.
+      rank: number of directions of the cotangents (at most as many as there are out_features); 0
+        is sampling alone.
+
+    Raises:
+      TypeError: an attribute of the wrong type.
+      ValueError: a value outside its range.
+    """
+
+    ratio: float = 0.25
+    rank: int = 32
+
+    def __post_init__(self):
+        ratio = _fraction("ratio", self.ratio, include_zero=False, of="InputGrad")
+        object.__setattr__(self, "ratio", ratio)
+        object.__setattr__(self, "rank", _count("rank", self.rank, least=0, of="InputGrad"))
+
+
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemAOP:
     """What a dense layer keeps of its weight gradient, and where the rest waits.
@@ -52,6 +80,10 @@ class MemAOP:
         of k is chosen in each. With a multiple of the devices that share a batch under `jit`, no
         row leaves its device. Under `shard_map` and `pmap` a device selects among its own rows
         anyhow. With `ratio`, `k = groups * max(1, round(ratio * rows / groups))`.
+      input_grad: how the gradient of the inputs is estimated; None is exact. Needs a key, and with
+        a rank, subspace memory. What it leaves wrong is passed on to all layers below. Without the
+        key, or without the memory that it needs, the gradient of the inputs is exact (where the
+        kernel is differentiated too, that is an error).
 
     Raises:
       TypeError: an attribute of the wrong type.
@@ -69,6 +101,7 @@ class MemAOP:
     rank: int | tuple[int, int] = 16
     refresh: int = 1
     groups: int = 1
+    input_grad: InputGrad | None = None
 
     def __post_init__(self):
         if (self.k is None) == (self.ratio is None):
@@ -119,6 +152,11 @@ class MemAOP:
                 )
         object.__setattr__(self, "rank", _rank(self.rank))
         object.__setattr__(self, "refresh", _count("refresh", self.refresh))
+        if not (self.input_grad is None or isinstance(self.input_grad, InputGrad)):
+            raise TypeError(
+                f"MemAOP got input_grad={self.input_grad!r}; it must be an aop.InputGrad, for "
+                "instance aop.InputGrad(ratio=0.25, rank=32), or None for exact input gradients."
+            )
         self._check_options_of_memory()
 
     def _check_policy_and_memory(self):
@@ -147,6 +185,12 @@ class MemAOP:
                     f"(memory={self.memory!r}, policy={self.policy!r}); leave it out, or use "
                     f"memory={wanted!r}."
                 )
+        if self.input_grad and self.input_grad.rank and kind != "subspace":
+            raise ValueError(
+                f"MemAOP got input_grad={self.input_grad}, whose directions a subspace keeps, and "
+                f"memory={kind!r} (memory={self.memory!r}, policy={self.policy!r}). Use rank=0, or "
+                "memory='subspace' with a policy that has weights."
+            )
 
     @property
     def memory_kind(self) -> str | None:
@@ -156,19 +200,31 @@ class MemAOP:
         return self.memory
 
     def ranks(self, in_features: int, out_features: int) -> tuple[int, int]:
-        """The number of directions of the inputs and of the cotangents, for a layer's sizes."""
+        """The number of directions of the inputs and of the cotangents, for a layer's sizes.
+
+        Those that the kernel's gradient takes out before it samples.
+        """
         of_inputs, of_cotangents = self.rank if isinstance(self.rank, tuple) else (self.rank,) * 2
         return min(of_inputs, in_features), min(of_cotangents, out_features)
 
+    def held_ranks(self, in_features: int, out_features: int) -> tuple[int, int]:
+        """The same of a `Subspace`: the input gradient may take more of the cotangents' out."""
+        of_inputs, of_cotangents = self.ranks(in_features, out_features)
+        wanted = self.input_grad.rank if self.input_grad else 0
+        return of_inputs, max(of_cotangents, min(wanted, out_features))
+
     @property
     def needs_key(self) -> bool:
-        """Whether the policy is a named one that draws at random, or the memory draws."""
-        return self.signed or self.refresh > 1 or self.policy in RANDOM_POLICIES
+        """Whether a named policy, the memory or the input gradient draws at random."""
+        drawn = self.signed, self.refresh > 1, self.input_grad, self.policy in RANDOM_POLICIES
+        return any(drawn)
 
     @property
     def why_key(self) -> str:
         """What draws at random, for an error message."""
         drawing = f"policy {self.policy!r}"
+        if self.input_grad and self.policy not in RANDOM_POLICIES:
+            drawing = f"input_grad={self.input_grad}"
         if self.signed or self.refresh > 1:
             option = "signed=True" if self.signed else f"refresh={self.refresh}"
             drawing = f"a memory with {option}"
@@ -197,7 +253,7 @@ class MemAOP:
                 "has the same number of rows. Change groups or the batch size."
             )
         if self.k is None:
-            return self.groups * max(1, round(self.ratio * rows / self.groups))
+            return self._share_of(rows, self.ratio)
         if self.k > rows:
             raise ValueError(
                 f"{layer}: k={self.k} outer products asked of a batch of {rows} rows; k must be at "
@@ -206,20 +262,27 @@ class MemAOP:
             )
         return self.k
 
+    def input_rows(self, rows: int) -> int:
+        """The number of rows drawn for the gradient of the inputs; all of them is exact."""
+        return rows if self.input_grad is None else self._share_of(rows, self.input_grad.ratio)
+
+    def _share_of(self, rows, ratio):
+        return self.groups * max(1, round(ratio * rows / self.groups))
+
 
 def _is_one_of(value: object, names: Iterable[str]) -> bool:
     return isinstance(value, str) and value in names
 
 
-def _count(name: str, value: int) -> int:
+def _count(name: str, value: int, least: int = 1, of: str = "MemAOP") -> int:
     try:
         count = operator.index(None if isinstance(value, bool) else value)
     except TypeError:
         raise TypeError(
-            f"MemAOP got {name}={value!r}; it must be an integer, at least 1."
+            f"{of} got {name}={value!r}; it must be an integer, at least {least}."
         ) from None
-    if count < 1:
-        raise ValueError(f"MemAOP got {name}={count}; it must be at least 1.")
+    if count < least:
+        raise ValueError(f"{of} got {name}={count}; it must be at least {least}.")
     return count
 
 
@@ -230,16 +293,15 @@ def _rank(rank: int | tuple[int, int]) -> int | tuple[int, int]:
         raise ValueError(
             f"MemAOP got rank={rank}; it must be an integer, or two: for inputs and cotangents."
         )
-    one_sided = rank[1] == 0 and not isinstance(rank[1], bool)
-    return _count("rank", rank[0]), 0 if one_sided else _count("rank", rank[1])
+    return _count("rank", rank[0]), _count("rank", rank[1], least=0)
 
 
-def _fraction(name: str, value: float, *, include_zero: bool) -> float:
+def _fraction(name: str, value: float, *, include_zero: bool, of: str = "MemAOP") -> float:
     bounds = "[0, 1]" if include_zero else "(0, 1]"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"MemAOP got {name}={value!r}; it must be a number in {bounds}.")
+        raise TypeError(f"{of} got {name}={value!r}; it must be a number in {bounds}.")
     if not 0 <= value <= 1 or (value == 0 and not include_zero):  # NaN fails too
-        raise ValueError(f"MemAOP got {name}={value}; it must lie in {bounds}.")
+        raise ValueError(f"{of} got {name}={value}; it must lie in {bounds}.")
     return float(value)
 
 

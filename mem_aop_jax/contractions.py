@@ -89,6 +89,24 @@ def as_kernel(
     return dw.transpose(sorted(range(len(shape)), key=order.__getitem__))
 
 
+def as_matrix(dimension_numbers: lax.DotDimensionNumbers, kernel: chex.Array) -> chex.Array:
+    """The kernel as `(in_features, out_features)`; the inverse of `as_kernel`."""
+    (_, contracting), _ = dimension_numbers
+    free = [d for d in range(kernel.ndim) if d not in contracting]
+    in_features = math.prod(kernel.shape[d] for d in contracting)
+    return kernel.transpose(*contracting, *free).reshape(in_features, -1)
+
+
+def as_inputs(
+    dimension_numbers: lax.DotDimensionNumbers, dx: chex.Array, shape: tuple[int, ...]
+) -> chex.Array:
+    """dx `(groups, rows of a group, in_features)` in the shape of the inputs."""
+    (contracting, _), _ = dimension_numbers
+    order = [*(d for d in range(len(shape)) if d not in contracting), *contracting]
+    dx = dx.reshape([shape[d] for d in order])
+    return dx.transpose(sorted(range(len(shape)), key=order.__getitem__))
+
+
 @functools.cache
 def warn_once(message: str) -> None:
     """A warning where the user's call is; the same message never again."""

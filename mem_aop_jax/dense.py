@@ -14,19 +14,20 @@ memory is returned as the cotangent of the memory, so every JAX transform of a g
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import AxisType
 
-from mem_aop_jax import checks, subspace
-from mem_aop_jax.compat import vary, varying_axes
+from mem_aop_jax import checks
+from mem_aop_jax.compat import vary
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.contractions import (
     as_kernel,
+    as_matrix,
     as_rows,
     as_static,
     contraction_sizes,
@@ -34,43 +35,46 @@ from mem_aop_jax.contractions import (
     warn_once,
     why_exact,
 )
+from mem_aop_jax.estimate import Layer, axes_of, estimate
 from mem_aop_jax.memory import Memory, Probe, Subspace, measured_memory, wide
-from mem_aop_jax.policies import POLICIES, row_scores
+from mem_aop_jax.policies import row_scores
 from mem_aop_jax.probe import measure, parts_of
-from mem_aop_jax.rows import Rows, Slots
-
-_SIGNS, _REFRESH = 2**31, 2**31 + 1  # what keys are for, beside those of the groups
-
-
-class _Layer(NamedTuple):
-    """What is static about one call. The name is for errors."""
-
-    config: MemAOP
-    dimension_numbers: lax.DotDimensionNumbers
-    precision: lax.PrecisionLike
-    name: str
 
 
 def _product(layer, x, kernel, memory, key, **options):
-    """X W: exact and differentiable in X as usual; what W contributes is left to `_kernel_term`."""
+    """X W: exact; what is approximate of its gradients is left to `_gradient_term`."""
     # In shard_map: one kernel on all devices, whose transpose sums dW.
-    kernel = vary(kernel, _axes(x, memory, key))
+    kernel = vary(kernel, axes_of(x, memory, key))
+    constant = lax.stop_gradient(x)
+    of_inputs = _approximates_inputs(layer, x, kernel, memory, key)
     y = lax.dot_general(
-        x,
+        constant if of_inputs else x,  # differentiable in X as usual
         lax.stop_gradient(kernel),
         layer.dimension_numbers,
         precision=layer.precision,
         **options,
     )
-    return y + _kernel_term(layer, lax.stop_gradient(y), lax.stop_gradient(x), kernel, memory, key)
+    term_x = vary(x, axes_of(x, kernel)) if of_inputs else constant
+    return y + _gradient_term(layer, lax.stop_gradient(y), term_x, kernel, memory, key)
+
+
+def _approximates_inputs(layer, x, kernel, memory, key):
+    """Whether the gradient of the inputs is approximate: not to measure, and not to evaluate."""
+    wanted = layer.config.input_grad
+    if wanted is None or key is None or isinstance(memory, Probe):
+        return False
+    rows, _, _ = contraction_sizes(x, kernel, layer.dimension_numbers)
+    if rows == 0 or rows % layer.config.groups or layer.config.input_rows(rows) == rows:
+        return False
+    return memory is not None or not wanted.rank
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kernel_term(layer, y, x, kernel, memory, key):
-    """Zeros like y, which XLA drops: a term with the approximate gradient of the kernel.
+def _gradient_term(layer, y, x, kernel, memory, key):
+    """Zeros like y, which XLA drops: a term with the approximate gradients.
 
-    It is apart from the product so that nobody who differentiates only the inputs pays for it or
-    needs a memory.
+    It is apart from the product so that nobody who differentiates only the inputs, where their
+    gradient is exact, pays for it or needs a memory.
     """
     del layer, x, kernel
     zeros = jnp.zeros_like(y)
@@ -80,37 +84,50 @@ def _kernel_term(layer, y, x, kernel, memory, key):
     return zeros
 
 
-def _forward(layer, y, x, kernel, memory, key):
-    rows, _, _ = contraction_sizes(x, kernel, layer.dimension_numbers)
-    checks.differentiable(layer.name, layer.config, rows, measured_memory(memory), key)
-    return _kernel_term(layer, y, x, kernel, memory, key), (x, kernel, memory, key)
+def _forward(layer, *args):
+    asked_for = jax.tree.map(lambda arg: arg.perturbed, args, is_leaf=_is_primal)
+    args = jax.tree.map(lambda arg: arg.value, args, is_leaf=_is_primal)
+    _, x, kernel, memory, key = args
+    if any(jax.tree.leaves(asked_for[2:4])):  # kernel, memory
+        rows, _, _ = contraction_sizes(x, kernel, layer.dimension_numbers)
+        checks.differentiable(layer.name, layer.config, rows, measured_memory(memory), key)
+    of_inputs = () if asked_for[1] else None  # static, in the structure
+    return _gradient_term(layer, *args), (of_inputs, x, kernel, memory, key)
+
+
+def _is_primal(node):
+    return isinstance(node, CustomVJPPrimal)
 
 
 def _backward(layer, residuals, g):
-    x, kernel, memory, key = residuals
-    rule = _measured_gradient if isinstance(memory, Probe) else _weight_gradient
-    rule = functools.partial(rule, layer, kernel)
-    dw, memory = _automatic(rule, like=(kernel, memory))(x, jnp.asarray(g), memory, key)
-    return None, None, dw, memory, None
+    of_inputs, x, kernel, memory, key = residuals
+    if isinstance(g, SymbolicZero):
+        return (None,) * 5
+    rule = _measured if isinstance(memory, Probe) else _estimated
+    rule = functools.partial(rule, layer, of_inputs is not None)
+    like = (None if of_inputs is None else x), kernel, memory
+    dx, dw, memory = _automatic(rule, like)(x, jnp.asarray(g), kernel, memory, key)
+    return None, dx, dw, memory, None
 
 
-_kernel_term.defvjp(_forward, _backward)
+_gradient_term.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _weight_gradient(layer, kernel, x, g, memory, key):
-    """dW and the next memory."""
-    return _estimate(layer, kernel, x, g, memory, key)[:2]
+def _estimated(layer, of_inputs, x, g, kernel, memory, key):
+    """dX, dW and the next memory."""
+    return estimate(layer, of_inputs, x, g, kernel, memory, key)[:3]
 
 
-def _measured_gradient(layer, kernel, x, g, probe, key):
-    """The exact dW and what the probe measured."""
+def _measured(layer, of_inputs, x, g, kernel, probe, key):
+    """No dX, the exact dW and what the probe measured."""
+    del of_inputs
     parts = parts_of(first_free_size(layer.dimension_numbers, x))
     x, g = (a[0] for a in as_rows(layer.dimension_numbers, 1, x, g))
     flat = layer._replace(dimension_numbers=(((1,), (0,)), ((), ())))
-    like = jax.ShapeDtypeStruct((x.shape[1], g.shape[1]), jnp.float32)
+    matrix = as_matrix(layer.dimension_numbers, kernel)
 
     def draw(key):
-        dw, _, norms, not_chosen = _estimate(flat, like, x, g, probe.memory, key)
+        _, dw, _, norms, not_chosen = estimate(flat, False, x, g, matrix, probe.memory, key)
         scores, _ = row_scores(*(n.reshape(-1) for n in norms))  # in units of the largest of all
         products = jnp.sqrt(scores)
         of_chosen = jnp.sum(jnp.where(not_chosen.reshape(-1), 0, products))
@@ -119,74 +136,7 @@ def _measured_gradient(layer, kernel, x, g, probe, key):
     probe = measure(probe, layer.config, x, g, parts, key, draw)
     dtype = max(wide(x.dtype), wide(g.dtype))
     dw = jnp.matmul(x.T.astype(dtype), g.astype(dtype), precision=layer.precision)
-    return as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape), probe
-
-
-def _estimate(layer, kernel, x, g, memory, key):
-    """dW, the next memory, the norms of the candidates, and which were not chosen.
-
-    Inside, all rows are `(groups, rows of a group, features)`.
-    """
-    x, g = (vary(a, _axes(x, g, memory, key)) for a in (x, g))  # one batch for many memories
-    x, g = as_rows(layer.dimension_numbers, layer.config.groups, x, g)
-    candidates = _candidates(layer, x, g, memory)
-    norms = candidates.norms()
-    scores, finite = row_scores(*norms)
-    finite &= candidates.fit()
-    chosen, weights = _select(layer, x.shape[0] * x.shape[1], key, scores)
-    not_chosen = jax.vmap(lambda chosen, group: group.at[chosen].set(False))(
-        chosen, jnp.ones_like(finite)
-    )
-
-    xs, gs = candidates.take(chosen)
-    lost = ~finite & not_chosen  # neither chosen nor fit for the memory
-    bad_x, bad_g = lax.cond(jnp.any(lost), _bad_columns, _no_columns, lost, x, g)
-    xs = jnp.where(bad_x, jnp.nan, xs)
-    gs = jnp.where(bad_g | _misused(memory), jnp.nan, gs)
-    xs, gs = (a.reshape(-1, a.shape[-1]) for a in _weigh(xs, gs, weights))
-    dtypes = x.dtype, g.dtype
-    if isinstance(memory, Subspace):
-        left, right, new_memory = candidates.whole(_refresh_is_due(layer, memory, key))
-        xs, gs = jnp.concatenate([xs, left]), jnp.concatenate([gs, right])
-        dtypes = (max(dtypes, key=lambda dtype: dtype.itemsize),) * 2  # rounded to neither
-    # In float16 a sum of rows could overflow, or a row with its weight.
-    if jnp.float16 not in dtypes or (memory is None and weights is None):
-        xs, gs = xs.astype(dtypes[0]), gs.astype(dtypes[1])
-    dw = lax.dot_general(
-        xs,
-        gs,
-        (((0,), (0,)), ((), ())),
-        precision=layer.precision,
-        preferred_element_type=max(wide(xs.dtype), wide(gs.dtype)),  # of mixed inputs, the wider
-    )
-    dw = as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape)
-
-    if memory is None:
-        return dw, None, norms, not_chosen
-    if isinstance(memory, Memory):
-        signs = _signs(layer, key, x)
-        waiting = finite & not_chosen
-        new_memory = candidates.next_memory(waiting, layer.config.decay, signs, after=(xs, gs))
-    new_memory = new_memory._replace(uses=_used_once(memory.uses, new_memory.inputs))
-    new_memory = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), new_memory, memory)
-    return dw, new_memory, norms, not_chosen
-
-
-def _candidates(layer, x, g, memory):
-    """What the policy chooses from: rows that were joined, rows and slots, or residuals."""
-    if isinstance(memory, Subspace):
-        sides = (
-            subspace.split(rows, basis, layer.precision)
-            for rows, basis in ((x, memory.inputs), (g, memory.cotangents))
-        )
-        return subspace.Residuals(*sides, memory, layer.precision)
-    if memory is None:
-        return Rows(x, g, None)
-    memory = memory._replace(
-        inputs=memory.inputs.reshape(len(x), -1, x.shape[-1]),
-        cotangents=memory.cotangents.reshape(len(g), -1, g.shape[-1]),
-    )
-    return (Rows if layer.config.memory_slots is None else Slots)(x, g, memory)
+    return None, as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape), probe
 
 
 def dense(
@@ -320,16 +270,8 @@ def _approximate(x, kernel, dimension_numbers, precision, memory, config, key, n
         sizes = contraction_sizes(x, kernel, dimension_numbers)
         own = checks.memory(name, config, x, sizes, own)
     memory = dataclasses.replace(memory, memory=own) if isinstance(memory, Probe) else own
-    layer = _Layer(config, dimension_numbers, precision, name)
+    layer = Layer(config, dimension_numbers, precision, name)
     return _product(layer, x, kernel, memory, key, **options)
-
-
-# ---- the steps of the backward rule
-
-
-def _axes(*trees):
-    """The manual mesh axes over which any of the arrays differs from device to device."""
-    return frozenset().union(*map(varying_axes, jax.tree.leaves(trees)))
 
 
 def _automatic(rule, like):
@@ -342,93 +284,6 @@ def _automatic(rule, like):
         return rule
     shardings = jax.tree.unflatten(jax.tree.structure(like), types)
     return jax.sharding.auto_axes(rule, out_sharding=shardings)
-
-
-def _used_once(uses, of_batch):
-    """1, and under vmap one for each batch, so that a sum of memories shows."""
-    once = vary(jnp.ones_like(uses), varying_axes(uses))
-    if varying_axes(of_batch) == varying_axes(once):
-        once = jnp.where(jnp.any(of_batch), once, once)
-    return once
-
-
-def _select(layer, rows, key, scores):
-    """`(groups, k / groups)` indices of candidates of each group, and their weights or None."""
-    groups = layer.config.groups
-    k = layer.config.selected_rows(rows, layer.name) // groups
-    policy = POLICIES.get(layer.config.policy, layer.config.policy)
-
-    def select(key, scores):
-        indices, weights = checks.selection(
-            layer.name, layer.config, policy, policy(key, scores, k), k
-        )
-        from_the_end = jnp.where(indices < 0, scores.size, 0)
-        return (indices + from_the_end).astype(jnp.int32), weights
-
-    if groups == 1:
-        return jax.tree.map(lambda a: a[None], select(key, scores[0]))
-    keys = None if key is None else jax.random.split(key, groups)
-    return jax.vmap(select)(keys, scores)
-
-
-def _signs(layer, key, x):
-    """`(groups, rows)` random 1 and -1, or None where the memory is not signed."""
-    if not layer.config.signed:
-        return None
-    return jax.random.rademacher(jax.random.fold_in(key, _SIGNS), x.shape[:2], jnp.float32)
-
-
-def _refresh_is_due(layer, memory, key):
-    """Whether a subspace is refreshed in this step, on all devices that share it; None is always.
-
-    Drawn at random, so that no layer has to count steps; always in the first step.
-    """
-    if layer.config.refresh == 1:
-        return None
-    drawn = jax.random.uniform(jax.random.fold_in(key, _REFRESH))
-    axes = tuple(varying_axes(drawn) - varying_axes(memory.uses))
-    if axes:
-        drawn = lax.psum(drawn, axes) % 1  # uniform, too
-    return (drawn < 1 / layer.config.refresh) | (memory.uses == 0)
-
-
-def _bad_columns(lost, x, g):
-    """`(groups, 1, in_features)` and `(groups, 1, out_features)`: where a lost row is not finite.
-
-    (0 * NaN is NaN: where a chosen row is not finite, too, but there the gradient is not either.)
-    A row that only grew too large for the memory's dtype when it was added up is bad throughout,
-    as is a slot.
-    """
-    lost, slots = lost[:, : x.shape[1]], lost[:, x.shape[1] :]
-
-    def product(a, b):
-        return jnp.matmul(a, b, preferred_element_type=wide(a.dtype))
-
-    small = 2.0**-20  # no sum of finite numbers overflows
-    fresh = jnp.stack([product(a, jnp.full(a.shape[-1], small, a.dtype)) for a in (x, g)])
-    lost = lost[:, None, :]
-    outgrown = jnp.any(lost & jnp.all(jnp.isfinite(fresh), axis=0)[:, None, :], -1, keepdims=True)
-    outgrown |= jnp.any(slots, axis=-1)[:, None, None]
-    return tuple(~jnp.isfinite(product(lost.astype(a.dtype), a)) | outgrown for a in (x, g))
-
-
-def _no_columns(lost, x, g):
-    del lost
-    return tuple(vary(jnp.zeros((len(a), 1, a.shape[-1]), bool), varying_axes(a)) for a in (x, g))
-
-
-def _misused(memory):
-    """Whether the memory was added up or scaled since the last step."""
-    return False if memory is None else (memory.uses != 0) & (memory.uses != 1)
-
-
-def _weigh(xs, gs, weights):
-    """The rows with the weights folded into the smaller factor."""
-    if weights is None:
-        return xs, gs
-    if gs.shape[-1] <= xs.shape[-1]:
-        return xs, gs * weights[..., None].astype(gs.dtype)
-    return xs * weights[..., None].astype(xs.dtype), gs
 
 
 def _scalar(leaf):

@@ -41,7 +41,8 @@ class Subspace(NamedTuple):
     Attributes:
       inputs: `(in_features, rank)` float32 (float64 for float64 inputs), which span the leading
         directions of the layer's inputs.
-      cotangents: `(out_features, rank)`, the same of the outputs' cotangents; None for rank 0.
+      cotangents: `(out_features, rank)`, the same of the outputs' cotangents, as many as the
+        kernel's gradient or the inputs' takes out; None for rank 0.
       uses: as in `Memory`.
     """
 
@@ -166,7 +167,7 @@ def init_memory(
             inputs, cotangents = (jnp.zeros((rows, n), dtype) for n in (in_features, out_features))
             return Memory(inputs, cotangents, uses)
         case "subspace":
-            ranks = config.ranks(in_features, out_features)
+            ranks = config.held_ranks(in_features, out_features)
             return Subspace(
                 first_directions((in_features, ranks[0]), wide(dtype)),
                 first_directions((out_features, ranks[1]), wide(dtype)) if ranks[1] else None,

@@ -32,22 +32,35 @@ class Side(NamedTuple):
       rows: `(groups, rows, features)`.
       basis: `(features, q)`, in the dtype of products.
       coordinates: `(groups, rows, q)`; 0 in place of what is not finite.
-      residual_norms: `(groups, rows)`, in the units of `row_norms`.
+      norms: `(groups, rows)`, of the rows, in the units of `row_norms`.
     """
 
     rows: chex.Array
     basis: chex.Array
     coordinates: chex.Array
-    residual_norms: chex.Array
+    norms: chex.Array
 
-    def residuals(self, chosen: chex.Array, precision: lax.PrecisionLike) -> chex.Array:
-        """The chosen rows less what the basis holds of them, in float32 or float64."""
+    def first(self, rank: int) -> "Side":
+        """What the first directions of the basis hold."""
+        return self._replace(basis=self.basis[:, :rank], coordinates=self.coordinates[..., :rank])
+
+    def residual_norms(self) -> chex.Array:
+        """`(groups, rows)`: of what the basis does not hold, in the units of `row_norms`."""
+        share = over(row_norms(self.coordinates.astype(wide(self.rows.dtype))), self.norms)
+        # At least a little for every row: products in bfloat16, as on TPUs, tell no less.
+        return self.norms * jnp.sqrt(jnp.maximum(1 - jnp.square(share), 1e-3))
+
+    def split(
+        self, chosen: chex.Array, precision: lax.PrecisionLike
+    ) -> tuple[chex.Array, chex.Array]:
+        """What the basis holds of the chosen rows, and the rest; in float32 or float64."""
         dtype = wide(self.rows.dtype)
         rows, coordinates = (take(a, chosen).astype(dtype) for a in (self.rows, self.coordinates))
-        return rows - jnp.matmul(coordinates, self.basis.T.astype(dtype), precision=precision)
+        held = jnp.matmul(coordinates, self.basis.T.astype(dtype), precision=precision)
+        return held, rows - held
 
 
-def split(rows: chex.Array, basis: chex.Array | None, precision: lax.PrecisionLike) -> Side:
+def side(rows: chex.Array, basis: chex.Array | None, precision: lax.PrecisionLike) -> Side:
     """What a basis `(features, q)` holds of rows `(groups, rows, features)`; None holds nothing."""
     dtype = jnp.float32 if rows.dtype == jnp.float16 else rows.dtype  # in which sums could overflow
     if basis is None:
@@ -56,12 +69,8 @@ def split(rows: chex.Array, basis: chex.Array | None, precision: lax.PrecisionLi
     coordinates = jnp.matmul(
         rows.astype(dtype), basis, precision=precision, preferred_element_type=wide(dtype)
     )
-    norms = row_norms(rows.astype(wide(rows.dtype)))
-    coordinates = jnp.where(jnp.isfinite(coordinates), coordinates, 0)
-    share = over(row_norms(coordinates), norms)
-    # At least a little for every row: products in bfloat16, as on TPUs, tell no less.
-    outside = jnp.maximum(1 - jnp.square(share), 1e-3)
-    return Side(rows, basis, coordinates.astype(dtype), norms * jnp.sqrt(outside))
+    coordinates = jnp.where(jnp.isfinite(coordinates), coordinates, 0).astype(dtype)
+    return Side(rows, basis, coordinates, row_norms(rows.astype(wide(rows.dtype))))
 
 
 class Residuals(NamedTuple):
@@ -70,18 +79,21 @@ class Residuals(NamedTuple):
     Attributes:
       x: the inputs.
       g: the cotangents.
-      memory: their subspaces.
+      followed: the cotangents, with all directions that are refreshed: those of `g`, and more where
+        the gradient of the inputs takes out more.
+      memory: the subspaces.
       precision: of products.
     """
 
     x: Side
     g: Side
+    followed: Side
     memory: Subspace
     precision: lax.PrecisionLike
 
     def norms(self):
         """As in `Rows`."""
-        return self.x.residual_norms, self.g.residual_norms
+        return self.x.residual_norms(), self.g.residual_norms()
 
     def fit(self):
         """True: none enters the memory."""
@@ -89,7 +101,7 @@ class Residuals(NamedTuple):
 
     def take(self, chosen):
         """As in `Rows`."""
-        return tuple(side.residuals(chosen, self.precision) for side in (self.x, self.g))
+        return tuple(of.split(chosen, self.precision)[1] for of in (self.x, self.g))
 
     def whole(self, due: chex.Array | None) -> tuple[chex.Array, chex.Array, Subspace]:
         """What is computed of all rows, in one pass over X and one over G.
@@ -102,7 +114,7 @@ class Residuals(NamedTuple):
           left `(2 q, in_features)` and right `(2 q, out_features)`, whose left^T right is the part
           of dW in the subspaces; the next memory.
         """
-        x, g, memory, precision = self
+        x, g, followed, memory, precision = self
         dtype = max(x.basis.dtype, g.basis.dtype, key=lambda dtype: dtype.itemsize)
         a, b = x.coordinates.astype(dtype), g.coordinates.astype(dtype)
 
@@ -117,15 +129,20 @@ class Residuals(NamedTuple):
             )
 
         def next_basis(new, old):
+            rank = new.shape[1]
+            if not rank:
+                return old
             axes = _shared_axes(new, old)
-            return orthonormal(lax.psum(new, axes) if axes else new, old)
+            new = (lax.psum(new, axes) if axes else new).astype(old.dtype)
+            return orthonormal(jnp.concatenate([new, old[:, rank:]], axis=1), old)
 
         def refreshed(x_a, g_b):
-            if memory.cotangents is None:
-                return next_basis(x_a, memory.inputs), None
             return next_basis(x_a, memory.inputs), next_basis(g_b, memory.cotangents)
 
-        own = _unit(a, memory.inputs), _unit(b, memory.cotangents)
+        own = (
+            _unit(a, memory.inputs),
+            _unit(followed.coordinates.astype(dtype), memory.cotangents),
+        )
         if due is None:
             q = a.shape[-1]
             of_x = over_rows(x.rows, jnp.concatenate([own[0], b], axis=-1))
@@ -139,7 +156,7 @@ class Residuals(NamedTuple):
                 lambda: refreshed(over_rows(x.rows, own[0]), over_rows(g.rows, own[1])),
                 lambda: tuple(memory[:2]),
             )
-        v, u = (side.basis.astype(x_b.dtype) for side in (x, g))
+        v, u = (of.basis.astype(x_b.dtype) for of in (x, g))
         xr_b = x_b - jnp.matmul(v, over_rows(a, b), precision=precision)
         left = jnp.concatenate([v, xr_b], axis=-1).T
         right = jnp.concatenate([g_a, u], axis=-1).T

@@ -15,7 +15,7 @@ from one_layer import weight_gradient
 
 import mem_aop_jax as aop
 from mem_aop_jax.policies import row_norms
-from mem_aop_jax.subspace import orthonormal, split
+from mem_aop_jax.subspace import orthonormal, side
 
 M, N, P = 48, 12, 8
 POLICIES = ["priority", "crs", "uniform"]
@@ -110,9 +110,9 @@ def test_rows_are_scored_by_what_lies_outside(dtype):
     basis = jnp.eye(N, dtype=jnp.float32)[:, :3]
     rows = np.zeros((4, N))
     rows[0, 1], rows[1, 5], rows[2, [0, 7]], rows[3, :] = 50, 2, (30, 4), 1
-    side = split(jnp.asarray(rows, dtype)[None], basis, None)
+    outside = side(jnp.asarray(rows, dtype)[None], basis, None).residual_norms()
     wanted = np.linalg.norm(rows[:, 3:], axis=1)
-    ratio = np.asarray(side.residual_norms[0]) / float(row_norms(jnp.ones((1, 1)))[0])
+    ratio = np.asarray(outside[0]) / float(row_norms(jnp.ones((1, 1)))[0])
     np.testing.assert_allclose(ratio[1:], wanted[1:], rtol=0.01)
     assert ratio[0] < ratio[1]
 

@@ -1,0 +1,290 @@
+"""What the backward pass of an approximate layer computes: its gradients, and the next memory.
+
+Inside, all rows are `(groups, rows of a group, features)`.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mem_aop_jax import checks
+from mem_aop_jax.compat import vary, varying_axes
+from mem_aop_jax.config import MemAOP
+from mem_aop_jax.contractions import as_inputs, as_kernel, as_matrix, as_rows
+from mem_aop_jax.memory import Memory, Subspace, wide
+from mem_aop_jax.policies import POLICIES, priority, row_scores
+from mem_aop_jax.rows import Rows, Slots
+from mem_aop_jax.subspace import Residuals, side
+
+_SIGNS, _REFRESH, _INPUTS = range(2**31, 2**31 + 3)  # what keys are for, beside those of the groups
+
+
+class Layer(NamedTuple):
+    """What is static about one call. The name is for errors."""
+
+    config: MemAOP
+    dimension_numbers: lax.DotDimensionNumbers
+    precision: lax.PrecisionLike
+    name: str
+
+
+class Estimate(NamedTuple):
+    """The approximate gradients of a layer.
+
+    Attributes:
+      inputs: like the inputs; None where it was not asked for.
+      kernel: like the kernel.
+      memory: the next one.
+      norms: of the candidates' inputs and cotangents, `(groups, candidates)` each.
+      not_chosen: `(groups, candidates)` bool.
+    """
+
+    inputs: chex.Array | None
+    kernel: chex.Array
+    memory: Memory | Subspace | None
+    norms: tuple[chex.Array, chex.Array]
+    not_chosen: chex.Array
+
+
+def estimate(
+    layer: Layer,
+    of_inputs: bool,
+    x: chex.Array,
+    g: chex.Array,
+    kernel: chex.Array,
+    memory: Memory | Subspace | None,
+    key: chex.PRNGKey | None,
+) -> Estimate:
+    """The gradient of the kernel and, where asked for, that of the inputs.
+
+    Args:
+      layer: what is static.
+      of_inputs: whether the gradient of the inputs is asked for. Where it is not, the directions
+        that it alone takes out are left as they are.
+      x: the inputs.
+      g: the outputs' cotangents.
+      kernel: the kernel.
+      memory: of the layer.
+      key: of the layer.
+    """
+    shape = x.shape
+    x, g = (vary(a, axes_of(x, g, memory, key)) for a in (x, g))  # one batch for many memories
+    x, g = as_rows(layer.dimension_numbers, layer.config.groups, x, g)
+    with_subspace = isinstance(memory, Subspace)
+    dx = of_g = None
+    if with_subspace or of_inputs:
+        of_g = side(g, memory.cotangents if with_subspace else None, layer.precision)
+    if of_inputs:
+        matrix = as_matrix(layer.dimension_numbers, kernel)
+        dx = _input_gradient(layer, of_g, matrix, key)
+        dx = as_inputs(layer.dimension_numbers, dx.astype(x.dtype), shape)
+
+    if with_subspace:
+        of_x = side(x, memory.inputs, layer.precision)
+        rank = layer.config.ranks(x.shape[-1], g.shape[-1])[1]
+        candidates = Residuals(
+            of_x, of_g.first(rank), of_g if of_inputs else of_g.first(rank), memory, layer.precision
+        )
+    else:
+        candidates = _rows(layer, x, g, memory)
+    dw, *others = _kernel_gradient(layer, candidates, x, g, memory, key)
+    dw = as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape)
+    return Estimate(dx, dw, *others)
+
+
+def axes_of(*trees) -> frozenset[str]:
+    """The manual mesh axes over which any of the arrays differs from device to device."""
+    return frozenset().union(*map(varying_axes, jax.tree.leaves(trees)))
+
+
+# ---- of the inputs
+
+
+def _input_gradient(layer, g, kernel, key):
+    """dX `(groups, rows, in_features)`, without bias, for a kernel `(in_features, out_features)`.
+
+    With U the directions of the cotangents and G = (G U) U^T + Gr,
+
+        dX ~ (G U) (W U)^T                 for all rows
+             + w Gr[S] W^T                 for the rows S that are drawn, scores ||Gr[m]||
+
+    of which the rows S are one product of ((G U) U^T + w Gr)[S] with W^T.
+    """
+    dtype = max(g.basis.dtype, kernel.dtype, key=lambda dtype: dtype.itemsize)
+
+    def times(a, b):
+        a, b = a.astype(dtype), b.astype(dtype)
+        wanted = wide(dtype)
+        return jnp.matmul(a, b, precision=layer.precision, preferred_element_type=wanted)
+
+    norms = g.residual_norms()
+    scores, finite = row_scores(jnp.ones_like(norms), norms)
+    drawn = layer.config.input_rows(norms.size)
+
+    def draw(key, scores):
+        return priority(key, scores, drawn // len(norms))
+
+    chosen, weights = _in_groups(draw, jax.random.fold_in(key, _INPUTS), scores)
+    held, rest = g.split(chosen, layer.precision)
+    sampled = times(held + weights[..., None].astype(rest.dtype) * rest, kernel.T)
+    bad = jnp.where(finite, 0, jnp.nan).astype(g.coordinates.dtype)[..., None]  # rows, throughout
+    if g.basis.shape[1]:
+        dx = times(g.coordinates + bad, times(kernel, g.basis).T)
+    else:
+        dx = jnp.broadcast_to(bad, (*norms.shape, len(kernel)))
+    dx = dx.astype(sampled.dtype)
+    return jax.vmap(lambda dx, at, rows: dx.at[at].set(rows, unique_indices=True))(
+        dx, chosen, sampled
+    )
+
+
+# ---- of the kernel
+
+
+def _kernel_gradient(layer, candidates, x, g, memory, key):
+    """dW `(in_features, out_features)`, and what else an `Estimate` has."""
+    norms = candidates.norms()
+    scores, finite = row_scores(*norms)
+    finite &= candidates.fit()
+    chosen, weights = _select(layer, x.shape[0] * x.shape[1], key, scores)
+    not_chosen = jax.vmap(lambda chosen, group: group.at[chosen].set(False))(
+        chosen, jnp.ones_like(finite)
+    )
+
+    xs, gs = candidates.take(chosen)
+    lost = ~finite & not_chosen  # neither chosen nor fit for the memory
+    bad_x, bad_g = lax.cond(jnp.any(lost), _bad_columns, _no_columns, lost, x, g)
+    xs = jnp.where(bad_x, jnp.nan, xs)
+    gs = jnp.where(bad_g | _misused(memory), jnp.nan, gs)
+    xs, gs = (a.reshape(-1, a.shape[-1]) for a in _weigh(xs, gs, weights))
+    dtypes = x.dtype, g.dtype
+    if isinstance(memory, Subspace):
+        left, right, new_memory = candidates.whole(_refresh_is_due(layer, memory, key))
+        xs, gs = jnp.concatenate([xs, left]), jnp.concatenate([gs, right])
+        dtypes = (max(dtypes, key=lambda dtype: dtype.itemsize),) * 2  # rounded to neither
+    # In float16 a sum of rows could overflow, or a row with its weight.
+    if jnp.float16 not in dtypes or (memory is None and weights is None):
+        xs, gs = xs.astype(dtypes[0]), gs.astype(dtypes[1])
+    dw = lax.dot_general(
+        xs,
+        gs,
+        (((0,), (0,)), ((), ())),
+        precision=layer.precision,
+        preferred_element_type=max(wide(xs.dtype), wide(gs.dtype)),  # of mixed inputs, the wider
+    )
+
+    if memory is None:
+        return dw, None, norms, not_chosen
+    if isinstance(memory, Memory):
+        signs = _signs(layer, key, x)
+        waiting = finite & not_chosen
+        new_memory = candidates.next_memory(waiting, layer.config.decay, signs, after=(xs, gs))
+    new_memory = new_memory._replace(uses=_used_once(memory.uses, new_memory.inputs))
+    new_memory = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), new_memory, memory)
+    return dw, new_memory, norms, not_chosen
+
+
+def _rows(layer, x, g, memory):
+    """What the policy chooses from without a subspace: rows that were joined, or rows and slots."""
+    if memory is None:
+        return Rows(x, g, None)
+    memory = memory._replace(
+        inputs=memory.inputs.reshape(len(x), -1, x.shape[-1]),
+        cotangents=memory.cotangents.reshape(len(g), -1, g.shape[-1]),
+    )
+    return (Rows if layer.config.memory_slots is None else Slots)(x, g, memory)
+
+
+def _select(layer, rows, key, scores):
+    """`(groups, k / groups)` indices of candidates of each group, and their weights or None."""
+    k = layer.config.selected_rows(rows, layer.name) // layer.config.groups
+    policy = POLICIES.get(layer.config.policy, layer.config.policy)
+
+    def select(key, scores):
+        indices, weights = checks.selection(
+            layer.name, layer.config, policy, policy(key, scores, k), k
+        )
+        from_the_end = jnp.where(indices < 0, scores.size, 0)
+        return (indices + from_the_end).astype(jnp.int32), weights
+
+    return _in_groups(select, key, scores)
+
+
+def _in_groups(select, key, scores):
+    """What `select(key, scores)` returns for each group of scores `(groups, candidates)`."""
+    groups = len(scores)
+    if groups == 1:
+        return jax.tree.map(lambda a: a[None], select(key, scores[0]))
+    keys = None if key is None else jax.random.split(key, groups)
+    return jax.vmap(select)(keys, scores)
+
+
+def _signs(layer, key, x):
+    """`(groups, rows)` random 1 and -1, or None where the memory is not signed."""
+    if not layer.config.signed:
+        return None
+    return jax.random.rademacher(jax.random.fold_in(key, _SIGNS), x.shape[:2], jnp.float32)
+
+
+def _refresh_is_due(layer, memory, key):
+    """Whether a subspace is refreshed in this step, on all devices that share it; None is always.
+
+    Drawn at random, so that no layer has to count steps; always in the first step.
+    """
+    if layer.config.refresh == 1:
+        return None
+    drawn = jax.random.uniform(jax.random.fold_in(key, _REFRESH))
+    axes = tuple(varying_axes(drawn) - varying_axes(memory.uses))
+    if axes:
+        drawn = lax.psum(drawn, axes) % 1  # uniform, too
+    return (drawn < 1 / layer.config.refresh) | (memory.uses == 0)
+
+
+def _bad_columns(lost, x, g):
+    """`(groups, 1, in_features)` and `(groups, 1, out_features)`: where a lost row is not finite.
+
+    (0 * NaN is NaN: where a chosen row is not finite, too, but there the gradient is not either.)
+    A row that only grew too large for the memory's dtype when it was added up is bad throughout,
+    as is a slot.
+    """
+    lost, slots = lost[:, : x.shape[1]], lost[:, x.shape[1] :]
+
+    def product(a, b):
+        return jnp.matmul(a, b, preferred_element_type=wide(a.dtype))
+
+    small = 2.0**-20  # no sum of finite numbers overflows
+    fresh = jnp.stack([product(a, jnp.full(a.shape[-1], small, a.dtype)) for a in (x, g)])
+    lost = lost[:, None, :]
+    outgrown = jnp.any(lost & jnp.all(jnp.isfinite(fresh), axis=0)[:, None, :], -1, keepdims=True)
+    outgrown |= jnp.any(slots, axis=-1)[:, None, None]
+    return tuple(~jnp.isfinite(product(lost.astype(a.dtype), a)) | outgrown for a in (x, g))
+
+
+def _no_columns(lost, x, g):
+    del lost
+    return tuple(vary(jnp.zeros((len(a), 1, a.shape[-1]), bool), varying_axes(a)) for a in (x, g))
+
+
+def _misused(memory):
+    """Whether the memory was added up or scaled since the last step."""
+    return False if memory is None else (memory.uses != 0) & (memory.uses != 1)
+
+
+def _used_once(uses, of_batch):
+    """1, and under vmap one for each batch, so that a sum of memories shows."""
+    once = vary(jnp.ones_like(uses), varying_axes(uses))
+    if varying_axes(of_batch) == varying_axes(once):
+        once = jnp.where(jnp.any(of_batch), once, once)
+    return once
+
+
+def _weigh(xs, gs, weights):
+    """The rows with the weights folded into the smaller factor."""
+    if weights is None:
+        return xs, gs
+    if gs.shape[-1] <= xs.shape[-1]:
+        return xs, gs * weights[..., None].astype(gs.dtype)
+    return xs * weights[..., None].astype(xs.dtype), gs
