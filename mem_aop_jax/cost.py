@@ -10,9 +10,9 @@ def exact_flops(rows: int, in_features: int, out_features: int) -> int:
 
 def relative_cost(config: MemAOP, rows: int, in_features: int, out_features: int) -> float:
     """FLOPs of one layer's step, relative to those of the exact layer."""
-    exact = exact_flops(rows, in_features, out_features)
-    estimate = weight_gradient_flops(config, rows, in_features, out_features)
-    return 2 / 3 + estimate / exact
+    sizes = rows, in_features, out_features
+    estimate = weight_gradient_flops(config, *sizes) + input_gradient_flops(config, *sizes)
+    return 1 / 3 + estimate / exact_flops(*sizes)
 
 
 def weight_gradient_flops(config: MemAOP, rows: int, in_features: int, out_features: int) -> float:
@@ -31,6 +31,18 @@ def weight_gradient_flops(config: MemAOP, rows: int, in_features: int, out_featu
     return products + residuals + coordinates + refresh / config.refresh + norms
 
 
+def input_gradient_flops(config: MemAOP, rows: int, in_features: int, out_features: int) -> float:
+    """FLOPs of the inputs' gradient, beside those of the kernel's that it shares."""
+    drawn = config.input_rows(rows)
+    if drawn == rows:
+        return 2 * rows * in_features * out_features
+    rank = min(config.input_grad.rank, out_features)
+    of_kernel = config.ranks(in_features, out_features)[1] if rank else 0
+    inside = 2 * rank * (rows + out_features) * in_features  # (G U) (W U)^T
+    inside += 2 * rows * out_features * max(0, rank - of_kernel)  # G U
+    return 2 * drawn * out_features * (in_features + rank) + inside
+
+
 def flops_left_out(config: MemAOP, rows: int, in_features: int, out_features: int) -> float:
     """FLOPs that a compiler counts in each step and most steps leave out, mean over the steps.
 
@@ -43,7 +55,7 @@ def flops_left_out(config: MemAOP, rows: int, in_features: int, out_features: in
 
 
 def _refresh_flops(config, rows, in_features, out_features):
-    ranks = config.ranks(in_features, out_features)
+    ranks = config.held_ranks(in_features, out_features)
     return sum(
         2 * rows * features * rank + 12 * features * rank**2  # and Cholesky-QR, three times
         for features, rank in zip((in_features, out_features), ranks, strict=True)

@@ -63,7 +63,7 @@ def estimate(
     Args:
       layer: what is static.
       of_inputs: whether the gradient of the inputs is asked for. Where it is not, the directions
-        that it alone takes out are left as they are.
+        that it alone takes out follow no rows.
       x: the inputs.
       g: the outputs' cotangents.
       kernel: the kernel.
@@ -73,21 +73,20 @@ def estimate(
     shape = x.shape
     x, g = (vary(a, axes_of(x, g, memory, key)) for a in (x, g))  # one batch for many memories
     x, g = as_rows(layer.dimension_numbers, layer.config.groups, x, g)
-    with_subspace = isinstance(memory, Subspace)
-    dx = of_g = None
-    if with_subspace or of_inputs:
-        of_g = side(g, memory.cotangents if with_subspace else None, layer.precision)
+    directions = memory.cotangents if isinstance(memory, Subspace) else None
+    rank = layer.config.ranks(x.shape[-1], g.shape[-1])[1]
+    if directions is not None and not of_inputs:
+        directions = directions[:, :rank]
+    of_g = side(g, directions, layer.precision)
+    dx = None
     if of_inputs:
         matrix = as_matrix(layer.dimension_numbers, kernel)
-        dx = _input_gradient(layer, of_g, matrix, key)
+        dx = _input_gradient(layer, of_g.first(layer.config.input_grad.rank), matrix, key)
         dx = as_inputs(layer.dimension_numbers, dx.astype(x.dtype), shape)
 
-    if with_subspace:
+    if isinstance(memory, Subspace):
         of_x = side(x, memory.inputs, layer.precision)
-        rank = layer.config.ranks(x.shape[-1], g.shape[-1])[1]
-        candidates = Residuals(
-            of_x, of_g.first(rank), of_g if of_inputs else of_g.first(rank), memory, layer.precision
-        )
+        candidates = Residuals(of_x, of_g.first(rank), of_g, memory, layer.precision)
     else:
         candidates = _rows(layer, x, g, memory)
     dw, *others = _kernel_gradient(layer, candidates, x, g, memory, key)
@@ -132,7 +131,7 @@ def _input_gradient(layer, g, kernel, key):
     sampled = times(held + weights[..., None].astype(rest.dtype) * rest, kernel.T)
     bad = jnp.where(finite, 0, jnp.nan).astype(g.coordinates.dtype)[..., None]  # rows, throughout
     if g.basis.shape[1]:
-        dx = times(g.coordinates + bad, times(kernel, g.basis).T)
+        dx = times(g.coordinates + bad, times(g.basis.T, kernel.T))
     else:
         dx = jnp.broadcast_to(bad, (*norms.shape, len(kernel)))
     dx = dx.astype(sampled.dtype)

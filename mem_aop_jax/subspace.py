@@ -80,7 +80,8 @@ class Residuals(NamedTuple):
       x: the inputs.
       g: the cotangents.
       followed: the cotangents, with all directions that are refreshed: those of `g`, and more where
-        the gradient of the inputs takes out more.
+        the gradient of the inputs takes out more. What the memory holds beyond them stays, but for
+        what makes it orthogonal to them.
       memory: the subspaces.
       precision: of products.
     """

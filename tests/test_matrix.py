@@ -88,8 +88,10 @@ def linen(dense, memory_is_carried, wrap, config, rows, remat=None):
     model = aop.linen.wrap(model, config) if wrap else model
     variables = model.init(jax.random.key(0), jnp.zeros((rows, FEATURES), jnp.float32))
 
+    rngs = {aop.linen.RNG: jax.random.key(0)} if config.needs_key else None
+
     def apply(params, memory, x):
-        return model.apply({"params": params, COLLECTION: memory}, x)[0]
+        return model.apply({"params": params, COLLECTION: memory}, x, rngs=rngs)[0]
 
     return Model(variables["params"], variables[COLLECTION], apply)
 
@@ -133,6 +135,12 @@ MEMORIES = {  # what a way in has after its comma
         "rank": RANK,
         "refresh": 2,
     },
+    "inputs": lambda config: {  # with all directions, what is drawn makes no difference
+        "policy": weighted,
+        "memory": "subspace",
+        "rank": RANK,
+        "input_grad": aop.InputGrad(0.5, rank=FEATURES),
+    },
     "slots": lambda config: {"memory_slots": SLOTS * config.groups},
     "signed": lambda config: {"signed": True},
 }
@@ -167,6 +175,7 @@ WAYS |= {
     for kind, ways in (
         ("subspace", ("`dense`", "`linen.wrap`", "`nnx.Linear`")),
         ("rare refresh", ("`dense`",)),
+        ("inputs", ("`dense`", "`linen.wrap`", "`nnx.Linear`")),
         ("slots", ("`dense`", "`linen.wrap`")),
         ("signed", ("`dense`",)),
     )
@@ -179,7 +188,7 @@ def kind_of(way):
 
 
 def has_subspace(way):
-    return kind_of(way) in ("subspace", "rare refresh")
+    return kind_of(way) in ("subspace", "rare refresh", "inputs")
 
 
 def reference_of(way):
@@ -204,6 +213,7 @@ def like(tree, leaves):
 
 def gradients(model):
     def loss_fn(params, memory, x):
+        x += jnp.sum(jax.tree.leaves(params)[0])  # so that the gradient of the inputs counts
         return jnp.sum(model.apply(params, memory, x) ** 2)
 
     return jax.grad(loss_fn, argnums=(0, 1))
@@ -218,9 +228,10 @@ def setup(way, config=CONFIG, rows=ROWS, remat=None, batches=None):
     before = () if batches is None else (batches,)
     layers = () if remat is None else (LAYERS,)
     if has_subspace(way):
+        ranks = RANK, FEATURES if kind_of(way) == "inputs" else RANK
         sides = (
-            jnp.linalg.qr(numbers(*before, *layers, FEATURES, RANK, seed=seed))[0]
-            for seed in (5, 6)
+            jnp.linalg.qr(numbers(*before, *layers, FEATURES, rank, seed=seed))[0]
+            for seed, rank in zip((5, 6), ranks, strict=True)
         )
         memory = aop.Subspace(*sides, jnp.ones((*before, *layers), jnp.float32))
     else:
@@ -273,6 +284,7 @@ def vmap_per_example(way):
     model, reference, params, memory, x = setup(way, batches=BATCHES)
 
     def loss_fn(params, memory, x):
+        x += jnp.sum(jax.tree.leaves(params)[0])
         return jnp.sum(jax.vmap(model.apply, in_axes=(None, 0, 0))(params, memory, x) ** 2)
 
     grad_fn = jax.jit(jax.grad(loss_fn, argnums=(0, 1)))
@@ -347,7 +359,7 @@ def scan_over_steps(way):
 
     def step(state, x, model):
         grads, memory = gradients(model)(*state, x)
-        return (jax.tree.map(lambda p, g: p - 0.1 * g, state[0], grads), memory), None
+        return (jax.tree.map(lambda p, g: p - 0.01 * g, state[0], grads), memory), None
 
     state = like(model.params, params), like(model.memory, memory)
     ours, _ = jax.lax.scan(functools.partial(step, model=model), state, batches)
