@@ -63,13 +63,14 @@ def diagnosed(results: dict[str, dict]) -> str:
 
     c: of the approximate layers alone.
     """
-    figures = ("error", "cosine", "v", "noise", "c", "rule")
+    head = ("error", "cosine", "v", "v of dX", "noise", "c")
+    figures = ("error", "cosine", "v", "input_v", "noise", "c", "rule")
     rows = [
         (f"`{name}`", step, *(f"{found[figure]:.3g}" for figure in figures))
         for name, entry in results.items()
         for step, found in entry.get("diagnostics", {}).items()
     ]
-    return runs.markdown([("run", "step", *figures[:-1], "(1 + v) c"), *rows])
+    return runs.markdown([("run", "step", *head, "(1 + error²) c"), *rows])
 
 
 def draw(results: dict[str, dict]) -> Figure:

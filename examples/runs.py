@@ -19,7 +19,8 @@ class Run(NamedTuple):
     Attributes:
       name: as it was spelled.
       config: of the layers; None is exact.
-      keywords: the configuration's, as they were spelled.
+      keywords: the configuration's, as they were spelled (input_ratio, input_rank: of its
+        input_grad).
       others: keywords that are not the configuration's.
     """
 
@@ -61,8 +62,16 @@ def parse(text: str, others: Sequence[str] = ()) -> Run:
                 f"{text}: exact takes {takes}, not {', '.join(keywords)}"
             )
         return Run(text, None, keywords, found)
+    options = dict(keywords)
+    of_inputs = {
+        name.removeprefix("input_"): options.pop(name)
+        for name in ("input_ratio", "input_rank")
+        if name in options
+    }
     try:
-        return Run(text, aop.MemAOP(policy=policy, **keywords), keywords, found)
+        if of_inputs:
+            options["input_grad"] = aop.InputGrad(**of_inputs)
+        return Run(text, aop.MemAOP(policy=policy, **options), keywords, found)
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 

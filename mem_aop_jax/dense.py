@@ -46,7 +46,9 @@ def _product(layer, x, kernel, memory, key, **options):
     # In shard_map: one kernel on all devices, whose transpose sums dW.
     kernel = vary(kernel, axes_of(x, memory, key))
     constant = lax.stop_gradient(x)
-    of_inputs = _approximates_inputs(layer, x, kernel, memory, key)
+    rows, _, _ = contraction_sizes(x, kernel, layer.dimension_numbers)
+    measures = isinstance(memory, Probe)
+    of_inputs = not measures and _approximates_inputs(layer.config, rows, memory, key)
     y = lax.dot_general(
         constant if of_inputs else x,  # differentiable in X as usual
         lax.stop_gradient(kernel),
@@ -54,19 +56,16 @@ def _product(layer, x, kernel, memory, key, **options):
         precision=layer.precision,
         **options,
     )
-    term_x = vary(x, axes_of(x, kernel)) if of_inputs else constant
+    term_x = vary(x, axes_of(x, kernel)) if of_inputs or measures else constant
     return y + _gradient_term(layer, lax.stop_gradient(y), term_x, kernel, memory, key)
 
 
-def _approximates_inputs(layer, x, kernel, memory, key):
-    """Whether the gradient of the inputs is approximate: not to measure, and not to evaluate."""
-    wanted = layer.config.input_grad
-    if wanted is None or key is None or isinstance(memory, Probe):
+def _approximates_inputs(config, rows, memory, key):
+    """Whether the gradient of the inputs is approximate; to evaluate it is not."""
+    wanted = config.input_grad
+    if wanted is None or key is None or (wanted.rank and memory is None):
         return False
-    rows, _, _ = contraction_sizes(x, kernel, layer.dimension_numbers)
-    if rows == 0 or rows % layer.config.groups or layer.config.input_rows(rows) == rows:
-        return False
-    return memory is not None or not wanted.rank
+    return rows > 0 and rows % config.groups == 0 and config.input_rows(rows) < rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -103,9 +102,9 @@ def _backward(layer, residuals, g):
     of_inputs, x, kernel, memory, key = residuals
     if isinstance(g, SymbolicZero):
         return (None,) * 5
-    rule = _measured if isinstance(memory, Probe) else _estimated
-    rule = functools.partial(rule, layer, of_inputs is not None)
-    like = (None if of_inputs is None else x), kernel, memory
+    measures, of_inputs = isinstance(memory, Probe), of_inputs is not None
+    rule = functools.partial(_measured if measures else _estimated, layer, of_inputs)
+    like = (x if of_inputs and not measures else None), kernel, memory
     dx, dw, memory = _automatic(rule, like)(x, jnp.asarray(g), kernel, memory, key)
     return None, dx, dw, memory, None
 
@@ -119,21 +118,21 @@ def _estimated(layer, of_inputs, x, g, kernel, memory, key):
 
 
 def _measured(layer, of_inputs, x, g, kernel, probe, key):
-    """No dX, the exact dW and what the probe measured."""
-    del of_inputs
+    """No dX beside the exact one, the exact dW and what the probe measured."""
     parts = parts_of(first_free_size(layer.dimension_numbers, x))
     x, g = (a[0] for a in as_rows(layer.dimension_numbers, 1, x, g))
     flat = layer._replace(dimension_numbers=(((1,), (0,)), ((), ())))
     matrix = as_matrix(layer.dimension_numbers, kernel)
+    of_inputs &= _approximates_inputs(layer.config, len(x), probe.memory, key)
 
     def draw(key):
-        _, dw, _, norms, not_chosen = estimate(flat, False, x, g, matrix, probe.memory, key)
+        dx, dw, _, norms, not_chosen = estimate(flat, of_inputs, x, g, matrix, probe.memory, key)
         scores, _ = row_scores(*(n.reshape(-1) for n in norms))  # in units of the largest of all
         products = jnp.sqrt(scores)
         of_chosen = jnp.sum(jnp.where(not_chosen.reshape(-1), 0, products))
-        return dw, of_chosen / jnp.maximum(products.sum(), 1)  # of which the largest is 1
+        return dw, dx, of_chosen / jnp.maximum(products.sum(), 1)  # of which the largest is 1
 
-    probe = measure(probe, layer.config, x, g, parts, key, draw)
+    probe = measure(probe, layer.config, x, g, matrix, parts, key, draw)
     dtype = max(wide(x.dtype), wide(g.dtype))
     dw = jnp.matmul(x.T.astype(dtype), g.astype(dtype), precision=layer.precision)
     return None, as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape), probe
@@ -269,9 +268,12 @@ def _approximate(x, kernel, dimension_numbers, precision, memory, config, key, n
     if own is not None:
         sizes = contraction_sizes(x, kernel, dimension_numbers)
         own = checks.memory(name, config, x, sizes, own)
-    memory = dataclasses.replace(memory, memory=own) if isinstance(memory, Probe) else own
+    if isinstance(memory, Probe) and memory.draw is not None:
+        key = None if key is None else jax.random.fold_in(key, memory.draw)
+    elif isinstance(memory, Probe):
+        own = dataclasses.replace(memory, memory=own)
     layer = Layer(config, dimension_numbers, precision, name)
-    return _product(layer, x, kernel, memory, key, **options)
+    return _product(layer, x, kernel, own, key, **options)
 
 
 def _automatic(rule, like):

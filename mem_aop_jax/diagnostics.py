@@ -1,6 +1,7 @@
 """How good the approximate gradients of a model are on a batch, and whether they pay."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import chex
@@ -25,7 +26,9 @@ class Diagnostics:
     Attributes:
       layers: what was measured of each layer that took part in the loss, by the path of its memory.
       model: the same of the kernels of all these layers together. Its c is that of all of them;
-        the energies, the ranks and `chosen` are means over the layers.
+        the energies, the ranks, `input_v` and `chosen` are means over the layers. Where gradients
+        of inputs are approximate, what is wrong with them reaches all parameters below: then its
+        norms, error, cosine and v are those of the gradient of all parameters, drawn as a whole.
       step_cost: FLOPs of the compiled gradient of the whole loss, relative to those of the exact
         one, as the compiler counts them: a refresh in every step, the body of a scan once. None
         where it counts nothing.
@@ -45,17 +48,18 @@ class Diagnostics:
 
     def __str__(self) -> str:
         head = (
-            *("error", "cosine", "v", "noise", "c", "(1+error²)c", "pays"),
+            *("error", "cosine", "v", "v of dX", "noise", "c", "(1+error²)c", "pays"),
             *("X inside", "G inside", "X rank 90%", "G rank 90%", "chosen"),
         )
         lines = [("layer", *head), ("---", *["---:"] * len(head))]
         for name in (*self.layers, None):
             of = self.model if name is None else self.layers[name]
             rule = float(self.verdict(name))
+            figures = of.error, of.cosine, of.v, of.input_v, of.noise, of.c, rule
             lines.append(
                 (
                     "**model**" if name is None else name,
-                    *(f"{float(x):.3g}" for x in (of.error, of.cosine, of.v, of.noise, of.c, rule)),
+                    *(f"{float(x):.3g}" for x in figures),
                     "yes" if rule < 1 else "if the batch is large" if of.c < 1 else "no",
                     *(f"{float(x):.2f}" for x in (of.inputs_inside, of.cotangents_inside)),
                     *(f"{float(x):.0f}" for x in (of.inputs_rank, of.cotangents_rank)),
@@ -79,7 +83,8 @@ def diagnostics(
     Each layer's own gradient is measured where it is computed, with the exact gradient coming from
     above, in one backward pass through the exact model. That pass, `draws` approximate gradients
     and an eigendecomposition per layer, and compiling all that anew: for now and then, not for
-    every step. Outside of `pmap` and `shard_map`.
+    every step. Where gradients of inputs are approximate, `draws` backward passes more. Outside of
+    `pmap` and `shard_map`.
 
     Args:
       loss_fn: `loss_fn(params, memory, *args)`, the one that is trained.
@@ -119,6 +124,20 @@ def diagnostics(
     probes = each(lambda probe: dataclasses.replace(probe, draws=draws))
     measured = jax.jit(jax.grad(loss_fn, argnums=1, has_aux=has_aux))(params, probes, *args)
     layers = _by_name(measured[0] if has_aux else measured)
+    model = _together(list(layers.values()))
+    if any(of.input_v > 0 for of in layers.values()):
+        gradient = jax.grad(loss_fn, has_aux=has_aux, allow_int=True)
+        of_params = jax.jit(lambda *args: gradient(*args)[0] if has_aux else gradient(*args))
+        exact = of_params(params, each(lambda probe: dataclasses.replace(probe, draws=0)), *args)
+
+        def numbered(i, probe):
+            draw = jnp.full(jnp.shape(probe.uses), i, jnp.int32)
+            return dataclasses.replace(probe, draws=0, draw=draw)
+
+        estimates = (
+            of_params(params, each(functools.partial(numbered, i)), *args) for i in range(draws)
+        )
+        model = model._replace(**_as_a_whole(exact, estimates))
 
     step_cost = None
     if count_flops:
@@ -132,7 +151,7 @@ def diagnostics(
             flops.append(counted.get("flops", 0.0))
         if min(flops) > 0:
             step_cost = jnp.asarray(flops[0] / flops[1], jnp.float32)
-    return Diagnostics(layers, _together(list(layers.values())), step_cost)
+    return Diagnostics(layers, model, step_cost)
 
 
 def _by_name(measured):
@@ -140,7 +159,7 @@ def _by_name(measured):
     found = jax.tree_util.tree_leaves_with_path(measured, is_leaf=is_memory)
     layers = {}
     for path, probe in found:
-        if path and not isinstance(path[-1], jax.tree_util.DictKey):
+        if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
             path = path[:-1]  # the value of an NNX variable
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         name = f"/{name}".removesuffix("/memory").removeprefix("/") or "layer"
@@ -186,6 +205,43 @@ def _together(layers):
         flops=of.flops.sum(),
         c=jnp.sum(of.c * of.flops) / of.flops.sum(),
     )
+
+
+def _as_a_whole(exact, estimates):
+    """Of the gradient of all parameters; `estimates` are trees like `exact`, drawn anew."""
+    exact = _flat(exact)
+    norm = _norm(exact)
+    unit = over(exact, norm)
+
+    @jax.jit
+    def add(total, estimate):
+        estimate = over(estimate, norm)
+        off = estimate - unit
+        squares = jnp.sum(estimate**2), jnp.sum(off**2)
+        return total + off, (*squares, over(jnp.vdot(estimate, unit), jnp.sqrt(squares[0])))
+
+    total, found = jnp.zeros_like(exact), []
+    for estimate in estimates:
+        total, of_draw = add(total, _flat(estimate))
+        found.append(of_draw)
+    squares, offs, cosines = (jnp.stack(values) for values in zip(*found, strict=True))
+    number = len(found)
+    variance = jnp.maximum(offs.sum() - jnp.sum(total**2) / number, 0) / (number - 1)
+    return {
+        "gradient_norm": norm,
+        "estimate_norm": norm * jnp.sqrt(squares.mean()),
+        "error": jnp.sqrt(offs.mean()),
+        "cosine": cosines.mean(),
+        "v": variance,
+    }
+
+
+def _flat(gradient):
+    """All floating entries, float32."""
+    leaves = [
+        leaf for leaf in jax.tree.leaves(gradient) if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    return jnp.concatenate([leaf.reshape(-1).astype(jnp.float32) for leaf in leaves])
 
 
 def _norm(values):

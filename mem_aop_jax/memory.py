@@ -61,6 +61,8 @@ class Measured(NamedTuple):
       cosine: between the two, mean over the draws.
       v: variance over the draws, relative to the square of `gradient_norm`. Of an unbiased
         estimate it is the square of `error`, up to the number of draws.
+      input_v: the same of the gradient of the inputs, relative to its own square; 0 where it is
+        exact.
       noise: share of the exact gradient's square that is noise of the batch, from its parts; NaN
         where the batch has only one part.
       flops: of the exact layer's step: forward, gradient of the inputs, gradient of the kernel.
@@ -79,6 +81,7 @@ class Measured(NamedTuple):
     error: chex.Array
     cosine: chex.Array
     v: chex.Array
+    input_v: chex.Array
     noise: chex.Array
     flops: chex.Array
     c: chex.Array
@@ -91,7 +94,9 @@ class Measured(NamedTuple):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("memory", "measured"), meta_fields=("draws",)
+    jax.tree_util.register_dataclass,
+    data_fields=("memory", "measured", "draw"),
+    meta_fields=("draws",),
 )
 @dataclasses.dataclass(frozen=True)
 class Probe:
@@ -102,11 +107,14 @@ class Probe:
         is 0.
       measured: zeros; its "gradient" is the measurement.
       draws: how many approximate gradients are drawn; with 0 nothing is measured.
+      draw: None; or a number, `()` int32, and the layer's gradients are approximate, as with the
+        memory alone but with a key of that number's own. Then the probe has no gradient.
     """
 
     memory: Memory | Subspace | None
     measured: Measured
     draws: int
+    draw: chex.Array | None = None
 
     @classmethod
     def of(cls, memory: Memory | Subspace | None, draws: int, stack: tuple[int, ...] = ()):

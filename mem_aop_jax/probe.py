@@ -21,9 +21,10 @@ def measure(
     config: MemAOP,
     x: chex.Array,
     g: chex.Array,
+    kernel: chex.Array,
     parts: int,
     key: chex.PRNGKey | None,
-    draw: Callable[[chex.PRNGKey | None], tuple[chex.Array, chex.Array]],
+    draw: Callable[[chex.PRNGKey | None], tuple[chex.Array, chex.Array | None, chex.Array]],
 ) -> Probe:
     """What the probe says of a layer's approximate gradient.
 
@@ -32,34 +33,44 @@ def measure(
       config: of the layer.
       x: `(rows, in_features)`.
       g: `(rows, out_features)`.
+      kernel: `(in_features, out_features)`.
       parts: into how many equal, independent parts the rows fall.
       key: for the draws; None if nothing is drawn at random.
-      draw: an approximate gradient `(in_features, out_features)` and the chosen share, of a key.
+      draw: of a key, an approximate gradient `(in_features, out_features)`, that of the inputs
+        `(rows, in_features)` or None, and the chosen share.
     """
     without_memory = jax.tree.map(jnp.zeros_like, probe.memory)
     if not probe.draws:
         uses = probe.measured._replace(uses=jnp.ones_like(probe.uses))
         return Probe(without_memory, uses, 0)
-    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x)), jnp.max(jnp.abs(g))  # squares of small numbers underflow
-    x, g = (over(a, size) for a, size in zip((x, g), largest, strict=True))
+    x, g, kernel = (a.astype(jnp.float32) for a in (x, g, kernel))
+    largest = [jnp.max(jnp.abs(a)) for a in (x, g, kernel)]  # squares of small numbers underflow
+    x, g, kernel = (over(a, size) for a, size in zip((x, g, kernel), largest, strict=True))
     product = functools.partial(jnp.einsum, precision="highest")
     exact = product("mn,mp->np", x, g)
     size = jnp.linalg.norm(exact)
     unit = over(exact, size)
+    exact_inputs = product("mp,np->mn", g, kernel)
+    size_of_inputs = jnp.linalg.norm(exact_inputs)
+
+    def in_units(estimate, *sizes):
+        return functools.reduce(over, sizes, estimate.astype(jnp.float32))
 
     def one_draw(total, key):
-        estimate, chosen = draw(key)
-        estimate = estimate.astype(jnp.float32)
-        for unit_of in (*largest, size):
-            estimate = over(estimate, unit_of)
+        estimate, of_inputs, chosen = draw(key)
+        estimate = in_units(estimate, *largest[:2], size)
         off = estimate - unit
         squares = jnp.sum(estimate**2), jnp.sum(estimate * unit), jnp.sum(off**2)
-        return total + off, (*squares, chosen)
+        input_v = jnp.zeros((), jnp.float32)
+        if of_inputs is not None:
+            off_inputs = in_units(of_inputs, *largest[1:], size_of_inputs)
+            off_inputs -= over(exact_inputs, size_of_inputs)
+            input_v = jnp.sum(off_inputs**2)
+        return total + off, (*squares, input_v, chosen)
 
     number = 1 if key is None else probe.draws
     keys = None if key is None else jax.random.split(key, number)
-    total, (squares, dots, offs, chosen) = jax.lax.scan(
+    total, (squares, dots, offs, of_inputs, chosen) = jax.lax.scan(
         one_draw, jnp.zeros_like(exact), keys, length=number
     )
     variance = jnp.maximum(offs.sum() - jnp.sum(total**2) / number, 0) / max(number - 1, 1)
@@ -80,6 +91,7 @@ def measure(
         error=jnp.sqrt(offs.mean()),
         cosine=over(dots, jnp.sqrt(squares)).mean(),
         v=variance,
+        input_v=of_inputs.mean(),
         noise=noise,
         flops=exact_flops(*sizes),
         c=relative_cost(config, *sizes),

@@ -87,6 +87,66 @@ def test_the_papers_policy():
     assert without_key.layers["one"].error == pytest.approx(off, rel=1e-4)
 
 
+def stack(config, key_of=lambda key, i: jax.random.fold_in(key, i)):
+    """Two layers, the first of which nobody asks for the gradient of its inputs."""
+
+    def loss_fn(params, memory, x, key):
+        y = x
+        for i, (kernel, own) in enumerate(zip(params["kernels"], memory, strict=True)):
+            y = aop.dense(y, kernel, own, config=config, key=key_of(key, i)) + params["bias"]
+        return jnp.sum(y**2)
+
+    params = {"kernels": [numbers(N, N, seed=i) for i in (3, 4)], "bias": jnp.ones((1, N))}
+    memory = [aop.init_memory(config, M, N, N) or aop.Probe.of(None, draws=1) for _ in range(2)]
+    return loss_fn, jax.tree.map(lambda a: a.astype(jnp.float32), params), memory
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(SUBSPACE, input_grad=aop.InputGrad(0.25, 3)),
+        aop.MemAOP(ratio=0.5, policy="priority", input_grad=aop.InputGrad(0.5, 0)),
+    ],
+    ids=["subspace", "sampling alone"],
+)
+def test_an_approximate_gradient_of_the_inputs(config):
+    """Its own variance, and that of the whole gradient, which it adds to."""
+    loss_fn, params, memory = stack(config)
+    key = jax.random.key(0)
+    found = aop.diagnostics(loss_fn, params, memory, X, key, draws=400, count_flops=False)
+    first, second = found.layers.values()
+    assert first.input_v == 0
+    kernel, y = params["kernels"][1], X @ params["kernels"][0] + params["bias"]
+    g = 2 * (y @ kernel + params["bias"])
+    plain = None if config.memory_kind is None else memory[1]
+
+    def of_inputs(key):
+        layer = aop.dense
+        return jax.grad(lambda y: jnp.sum(layer(y, kernel, plain, config=config, key=key) * g))(y)
+
+    keys = jax.random.split(jax.random.key(1), 2_000)
+    exact = np.asarray(g @ kernel.T)
+    off = np.asarray(jax.jit(jax.vmap(of_inputs))(keys)) - exact
+    v = (off**2).sum(axis=(1, 2)).mean() / (exact**2).sum()
+    assert second.input_v == pytest.approx(v, rel=0.1)
+
+    memory = [None if config.memory_kind is None else own for own in memory]
+    grad_fn = jax.jit(jax.vmap(jax.grad(loss_fn), in_axes=(None, None, None, 0)))
+    draws = grad_fn(params, memory, X, keys)
+    exact = jax.grad(stack(None)[0])(params, [None, None], X, key)
+    draws, exact = (
+        np.concatenate([np.asarray(a).reshape(n, -1) for a in jax.tree.leaves(tree)], axis=1)
+        for tree, n in ((draws, len(keys)), (exact, 1))
+    )
+    v = ((draws - exact) ** 2).sum(axis=1).mean() / (exact**2).sum()
+    assert found.model.v == pytest.approx(v, rel=0.1)
+    assert found.model.error == pytest.approx(v**0.5, rel=0.1)
+    cosines = (draws @ exact[0]) / np.linalg.norm(draws, axis=1) / np.linalg.norm(exact)
+    assert found.model.cosine == pytest.approx(cosines.mean(), abs=0.05)
+    assert found.model.gradient_norm == pytest.approx(np.linalg.norm(exact), rel=1e-4)
+    assert v > 1.05 * float(first.v * (first.gradient_norm / found.model.gradient_norm) ** 2)
+
+
 def test_energies_and_ranks():
     memory = aop.init_memory(SUBSPACE, M, N, P)
     found = measured(SUBSPACE, memory).layers["one"]
