@@ -1,6 +1,7 @@
 """Mem-AOP-GD (arXiv 2110.09164) for JAX and Flax: cheaper weight gradients of dense layers."""
 
 from mem_aop_jax import linen, nnx
+from mem_aop_jax.allocate import Allocation, allocate
 from mem_aop_jax.config import InputGrad, MemAOP
 from mem_aop_jax.dense import dense, dot_general
 from mem_aop_jax.diagnostics import Diagnostics, diagnostics
@@ -15,6 +16,7 @@ from mem_aop_jax.transform import (
 )
 
 __all__ = [
+    "Allocation",
     "Diagnostics",
     "InputGrad",
     "Measured",
@@ -23,6 +25,7 @@ __all__ = [
     "Probe",
     "Selection",
     "Subspace",
+    "allocate",
     "carry_memory",
     "dense",
     "diagnostics",

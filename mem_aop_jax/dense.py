@@ -1,7 +1,7 @@
 """The dense primitive: an exact layer whose weight gradient is K of M outer products.
 
     forward     Y  = X W                         X (M, N), W (N, P), Y (M, P); G = dL/dY (M, P)
-    backward    dX = G W^T                       exact
+    backward    dX = G W^T                       exact, unless an InputGrad is asked for
                 Xh = mem_X + X,  Gh = mem_G + G
                 S  = policy(scores), K rows      scores[m] = (||Xh[m]|| ||Gh[m]||)^2
                 dW = Xh[S]^T Gh[S]               in place of X^T G
@@ -26,19 +26,14 @@ from mem_aop_jax import checks
 from mem_aop_jax.compat import vary
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.contractions import (
-    as_kernel,
-    as_matrix,
-    as_rows,
     as_static,
     contraction_sizes,
-    first_free_size,
     warn_once,
     why_exact,
 )
-from mem_aop_jax.estimate import Layer, axes_of, estimate
-from mem_aop_jax.memory import Memory, Probe, Subspace, measured_memory, wide
-from mem_aop_jax.policies import row_scores
-from mem_aop_jax.probe import measure, parts_of
+from mem_aop_jax.estimate import Layer, approximates_inputs, axes_of, estimate
+from mem_aop_jax.memory import Memory, Probe, Subspace, measured_memory
+from mem_aop_jax.probe import measured
 
 
 def _product(layer, x, kernel, memory, key, **options):
@@ -48,7 +43,7 @@ def _product(layer, x, kernel, memory, key, **options):
     constant = lax.stop_gradient(x)
     rows, _, _ = contraction_sizes(x, kernel, layer.dimension_numbers)
     measures = isinstance(memory, Probe)
-    of_inputs = not measures and _approximates_inputs(layer.config, rows, memory, key)
+    of_inputs = not measures and approximates_inputs(layer.config, rows, memory, key)
     y = lax.dot_general(
         constant if of_inputs else x,  # differentiable in X as usual
         lax.stop_gradient(kernel),
@@ -58,14 +53,6 @@ def _product(layer, x, kernel, memory, key, **options):
     )
     term_x = vary(x, axes_of(x, kernel)) if of_inputs or measures else constant
     return y + _gradient_term(layer, lax.stop_gradient(y), term_x, kernel, memory, key)
-
-
-def _approximates_inputs(config, rows, memory, key):
-    """Whether the gradient of the inputs is approximate; to evaluate it is not."""
-    wanted = config.input_grad
-    if wanted is None or key is None or (wanted.rank and memory is None):
-        return False
-    return rows > 0 and rows % config.groups == 0 and config.input_rows(rows) < rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -103,8 +90,8 @@ def _backward(layer, residuals, g):
     if isinstance(g, SymbolicZero):
         return (None,) * 5
     measures, of_inputs = isinstance(memory, Probe), of_inputs is not None
-    rule = functools.partial(_measured if measures else _estimated, layer, of_inputs)
-    like = (x if of_inputs and not measures else None), kernel, memory
+    rule = functools.partial(measured if measures else _estimated, layer, of_inputs)
+    like = (x if of_inputs else None), kernel, memory
     dx, dw, memory = _automatic(rule, like)(x, jnp.asarray(g), kernel, memory, key)
     return None, dx, dw, memory, None
 
@@ -115,27 +102,6 @@ _gradient_term.defvjp(_forward, _backward, symbolic_zeros=True)
 def _estimated(layer, of_inputs, x, g, kernel, memory, key):
     """dX, dW and the next memory."""
     return estimate(layer, of_inputs, x, g, kernel, memory, key)[:3]
-
-
-def _measured(layer, of_inputs, x, g, kernel, probe, key):
-    """No dX beside the exact one, the exact dW and what the probe measured."""
-    parts = parts_of(first_free_size(layer.dimension_numbers, x))
-    x, g = (a[0] for a in as_rows(layer.dimension_numbers, 1, x, g))
-    flat = layer._replace(dimension_numbers=(((1,), (0,)), ((), ())))
-    matrix = as_matrix(layer.dimension_numbers, kernel)
-    of_inputs &= _approximates_inputs(layer.config, len(x), probe.memory, key)
-
-    def draw(key):
-        dx, dw, _, norms, not_chosen = estimate(flat, of_inputs, x, g, matrix, probe.memory, key)
-        scores, _ = row_scores(*(n.reshape(-1) for n in norms))  # in units of the largest of all
-        products = jnp.sqrt(scores)
-        of_chosen = jnp.sum(jnp.where(not_chosen.reshape(-1), 0, products))
-        return dw, dx, of_chosen / jnp.maximum(products.sum(), 1)  # of which the largest is 1
-
-    probe = measure(probe, layer.config, x, g, matrix, parts, key, draw)
-    dtype = max(wide(x.dtype), wide(g.dtype))
-    dw = jnp.matmul(x.T.astype(dtype), g.astype(dtype), precision=layer.precision)
-    return None, as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape), probe
 
 
 def dense(
@@ -150,12 +116,12 @@ def dense(
 ) -> chex.Array:
     """`x @ kernel`, with the weight gradient of Mem-AOP-GD (arXiv 2110.09164).
 
-    The result and the gradient of `x` are exact. The gradient of `kernel` is the sum of k of the
-    rows' outer products, those that `config.policy` chooses (weighted by an unbiased policy; of
-    residuals, beside an exact part, with a `Subspace`); the "gradient" of `memory` is the next
-    memory, to be passed in the next step. Products accumulate in float32 (float64 for
-    float64). A row with a NaN or infinity makes the same entries of the kernel's gradient
-    non-finite as in the exact layer, and never enters the memory.
+    The result is exact, and unless `config.input_grad` says otherwise the gradient of `x`. That of
+    `kernel` is the sum of k of the rows' outer products, those that `config.policy` chooses
+    (weighted by an unbiased policy; of residuals, beside an exact part, with a `Subspace`); the
+    "gradient" of `memory` is the next memory, to be passed in the next step. Products accumulate
+    in float32 (float64 for float64). A row with a NaN or infinity makes the same entries of the
+    kernel's gradient non-finite as in the exact layer, and never enters the memory.
 
     Without a memory, the layer can be evaluated on a batch of any size, and differentiated with
     respect to `x`.

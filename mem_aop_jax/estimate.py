@@ -94,6 +94,14 @@ def estimate(
     return Estimate(dx, dw, *others)
 
 
+def approximates_inputs(config, rows, memory, key):
+    """Whether the gradient of the inputs is approximate; to evaluate it is not."""
+    wanted = config.input_grad
+    if wanted is None or key is None or (wanted.rank and memory is None):
+        return False
+    return rows > 0 and rows % config.groups == 0 and config.input_rows(rows) < rows
+
+
 def axes_of(*trees) -> frozenset[str]:
     """The manual mesh axes over which any of the arrays differs from device to device."""
     return frozenset().union(*map(varying_axes, jax.tree.leaves(trees)))

@@ -93,9 +93,26 @@ class Measured(NamedTuple):
     uses: chex.Array
 
 
+class Norms(NamedTuple):
+    """What is left of a layer's rows outside of the first 0, 1, ... directions of a `Subspace`.
+
+    Attributes:
+      inputs: `(rows, rank + 1)` float32, norms of the inputs' residuals.
+      cotangents: `(rows, rank' + 1)` float32, of the cotangents'.
+      of_inputs: `(rows, rank' + 1)` float32, of the products of the cotangents' residuals with the
+        kernel; 0 where nobody asks for the gradient of the inputs.
+      uses: as of a memory.
+    """
+
+    inputs: chex.Array
+    cotangents: chex.Array
+    of_inputs: chex.Array
+    uses: chex.Array
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("memory", "measured", "draw"),
+    data_fields=("memory", "measured", "draw", "noise"),
     meta_fields=("draws",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -104,17 +121,20 @@ class Probe:
 
     Attributes:
       memory: the memory that it stands for; None where the configuration has none. Its gradient
-        is 0.
+        is 0 (beside `Norms`, the next memory).
       measured: zeros; its "gradient" is the measurement.
       draws: how many approximate gradients are drawn; with 0 nothing is measured.
       draw: None; or a number, `()` int32, and the layer's gradients are approximate, as with the
         memory alone but with a key of that number's own. Then the probe has no gradient.
+      noise: None; or a factor, `()` float32, on what is wrong with a draw of the gradient of the
+        inputs, which then is added to the exact one. Then nothing is measured.
     """
 
     memory: Memory | Subspace | None
-    measured: Measured
+    measured: Measured | Norms
     draws: int
     draw: chex.Array | None = None
+    noise: chex.Array | None = None
 
     @classmethod
     def of(cls, memory: Memory | Subspace | None, draws: int, stack: tuple[int, ...] = ()):

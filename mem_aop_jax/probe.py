@@ -1,32 +1,74 @@
 """What a `Probe` measures: how good a layer's approximate gradient is, on one batch."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from mem_aop_jax.config import MemAOP
+from mem_aop_jax.contractions import as_inputs, as_kernel, as_matrix, as_rows, first_free_size
 from mem_aop_jax.cost import exact_flops, relative_cost
-from mem_aop_jax.memory import Measured, Probe, Subspace
-from mem_aop_jax.policies import over
+from mem_aop_jax.estimate import Layer, approximates_inputs, estimate
+from mem_aop_jax.memory import Measured, Norms, Probe, Subspace, wide
+from mem_aop_jax.policies import over, row_scores
+from mem_aop_jax.subspace import orthonormal
 
 HELD = 0.9  # the share of the energy that `Measured.inputs_rank` directions hold
 PARTS = 8  # of the batch, at most, from which its noise is told
+ITERATIONS = 4  # of the subspaces, for each batch of which the `Norms` are taken
 
 
-def measure(
-    probe: Probe,
-    config: MemAOP,
+def measured(
+    layer: Layer,
+    of_inputs: bool,
     x: chex.Array,
     g: chex.Array,
     kernel: chex.Array,
-    parts: int,
+    probe: Probe,
     key: chex.PRNGKey | None,
-    draw: Callable[[chex.PRNGKey | None], tuple[chex.Array, chex.Array | None, chex.Array]],
-) -> Probe:
-    """What the probe says of a layer's approximate gradient.
+) -> tuple[chex.Array | None, chex.Array, Probe]:
+    """In place of `estimate`: what is added to the exact gradient of the inputs; the exact one of
+    the kernel; and what the probe measured.
+    """
+    like, parts = x, parts_of(first_free_size(layer.dimension_numbers, x))
+    x, g = (a[0] for a in as_rows(layer.dimension_numbers, 1, x, g))
+    flat = layer._replace(dimension_numbers=(((1,), (0,)), ((), ())))
+    matrix = as_matrix(layer.dimension_numbers, kernel)
+    dtype = max(wide(x.dtype), wide(g.dtype))
+    dw = jnp.matmul(x.T.astype(dtype), g.astype(dtype), precision=layer.precision)
+    dw = as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape)
+    draws_inputs = of_inputs and approximates_inputs(layer.config, len(x), probe.memory, key)
+    dx = jnp.zeros_like(like) if of_inputs else None
+
+    nothing = jax.tree.map(jnp.zeros_like, probe)
+    if probe.noise is not None:
+        if draws_inputs:
+            drawn = estimate(flat, True, x, g, matrix, probe.memory, key).inputs
+            exact = jnp.matmul(g.astype(dtype), matrix.T.astype(dtype), precision=layer.precision)
+            off = (drawn.astype(dtype) - exact) * probe.noise.astype(dtype)
+            dx = as_inputs(layer.dimension_numbers, off.astype(like.dtype), like.shape)
+        return dx, dw, nothing
+    if isinstance(probe.measured, Norms):
+        return dx, dw, _norms(probe, x, g, matrix if of_inputs else None)
+    if not probe.draws:
+        used = nothing.measured._replace(uses=jnp.ones_like(probe.uses))
+        return dx, dw, dataclasses.replace(nothing, measured=used)
+
+    def draw(key):
+        drawn = estimate(flat, draws_inputs, x, g, matrix, probe.memory, key)
+        scores, _ = row_scores(*(n.reshape(-1) for n in drawn.norms))  # in units of the largest
+        products = jnp.sqrt(scores)
+        of_chosen = jnp.sum(jnp.where(drawn.not_chosen.reshape(-1), 0, products))
+        chosen = of_chosen / jnp.maximum(products.sum(), 1)  # of which the largest is 1
+        return drawn.kernel, drawn.inputs, chosen
+
+    found = _measure(probe, layer.config, x, g, matrix, parts, key, draw)
+    return dx, dw, dataclasses.replace(nothing, measured=found)
+
+
+def _measure(probe, config, x, g, kernel, parts, key, draw):
+    """What is measured of a layer.
 
     Args:
       probe: the probe.
@@ -39,10 +81,6 @@ def measure(
       draw: of a key, an approximate gradient `(in_features, out_features)`, that of the inputs
         `(rows, in_features)` or None, and the chosen share.
     """
-    without_memory = jax.tree.map(jnp.zeros_like, probe.memory)
-    if not probe.draws:
-        uses = probe.measured._replace(uses=jnp.ones_like(probe.uses))
-        return Probe(without_memory, uses, 0)
     x, g, kernel = (a.astype(jnp.float32) for a in (x, g, kernel))
     largest = [jnp.max(jnp.abs(a)) for a in (x, g, kernel)]  # squares of small numbers underflow
     x, g, kernel = (over(a, size) for a, size in zip((x, g, kernel), largest, strict=True))
@@ -85,7 +123,7 @@ def measure(
     inside, ranks = zip(_spectrum(x, v), _spectrum(g, u), strict=True)
     sizes = len(x), x.shape[1], g.shape[1]
     norm = size * largest[0] * largest[1]
-    measured = Measured(
+    found = Measured(
         gradient_norm=norm,
         estimate_norm=norm * jnp.sqrt(squares.mean()),
         error=jnp.sqrt(offs.mean()),
@@ -102,8 +140,44 @@ def measure(
         chosen=chosen.mean(),
         uses=1.0,
     )
-    measured = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), measured)
-    return Probe(without_memory, measured, probe.draws)
+    return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), found)
+
+
+def _norms(probe, x, g, kernel):
+    """The `Norms` of a layer, and its subspace some iterations on; kernel None is not asked for."""
+    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    units = [jnp.max(jnp.abs(a)) for a in (x, g)]  # squares of small numbers underflow
+    x, g = (over(a, unit) for a, unit in zip((x, g), units, strict=True))
+    product = functools.partial(jnp.matmul, precision="highest")
+    bases = [basis.astype(jnp.float32) for basis in probe.memory[:2]]
+    coordinates = [product(rows, basis) for rows, basis in zip((x, g), bases, strict=True)]
+
+    def left(rows, inside):
+        """Norms, of what is left when the first squares are taken out of all."""
+        of_all = jnp.sum(rows**2, axis=1, keepdims=True)
+        taken = jnp.concatenate([jnp.zeros_like(of_all), jnp.cumsum(inside, axis=1)], axis=1)
+        return jnp.sqrt(jnp.maximum(of_all - taken, 1e-6 * of_all))
+
+    inputs, cotangents = (
+        left(rows, c**2) * unit for rows, c, unit in zip((x, g), coordinates, units, strict=True)
+    )
+    of_inputs = jnp.zeros_like(cotangents)
+    if kernel is not None:
+        # ||y - sum_{j < r} c_j b_j||^2 of each row y of G W^T, with B = W U, for all r at once
+        kernel = kernel.astype(jnp.float32)
+        c, b, y = coordinates[1], product(kernel, bases[1]), product(g, kernel.T)
+        gram = product(b.T, b)
+        squares = c * (product(c, jnp.triu(gram, 1)) * 2 + c * jnp.diagonal(gram)[None])
+        of_inputs = left(y, 2 * c * product(y, b) - squares) * units[1]
+
+    memory = []
+    for rows, basis, like in zip((x, g), bases, probe.memory[:2], strict=True):
+        for _ in range(ITERATIONS):
+            basis = orthonormal(product(rows.T, product(rows, basis)), basis)
+        memory.append(basis.astype(like.dtype))
+    uses = jnp.ones_like(probe.uses)
+    found = Norms(inputs, cotangents, of_inputs, uses)
+    return Probe(Subspace(*memory, uses), found, probe.draws)
 
 
 def parts_of(rows: int) -> int:

@@ -1,0 +1,414 @@
+"""Where in a model a budget of FLOPs does least harm: rows and ranks for each layer.
+
+For a few batches it is measured what is left of the rows outside of 0, 1, ... directions. That
+gives the variance of any choice for a layer: rows m drawn with the probabilities
+p[m] = min(1, s[m] / t), of which the sum is k, add
+
+    sum over m of (1 / p[m] - 1) ||term m||^2
+
+with s[m] = ||Xr[m]|| ||Gr[m]|| = ||term m|| for the kernel's gradient, and for the inputs'
+s[m] = ||Gr[m]||, ||term m|| = ||Gr[m] W^T||. What is wrong with an input gradient goes through
+the layers below, where it counts for more or less: by what factor is measured with draws of it, for
+one layer at a time. (The backward pass is linear in the cotangents, so that these variances add up;
+that a layer below draws from cotangents which are wrong already is of second order.)
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mem_aop_jax import linen
+from mem_aop_jax.config import InputGrad, MemAOP
+from mem_aop_jax.cost import exact_flops, relative_cost
+from mem_aop_jax.memory import Norms, Probe, is_memory
+from mem_aop_jax.rules import Rules
+
+RATIOS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the rows
+RANKS = (0, 4, 8, 16, 24, 32, 48, 64)  # of each side
+INPUT_RATIOS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
+FIRST_PASSES = 3  # over the first batch, so that the directions follow the rows
+
+
+class Choice(NamedTuple):
+    """What `allocate` chose for a layer.
+
+    Attributes:
+      path: of the layer.
+      config: for it; None is exact.
+      v: what its gradients add to the variance of the gradient of all parameters, relative to the
+        square of that.
+      c: FLOPs of its step, relative to those of the exact layer.
+    """
+
+    path: str
+    config: MemAOP | None
+    v: float
+    c: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """What `allocate` returns; its `str` is a table.
+
+    Attributes:
+      layers: what was chosen, for each layer.
+      v: predicted variance of the gradient of all parameters, relative to its square.
+      c: FLOPs of all these layers' steps, relative to those of exact ones.
+    """
+
+    layers: tuple[Choice, ...]
+    v: float
+    c: float
+
+    @property
+    def rules(self) -> Rules:
+        """For `aop.linen.wrap`."""
+        return tuple((re.escape(choice.path), choice.config) for choice in self.layers)
+
+    def verdict(self) -> float:
+        """(1 + v) c, below 1 where the estimate pays (see `Diagnostics`)."""
+        return (1 + self.v) * self.c
+
+    def __str__(self) -> str:
+        header = ("layer", "rows", "rank", "rows for dX", "rank for dX", "v", "c")
+        lines = [header, ("---", *["---:"] * (len(header) - 1))]
+        for path, config, v, c in self.layers:
+            lines.append((path, *_shown(config), f"{v:.3g}", f"{c:.3f}"))
+        verdict = f"(1 + v) c = {self.verdict():.3f}"
+        lines.append(("**model**", verdict, "", "", "", f"{self.v:.3g}", f"{self.c:.3f}"))
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def allocate(
+    model: nn.Module,
+    config: MemAOP,
+    example_input: chex.ArrayTree,
+    loss: Callable,
+    budget: float | None = None,
+    *,
+    params: chex.ArrayTree,
+    batches: Sequence[chex.ArrayTree],
+    key: chex.PRNGKey,
+    layers: str = ".*",
+    draws: int = 4,
+) -> Allocation:
+    """Rows and ranks for each dense layer of a model, with least variance for a budget of FLOPs.
+
+    A layer for which exact is the better buy stays exact. What is best changes as training goes on:
+    spectra get flatter.
+
+    Args:
+      model: a Linen model, not wrapped.
+      config: what the layers have in common: the policy, "priority", `groups` and `refresh`. With
+        `memory=None` none gets a subspace, and with `input_grad=None` gradients of inputs stay
+        exact; else both are chosen for each layer, as rows and ranks are.
+      example_input: what `model.init` takes, of the training size; a tuple for several arguments.
+      loss: `loss(model, variables, batch, key)`: of a model that it is given, the scalar that is
+        trained. For instance `model.apply(variables, batch, rngs={aop.linen.RNG: key}).mean()`.
+      budget: FLOPs of the layers' steps, relative to those of exact ones, in (0, 1]; None finds the
+        one of the smallest (1 + v) c.
+      params: the parameters, after as much training as there was.
+      batches: two or more, like those of the training.
+      key: for the draws.
+      layers: regular expression on the whole path of a layer; the others stay exact, and are no
+        part of c.
+      draws: for each layer, of the gradient of its inputs.
+
+    Returns:
+      Rules for `aop.linen.wrap`, and a table.
+
+    Raises:
+      TypeError: a configuration that is none.
+      ValueError: another policy, fewer than two batches, a budget outside of (0, 1], or one that no
+        choice meets; no layer that matches.
+    """
+    _check(config, budget, batches)
+    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    shared = {"policy": config.policy, "groups": config.groups}
+    plain = linen.wrap(model, [(layers, MemAOP(ratio=0.5, **shared))])
+    sizes = {layer.path: layer[1:4] for layer in linen.layers(plain, key, *args)}
+
+    def reference(out_features):
+        of_inputs = config.input_grad and InputGrad(0.5, min(32, out_features // 4))
+        options = {"memory": "subspace", "rank": max(RANKS), "input_grad": of_inputs}
+        return MemAOP(ratio=0.5, **options, **shared)
+
+    configs = {path: reference(out_features) for path, (_, _, out_features) in sizes.items()}
+    wrapped = linen.wrap(model, [(re.escape(path), own) for path, own in configs.items()])
+    memory = jax.jit(wrapped.init)(key, *args)[linen.COLLECTION]
+    measurement = _Measurement(functools.partial(loss, wrapped), params, batches, key)
+    memory, norms = measurement.norms(memory, sizes)
+    harm = {path: 0.0 for path in sizes}
+    if config.input_grad:
+        harm = measurement.harm(memory, norms, configs, sizes, draws)
+
+    options = {
+        path: _options(path, config, shared, sizes[path], norms[path], harm[path]) for path in sizes
+    }
+    return _best(options, budget)
+
+
+def _check(config, budget, batches):
+    if not isinstance(config, MemAOP):
+        raise TypeError(f"allocate: config is of type {type(config).__name__}, not aop.MemAOP.")
+    if config.policy != "priority":
+        raise ValueError(
+            f"allocate: got policy={config.policy!r}; what is known of the variance is that of "
+            "policy='priority'."
+        )
+    if budget is not None and not 0 < budget <= 1:
+        raise ValueError(
+            f"allocate: got budget={budget}; it is a share of the exact steps' FLOPs, in (0, 1], "
+            "or None."
+        )
+    if len(batches) < 2:
+        raise ValueError(
+            f"allocate: got {len(batches)} batches; at least 2 are needed, since directions come "
+            "from other batches than the rows."
+        )
+
+
+# ---- what is measured
+
+
+class _Rows(NamedTuple):
+    """Of a layer and a batch: `Norms` of all its calls and members of a stack, and ||gradient||."""
+
+    norms: list[Norms]
+    gradient_norm: float
+
+
+class _Measurement:
+    """Passes through a model in which all layers that may be approximate have probes."""
+
+    def __init__(self, loss, params, batches, key):
+        self.batches, self.key = batches, key
+
+        def loss_of(params, memory, batch, key):
+            return loss({"params": params, linen.COLLECTION: memory}, batch, key)
+
+        grad = jax.grad(loss_of, argnums=(0, 1))
+        self.gradients = jax.jit(functools.partial(grad, params))
+        self.of_params = jax.jit(functools.partial(jax.grad(loss_of), params))
+
+    def norms(self, memory, sizes):
+        """The memory, and for each path its `_Rows` of each batch, the first one last."""
+        by_path = {path: [] for path in sizes}
+        order = [0] * FIRST_PASSES + [*range(1, len(self.batches)), 0]
+        for i, batch in enumerate(order):
+            probes = _each(memory, _with_norms, sizes)
+            grads, probes = self.gradients(probes, self.batches[batch], self.key)
+            memory = jax.tree.map(lambda probe: probe.memory, probes, is_leaf=is_memory)
+            if i < FIRST_PASSES:
+                continue
+            norm = _norm(grads)
+            for path, calls in _by_path(probes).items():
+                found = [jax.tree.map(np.asarray, probe.measured) for probe in calls]
+                by_path[path].append(_Rows([one for of in found for one in _members(of)], norm))
+        return memory, by_path
+
+    def harm(self, memory, norms, configs, sizes, draws):
+        """How much of an input gradient's variance comes out as variance of the whole gradient."""
+        batch = self.batches[0]
+
+        def noise(path, name, memory):
+            value = jnp.full(jnp.shape(memory.uses), float(name == path), jnp.float32)
+            return dataclasses.replace(Probe.of(memory, 0, jnp.shape(memory.uses)), noise=value)
+
+        def gradient(path, key):
+            return self.of_params(_each(memory, functools.partial(noise, path)), batch, key)
+
+        exact = gradient(None, self.key)
+        harm = {}
+        for path, config in configs.items():
+            rows, (number, *_) = norms[path][-1], sizes[path]
+            added = _input_variance(rows, config.input_grad.rank, config.input_rows(number))
+            harm[path] = 0.0
+            if added > 0:
+                keys = jax.random.split(self.key, draws)
+                off = [jax.tree.map(jnp.subtract, gradient(path, key), exact) for key in keys]
+                harm[path] = np.mean([_norm(tree) ** 2 for tree in off]) / added
+        return harm
+
+
+def _each(tree, change, *args, path=()):
+    """The tree of a collection with `change(*args, path of the layer, memory)` for each memory."""
+    return {
+        name: change(*args, "/".join(path), node)
+        if is_memory(node)
+        else _each(node, change, *args, path=(*path, name))
+        for name, node in tree.items()
+    }
+
+
+def _with_norms(sizes, path, memory):
+    rows, stack = sizes[path][0], jnp.shape(memory.uses)
+    ranks = [1 + basis.shape[-1] for basis in (*memory[:2], memory[1])]
+    shapes = [*((*stack, rows, number) for number in ranks), stack]
+    return Probe(memory, Norms(*(jnp.zeros(shape, jnp.float32) for shape in shapes)), 1)
+
+
+def _by_path(tree, path=()):
+    """Of each path the memories of all calls."""
+    found = {}
+    for name, node in tree.items():
+        if is_memory(node):
+            found.setdefault("/".join(path), []).append(node)
+        else:
+            found |= _by_path(node, (*path, name))
+    return found
+
+
+def _members(norms):
+    """Of a stack of layers, each."""
+    stack = norms.uses.shape
+    flat = [a.reshape(-1, *a.shape[len(stack) :]) for a in norms]
+    return [Norms(*member) for member in zip(*flat, strict=True)]
+
+
+def _norm(tree):
+    leaves = [np.asarray(a, np.float64) for a in jax.tree.leaves(tree)]
+    return np.sqrt(sum((a**2).sum() for a in leaves))
+
+
+# ---- what is chosen
+
+
+class _Options(NamedTuple):
+    """The choices for a layer: configurations, what they add to v, their FLOPs; those of exact."""
+
+    configs: list[MemAOP | None]
+    v: np.ndarray
+    flops: np.ndarray
+    exact: float
+
+
+def _options(path, config, shared, sizes, norms, harm):
+    rows, in_features, out_features = sizes
+    of_all = exact_flops(*sizes)
+    asked_for = bool(norms[-1].norms[0].of_inputs.any())
+    left_out = 0 if asked_for else of_all / 3
+    members = len(norms[-1].norms)
+    configs, v, flops = [None], [0.0], [of_all - left_out]
+
+    def mean(variance, *args):
+        return np.mean([variance(of, *args) / of.gradient_norm**2 for of in norms])
+
+    of_kernel = functools.cache(functools.partial(mean, _kernel_variance))
+    of_inputs = functools.cache(functools.partial(mean, _input_variance))
+    for candidate in _candidates(config, shared, asked_for, *sizes):
+        ranks = candidate.ranks(in_features, out_features) if candidate.memory_kind else (0, 0)
+        added = of_kernel(*ranks, candidate.selected_rows(rows))
+        if candidate.input_grad:
+            drawn = candidate.input_rows(rows)
+            added += harm * of_inputs(candidate.input_grad.rank, drawn)
+        configs.append(candidate)
+        v.append(added)
+        flops.append(of_all * relative_cost(candidate, *sizes) - left_out)
+    flops = np.array(flops) * members
+    return _Options(configs, np.array(v), flops, flops[0])
+
+
+def _candidates(config, shared, asked_for, rows, in_features, out_features):
+    """Configurations that differ for a layer of these sizes."""
+    with_inputs = asked_for and config.input_grad is not None
+    of_x, of_g = (
+        [rank for rank in RANKS if rank < features] for features in (in_features, out_features)
+    )
+    memories = [{}]
+    if config.memory_kind is not None:
+        kept = {"memory": "subspace", "refresh": config.refresh}
+        memories += [kept | {"rank": (rank, other)} for rank in of_x[1:] for other in of_g]
+    for ratio in RATIOS:
+        if shared["groups"] > ratio * rows:
+            continue  # one row of each group at least
+        for memory in memories:
+            yield MemAOP(ratio=ratio, **memory, **shared)
+            if not with_inputs:
+                continue
+            for of_inputs in INPUT_RATIOS:
+                for rank in of_g if memory else (0,):
+                    wanted = InputGrad(of_inputs, rank)
+                    yield MemAOP(ratio=ratio, input_grad=wanted, **memory, **shared)
+
+
+def _kernel_variance(of, rank, other_rank, k):
+    norms = (n.inputs[:, rank] * n.cotangents[:, other_rank] for n in of.norms)
+    return sum(_variance(s, s, k) for s in norms)
+
+
+def _input_variance(of, rank, k):
+    return sum(_variance(n.cotangents[:, rank], n.of_inputs[:, rank], k) for n in of.norms)
+
+
+def _variance(scores, sizes, k):
+    """Of a sum of terms of these sizes, of which k are drawn in proportion to the scores."""
+    order = np.argsort(-scores)
+    s, sizes = (np.asarray(a, np.float64)[order] for a in (scores, sizes))
+    left = np.cumsum(s[::-1])[::-1]  # of each row on
+    if k >= len(s) or not left[0]:
+        return 0.0
+    thresholds = left[:k] / (k - np.arange(k))  # where that many rows are drawn for certain
+    certain = np.argmax(s[:k] <= thresholds)
+    s, sizes = s[certain:], sizes[certain:]
+    drawn = s > 0
+    return np.sum((thresholds[certain] / s[drawn] - 1) * sizes[drawn] ** 2)
+
+
+def _best(options, budget):
+    """The choice of least v that meets the budget, or of least (1 + v) c."""
+    exact = sum(of.exact for of in options.values())
+
+    def chosen(price):
+        """For each layer the option of least v + price * c."""
+        return {
+            path: int(np.argmin(of.v + price * of.flops / exact)) for path, of in options.items()
+        }
+
+    def total(choice):
+        v, flops = (
+            sum(getattr(options[path], name)[i] for path, i in choice.items())
+            for name in ("v", "flops")
+        )
+        return v, flops / exact
+
+    choices = [chosen(price) for price in np.geomspace(1e-6, 1e6, 1200)]
+    totals = [total(choice) for choice in choices]
+    if budget is None:
+        best = min(range(len(choices)), key=lambda i: (1 + totals[i][0]) * totals[i][1])
+    else:
+        meets = [i for i, (_, c) in enumerate(totals) if c <= budget]
+        if not meets:
+            raise ValueError(
+                f"allocate: got budget={budget}; the cheapest choice for these layers costs "
+                f"{min(c for _, c in totals):.3f} of exact steps. Give more."
+            )
+        best = min(meets, key=lambda i: totals[i][0])
+    layers = tuple(
+        Choice(
+            path,
+            of.configs[choices[best][path]],
+            float(of.v[choices[best][path]]),
+            float(of.flops[choices[best][path]] / of.exact),
+        )
+        for path, of in options.items()
+    )
+    return Allocation(layers, *map(float, totals[best]))
+
+
+def _shown(config):
+    if config is None:
+        return "exact", "", "exact", ""
+    rank = "{} + {}".format(*config.rank) if config.memory_kind else ""
+    if config.input_grad is None:
+        return f"{config.ratio:.3g}", rank, "exact", ""
+    of_inputs = config.input_grad
+    return f"{config.ratio:.3g}", rank, f"{of_inputs.ratio:.3g}", str(of_inputs.rank)
