@@ -180,9 +180,16 @@ def _check(config, budget, batches):
 
 
 class _Rows(NamedTuple):
-    """Of a layer and a batch: `Norms` of all its calls and members of a stack, and ||gradient||."""
+    """Of a layer and a batch.
+
+    Attributes:
+      norms: of all its calls, and of each member where it is a stack.
+      stacked: whether it is one.
+      gradient_norm: of the gradient of all parameters.
+    """
 
     norms: list[Norms]
+    stacked: bool
     gradient_norm: float
 
 
@@ -212,7 +219,8 @@ class _Measurement:
             norm = _norm(grads)
             for path, calls in _by_path(probes).items():
                 found = [jax.tree.map(np.asarray, probe.measured) for probe in calls]
-                by_path[path].append(_Rows([one for of in found for one in _members(of)], norm))
+                members = [member for of in found for member in _members(of)]
+                by_path[path].append(_Rows(members, found[0].uses.ndim > 0, norm))
         return memory, by_path
 
     def harm(self, memory, norms, configs, sizes, draws):
@@ -305,6 +313,8 @@ def _options(path, config, shared, sizes, norms, harm):
     of_kernel = functools.cache(functools.partial(mean, _kernel_variance))
     of_inputs = functools.cache(functools.partial(mean, _input_variance))
     for candidate in _candidates(config, shared, asked_for, *sizes):
+        if norms[-1].stacked and candidate.memory_kind is None:
+            continue  # in `wrap`, the key of a stacked layer comes with its memory
         ranks = candidate.ranks(in_features, out_features) if candidate.memory_kind else (0, 0)
         added = of_kernel(*ranks, candidate.selected_rows(rows))
         if candidate.input_grad:
@@ -380,7 +390,7 @@ def _best(options, budget):
         )
         return v, flops / exact
 
-    choices = [chosen(price) for price in np.geomspace(1e-6, 1e6, 1200)]
+    choices = [chosen(price) for price in (0, *np.geomspace(1e-6, 1e6, 1200))]
     totals = [total(choice) for choice in choices]
     if budget is None:
         best = min(range(len(choices)), key=lambda i: (1 + totals[i][0]) * totals[i][1])

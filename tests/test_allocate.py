@@ -1,0 +1,238 @@
+"""Rows and ranks for each layer: what is predicted is what is measured, and better than uniform."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mem_aop_jax as aop
+from mem_aop_jax.allocate import _variance
+from mem_aop_jax.cost import exact_flops, relative_cost
+from mem_aop_jax.policies import priority
+
+ROWS, FEATURES, CLASSES = 256, 48, 8
+KEY = jax.random.key(0)
+COLLECTION, RNG = aop.linen.COLLECTION, aop.linen.RNG
+CONFIG = aop.MemAOP(ratio=0.5, policy="priority", memory="subspace")
+WITH_INPUTS = aop.MemAOP(
+    ratio=0.5, policy="priority", memory="subspace", input_grad=aop.InputGrad()
+)
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+class MLP(nn.Module):
+    """The widths differ, and so do the layers' spectra."""
+
+    @nn.compact
+    def __call__(self, x):
+        for features in (96, 128, 64):
+            x = nn.relu(nn.Dense(features)(x))
+        return nn.Dense(CLASSES)(x)
+
+
+def batch_of(i):
+    """Features have a mean and a spectrum; labels are noisy, so that every row has a gradient."""
+    rng = np.random.default_rng(i)
+    inputs = 0.5 + rng.normal(size=(ROWS, FEATURES)) * np.linspace(2, 0.2, FEATURES)
+    logits = inputs @ np.random.default_rng(99).normal(size=(FEATURES, CLASSES)) / 4
+    labels = np.argmax(logits + rng.gumbel(size=logits.shape), axis=1)
+    return jnp.asarray(inputs, jnp.float32), jnp.asarray(labels)
+
+
+def loss(model, variables, batch, key):
+    inputs, labels = batch
+    logits = model.apply(variables, inputs, rngs={RNG: key})
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@functools.cache
+def trained(steps=60):
+    model, tx = MLP(), optax.adam(3e-3)
+    params = model.init(jax.random.key(0), batch_of(0)[0])["params"]
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, batch):
+        grad = jax.grad(lambda params: loss(model, {"params": params}, batch, KEY))(params)
+        updates, state = tx.update(grad, state)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(steps):
+        params, state = step(params, state, batch_of(i))
+    return params
+
+
+def allocate(config, budget=None, model=None, params=None, **options):
+    options = {"batches": [batch_of(100 + i) for i in range(3)], "key": jax.random.key(1)} | options
+    params = trained() if params is None else params
+    return aop.allocate(
+        model or MLP(), config, batch_of(0)[0], loss, budget, params=params, **options
+    )
+
+
+def measured(rules, model=None, params=None, draws=200):
+    """v of all parameters, on a batch that the directions do not come from."""
+    model, params = model or MLP(), trained() if params is None else params
+    wrapped = aop.linen.wrap(model, rules)
+    memory = wrapped.init(jax.random.key(0), batch_of(0)[0]).get(COLLECTION, {})
+
+    def loss_of(params, memory, batch, key):
+        return loss(wrapped, {"params": params, COLLECTION: memory}, batch, key)
+
+    refresh = jax.jit(jax.grad(loss_of, argnums=1))
+    for i in range(20):
+        memory = refresh(params, memory, batch_of(200 + i), jax.random.key(i))
+    keys = jax.random.split(jax.random.key(2), draws)
+    found = []
+    for i in (300, 301, 302):
+        batch = batch_of(i)
+        gradient = jax.jit(lambda key, batch=batch: jax.grad(loss_of)(params, memory, batch, key))
+        draws = jax.lax.map(gradient, keys)
+        exact = jax.grad(lambda p, batch=batch: loss(model, {"params": p}, batch, KEY))(params)
+        off = jax.tree.map(lambda a, b: ((a - b[None]) ** 2).sum() / len(keys), draws, exact)
+        squares = jax.tree.map(lambda a: (a**2).sum(), exact)
+        found.append(sum(jax.tree.leaves(off)) / sum(jax.tree.leaves(squares)))
+    return float(np.mean(found))
+
+
+SIZES = [(ROWS, *sizes) for sizes in ((FEATURES, 96), (96, 128), (128, 64), (64, CLASSES))]
+
+
+def cost_of(config):
+    """Of one configuration for all layers, of which the first has no gradient of its inputs."""
+    exact = [exact_flops(*sizes) for sizes in SIZES]
+    flops = [relative_cost(config, *sizes) * exact_flops(*sizes) for sizes in SIZES]
+    return (sum(flops) - exact[0] / 3) / (sum(exact) - exact[0] / 3)
+
+
+@pytest.mark.parametrize("k", [7, 20, 40])
+@pytest.mark.parametrize("exponent", [0, 0.5, 2])
+def test_the_variance_of_a_sample(exponent, k):
+    """Against 20,000 draws of the policy, with terms of other sizes than the scores."""
+    rng = np.random.default_rng(0)
+    scores = rng.permutation(np.arange(1.0, 65) ** -exponent)
+    sizes = scores * rng.uniform(0.5, 2, 64)
+
+    def drawn(key):
+        indices, weights = priority(key, jnp.asarray(scores**2, jnp.float32), k)
+        return jnp.zeros(64, jnp.float32).at[indices].add(weights)
+
+    weights = jax.vmap(drawn)(jax.random.split(jax.random.key(0), 20_000))
+    off = (np.asarray(weights) - 1) * sizes[None]
+    wanted = (off**2).sum(axis=1).mean()
+    assert _variance(scores, sizes, k) == pytest.approx(wanted, rel=0.05 + 1.5 / k)
+
+
+def test_all_rows_have_no_variance():
+    assert _variance(np.ones(8), np.ones(8), 8) == 0
+    assert _variance(np.zeros(8), np.zeros(8), 3) == 0
+    assert _variance(np.eye(8)[0], np.ones(8), 3) == 0
+
+
+@pytest.mark.parametrize("budget", [0.8, pytest.param(0.85, marks=pytest.mark.slow)])
+def test_predicted_is_measured_and_better_than_uniform(budget):
+    found = allocate(CONFIG, budget)
+    assert found.c <= budget
+    v = measured(found.rules)
+    assert found.v == pytest.approx(v, rel=0.25)
+    memories = [{}, {"memory": "subspace", "rank": (4, 0)}, {"memory": "subspace", "rank": 4}]
+    uniform = [
+        aop.MemAOP(ratio=ratio, policy="priority", **memory)
+        for ratio in (1 / 8, 1 / 4, 0.4, 1 / 2)
+        for memory in memories
+    ]
+    costs = {config: cost_of(config) for config in uniform}
+    affordable = [config for config in uniform if costs[config] <= found.c]
+    dearest = sorted(affordable, key=costs.get)[-3:]
+    assert len(dearest) == 3
+    assert v < min(measured(config) for config in dearest)
+
+
+def test_with_gradients_of_inputs_too():
+    """What is wrong with them is predicted, with what the layers below make of it."""
+    found = allocate(WITH_INPUTS, 0.75, draws=100)
+    chosen = {choice.path: choice.config for choice in found.layers}
+    first = chosen["Dense_0"]
+    assert first is None or first.input_grad is None  # nobody asks for it
+    assert any(config is not None and config.input_grad for config in chosen.values())
+    assert found.v == pytest.approx(measured(found.rules), rel=0.25)
+    assert found.v < allocate(CONFIG, 0.75).v / 5  # it is the better buy here
+
+
+def test_the_budget_of_the_least_product():
+    found = allocate(CONFIG)
+    assert found.verdict() == pytest.approx((1 + found.v) * found.c)
+    for budget in (0.8, 0.9):
+        assert found.verdict() <= allocate(CONFIG, budget).verdict() + 1e-6
+
+
+def test_all_of_it_is_exact():
+    found = allocate(CONFIG, 1.0)
+    assert found.v == 0
+    assert found.c == 1
+    assert all(config is None for _, config in found.rules)
+
+
+def test_only_some_layers_and_the_table():
+    found = allocate(CONFIG, 0.8, layers="Dense_[12]")
+    assert [choice.path for choice in found.layers] == ["Dense_1", "Dense_2"]
+    model = aop.linen.wrap(MLP(), found.rules)
+    listed = aop.linen.layers(model, jax.random.key(0), batch_of(0)[0])
+    approximate = [path.replace("\\", "") for path, config in found.rules if config]
+    assert [layer.path for layer in listed] == approximate
+    lines = str(found).splitlines()
+    assert len(lines) == 2 + 2 + 1
+    cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
+    assert cells[0] == "**model**"
+    assert float(cells[-1]) == pytest.approx(found.c, abs=1e-3)
+    assert float(cells[-2]) == pytest.approx(found.v, rel=1e-2)
+
+
+def test_without_a_memory():
+    plain = aop.MemAOP(ratio=0.5, policy="priority", input_grad=aop.InputGrad(rank=0))
+    found = allocate(plain, 0.7)
+    assert all(config.memory_kind is None for _, config in found.rules if config)
+    assert found.v == pytest.approx(measured(found.rules), rel=0.25)
+
+
+class Scanned(nn.Module):
+    """Two layers of a stack, which share a rule, and two calls of one layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + nn.tanh(nn.Dense(FEATURES)(x)), None
+
+        scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        x, _ = scan(name="stack")(x, None)
+        twice = nn.Dense(FEATURES, name="twice")
+        return nn.Dense(CLASSES, name="head")(nn.tanh(twice(nn.tanh(twice(x)))))
+
+
+def test_stacked_layers_and_repeated_calls():
+    model = Scanned()
+    params = model.init(jax.random.key(0), batch_of(0)[0])["params"]
+    found = allocate(CONFIG, 0.8, model, params, layers="(?!head).*")
+    assert [choice.path for choice in found.layers] == ["stack/Dense_0", "twice"]
+    assert found.v == pytest.approx(measured(found.rules, model, params), rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"config": None}, TypeError, r"config is of type NoneType, not aop.MemAOP"),
+        ({"config": aop.MemAOP(k=2)}, ValueError, r"policy='topk'.*policy='priority'"),
+        ({"budget": 1.5}, ValueError, r"budget=1.5.*in \(0, 1\]"),
+        ({"budget": 0.2}, ValueError, r"budget=0.2; the cheapest choice .* costs 0\.\d+ of exact"),
+        ({"batches": []}, ValueError, r"got 0 batches; at least 2"),
+    ],
+)
+def test_errors(change, error, message):
+    with pytest.raises(error, match=message):
+        allocate(**{"config": CONFIG, "budget": 0.8} | change)
