@@ -364,6 +364,7 @@ def test_a_table_of_one_seed_has_no_standard_deviation():
     assert row == "| `topk:k=3` | 4 | 9 | 2 G | 0.500 | 0.250 | 1.2 | 2.5000 |"
 
 
+@pytest.mark.slow
 def test_estimates_are_diagnosed_early_and_late(tmp_path, monkeypatch, standard_promotion, capsys):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("words.txt").write_text("a cat sat on a mat, and that was that. " * 400)
@@ -386,3 +387,16 @@ def test_estimates_are_diagnosed_early_and_late(tmp_path, monkeypatch, standard_
     assert f"{subspace}, after 20 steps" in layers
     language_model.main(command)  # with nothing left to train
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.slow
+def test_flops_of_a_step_with_approximate_gradients_of_inputs(tmp_path):
+    """At width 1,024 with 2,048 rows, as XLA counts them."""
+    spelled = "priority:ratio=1/8,memory=subspace,rank=8,input_ratio=1/4,input_rank=32"
+    sizes = ["--width", "1024", "--heads", "16", "--layers", "1", "--out", str(tmp_path)]
+    options = language_model.parse_arguments([*sizes, "--run", spelled])
+    ours, exact = (
+        language_model.Trainer(config, options.batch, options.steps, options).step_flops()
+        for config in (options.run[0].config, None)
+    )
+    assert ours < 0.56 * exact

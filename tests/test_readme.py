@@ -46,6 +46,7 @@ def test_the_code_runs(number):
         "assert aop.get_memory(opt_state)['memory'].inputs.sharding.is_equivalent_to(rows, 2)",
         "assert aop.get_memory(opt_state)['memory'].inputs.shape == (256, 16)",
         "assert set(found.layers) == {'layers_0', 'layers_2'} and 0 < log['v'] < 1",
+        "assert found.c <= 0.7 and found.v < 1 and len(found.rules) == 3",
         "assert flops < 0.72 * exact_flops",
     ][number]
     run(BLOCKS[number] + check)
