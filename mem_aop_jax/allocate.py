@@ -103,20 +103,21 @@ def allocate(
     """Rows and ranks for each dense layer of a model, with least variance for a budget of FLOPs.
 
     A layer for which exact is the better buy stays exact. What is best changes as training goes on:
-    spectra get flatter.
+    spectra get flatter; and before it, a layer whose kernel is zero hides those below.
 
     Args:
       model: a Linen model, not wrapped.
-      config: what the layers have in common: the policy, "priority", `groups` and `refresh`. With
-        `memory=None` none gets a subspace, and with `input_grad=None` gradients of inputs stay
-        exact; else both are chosen for each layer, as rows and ranks are.
+      config: what the layers have in common: the policy, "priority", `groups` and `refresh`. Unless
+        its memory is "subspace" none gets one, and with `input_grad=None` gradients of inputs stay
+        exact; else both are chosen for each layer, as rows and ranks are, whatever they are here.
       example_input: what `model.init` takes, of the training size; a tuple for several arguments.
       loss: `loss(model, variables, batch, key)`: of a model that it is given, the scalar that is
         trained. For instance `model.apply(variables, batch, rngs={aop.linen.RNG: key}).mean()`.
+        `variables` are "params" and the memories; other collections are for it to add.
       budget: FLOPs of the layers' steps, relative to those of exact ones, in (0, 1]; None finds the
         one of the smallest (1 + v) c.
       params: the parameters, after as much training as there was.
-      batches: two or more, like those of the training.
+      batches: two or more, of the size of the example input.
       key: for the draws.
       layers: regular expression on the whole path of a layer; the others stay exact, and are no
         part of c.
@@ -127,23 +128,24 @@ def allocate(
 
     Raises:
       TypeError: a configuration that is none.
-      ValueError: another policy, fewer than two batches, a budget outside of (0, 1], or one that no
-        choice meets; no layer that matches.
+      ValueError: another policy, fewer than two batches or one of another size, a budget outside of
+        (0, 1], or one that no choice meets; no layer that matches, or one that is called with
+        different sizes; a gradient that is zero or not finite.
     """
     _check(config, budget, batches)
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     shared = {"policy": config.policy, "groups": config.groups}
     plain = linen.wrap(model, [(layers, MemAOP(ratio=0.5, **shared))])
-    sizes = {layer.path: layer[1:4] for layer in linen.layers(plain, key, *args)}
+    sizes = _sizes(linen.layers(plain, key, *args))
 
     def reference(out_features):
-        of_inputs = config.input_grad and InputGrad(0.5, min(32, out_features // 4))
+        of_inputs = config.input_grad and InputGrad(INPUT_RATIOS[0], min(32, out_features // 4))
         options = {"memory": "subspace", "rank": max(RANKS), "input_grad": of_inputs}
         return MemAOP(ratio=0.5, **options, **shared)
 
     configs = {path: reference(out_features) for path, (_, _, out_features) in sizes.items()}
     wrapped = linen.wrap(model, [(re.escape(path), own) for path, own in configs.items()])
-    memory = jax.jit(wrapped.init)(key, *args)[linen.COLLECTION]
+    memory = jax.jit(lambda key: wrapped.init(key, *args)[linen.COLLECTION])(key)
     measurement = _Measurement(functools.partial(loss, wrapped), params, batches, key)
     memory, norms = measurement.norms(memory, sizes)
     harm = {path: 0.0 for path in sizes}
@@ -176,6 +178,19 @@ def _check(config, budget, batches):
         )
 
 
+def _sizes(layers):
+    """Rows, in_features and out_features by path."""
+    sizes = {}
+    for layer in layers:
+        if sizes.setdefault(layer.path, layer[1:4]) != layer[1:4]:
+            raise ValueError(
+                f"allocate: {layer.path} is called with {sizes[layer.path]} and {layer[1:4]} as "
+                "(rows, in_features, out_features); one rule is for all calls of a layer. Leave it "
+                "out with layers=."
+            )
+    return sizes
+
+
 # ---- what is measured
 
 
@@ -202,9 +217,10 @@ class _Measurement:
         def loss_of(params, memory, batch, key):
             return loss({"params": params, linen.COLLECTION: memory}, batch, key)
 
-        grad = jax.grad(loss_of, argnums=(0, 1))
-        self.gradients = jax.jit(functools.partial(grad, params))
-        self.of_params = jax.jit(functools.partial(jax.grad(loss_of), params))
+        both = jax.jit(jax.grad(loss_of, argnums=(0, 1), allow_int=True))
+        self.gradients = functools.partial(both, params)
+        of_params = jax.jit(jax.grad(loss_of, allow_int=True))
+        self.of_params = functools.partial(of_params, params)
 
     def norms(self, memory, sizes):
         """The memory, and for each path its `_Rows` of each batch, the first one last."""
@@ -216,7 +232,12 @@ class _Measurement:
             memory = jax.tree.map(lambda probe: probe.memory, probes, is_leaf=is_memory)
             if i < FIRST_PASSES:
                 continue
-            norm = _norm(grads)
+            norm = _square(grads) ** 0.5
+            if not 0 < norm < np.inf:
+                raise ValueError(
+                    f"allocate: the gradient of batch {batch} has the norm {norm}; it must be "
+                    "finite and not 0. Look for NaNs in the batch and in the parameters."
+                )
             for path, calls in _by_path(probes).items():
                 found = [jax.tree.map(np.asarray, probe.measured) for probe in calls]
                 members = [member for of in found for member in _members(of)]
@@ -234,16 +255,14 @@ class _Measurement:
         def gradient(path, key):
             return self.of_params(_each(memory, functools.partial(noise, path)), batch, key)
 
-        exact = gradient(None, self.key)
-        harm = {}
-        for path, config in configs.items():
-            rows, (number, *_) = norms[path][-1], sizes[path]
-            added = _input_variance(rows, config.input_grad.rank, config.input_rows(number))
-            harm[path] = 0.0
-            if added > 0:
-                keys = jax.random.split(self.key, draws)
-                off = [jax.tree.map(jnp.subtract, gradient(path, key), exact) for key in keys]
-                harm[path] = np.mean([_norm(tree) ** 2 for tree in off]) / added
+        harm = {path: 0.0 for path in configs}
+        for key in jax.random.split(self.key, draws):
+            exact = gradient(None, key)
+            for path, config in configs.items():
+                drawn, groups = config.input_rows(sizes[path][0]), config.groups
+                added = _input_variance(norms[path][-1], config.input_grad.rank, drawn, groups)
+                if added > 0:
+                    harm[path] += _square(gradient(path, key), exact) / added / draws
         return harm
 
 
@@ -260,7 +279,7 @@ def _each(tree, change, *args, path=()):
 def _with_norms(sizes, path, memory):
     rows, stack = sizes[path][0], jnp.shape(memory.uses)
     ranks = [1 + basis.shape[-1] for basis in (*memory[:2], memory[1])]
-    shapes = [*((*stack, rows, number) for number in ranks), stack]
+    shapes = [*((*stack, rows, number) for number in ranks), stack, stack]
     return Probe(memory, Norms(*(jnp.zeros(shape, jnp.float32) for shape in shapes)), 1)
 
 
@@ -282,9 +301,15 @@ def _members(norms):
     return [Norms(*member) for member in zip(*flat, strict=True)]
 
 
-def _norm(tree):
-    leaves = [np.asarray(a, np.float64) for a in jax.tree.leaves(tree)]
-    return np.sqrt(sum((a**2).sum() for a in leaves))
+def _square(gradient, other=None):
+    """The sum of squares of all floating entries, or of the differences from another gradient."""
+    leaves = jax.tree.leaves(gradient)
+    others = [0.0] * len(leaves) if other is None else jax.tree.leaves(other)
+    return sum(
+        np.sum((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
+        for a, b in zip(leaves, others, strict=True)
+        if jnp.issubdtype(a.dtype, jnp.floating)
+    )
 
 
 # ---- what is chosen
@@ -302,7 +327,7 @@ class _Options(NamedTuple):
 def _options(path, config, shared, sizes, norms, harm):
     rows, in_features, out_features = sizes
     of_all = exact_flops(*sizes)
-    asked_for = bool(norms[-1].norms[0].of_inputs.any())
+    asked_for = any(member.asked_for for member in norms[-1].norms)
     left_out = 0 if asked_for else of_all / 3
     members = len(norms[-1].norms)
     configs, v, flops = [None], [0.0], [of_all - left_out]
@@ -316,10 +341,11 @@ def _options(path, config, shared, sizes, norms, harm):
         if norms[-1].stacked and candidate.memory_kind is None:
             continue  # in `wrap`, the key of a stacked layer comes with its memory
         ranks = candidate.ranks(in_features, out_features) if candidate.memory_kind else (0, 0)
-        added = of_kernel(*ranks, candidate.selected_rows(rows))
+        groups = candidate.groups
+        added = of_kernel(*ranks, candidate.selected_rows(rows), groups)
         if candidate.input_grad:
             drawn = candidate.input_rows(rows)
-            added += harm * of_inputs(candidate.input_grad.rank, drawn)
+            added += harm * of_inputs(candidate.input_grad.rank, drawn, groups)
         configs.append(candidate)
         v.append(added)
         flops.append(of_all * relative_cost(candidate, *sizes) - left_out)
@@ -350,17 +376,24 @@ def _candidates(config, shared, asked_for, rows, in_features, out_features):
                     yield MemAOP(ratio=ratio, input_grad=wanted, **memory, **shared)
 
 
-def _kernel_variance(of, rank, other_rank, k):
+def _kernel_variance(of, rank, other_rank, k, groups):
     norms = (n.inputs[:, rank] * n.cotangents[:, other_rank] for n in of.norms)
-    return sum(_variance(s, s, k) for s in norms)
+    return sum(_variance(s, s, k, groups) for s in norms)
 
 
-def _input_variance(of, rank, k):
-    return sum(_variance(n.cotangents[:, rank], n.of_inputs[:, rank], k) for n in of.norms)
+def _input_variance(of, rank, k, groups):
+    pairs = ((n.cotangents[:, rank], n.of_inputs[:, rank]) for n in of.norms)
+    return sum(_variance(scores, sizes, k, groups) for scores, sizes in pairs)
 
 
-def _variance(scores, sizes, k):
-    """Of a sum of terms of these sizes, of which k are drawn in proportion to the scores."""
+def _variance(scores, sizes, k, groups=1):
+    """Of a sum of terms of these sizes, of which k are drawn in proportion to the scores.
+
+    In each group an equal share of them.
+    """
+    if groups > 1:
+        parts = zip(scores.reshape(groups, -1), sizes.reshape(groups, -1), strict=True)
+        return sum(_variance(*part, k // groups) for part in parts)
     order = np.argsort(-scores)
     s, sizes = (np.asarray(a, np.float64)[order] for a in (scores, sizes))
     left = np.cumsum(s[::-1])[::-1]  # of each row on
@@ -374,7 +407,10 @@ def _variance(scores, sizes, k):
 
 
 def _best(options, budget):
-    """The choice of least v that meets the budget, or of least (1 + v) c."""
+    """The choice of least v that meets the budget, or of least (1 + v) c.
+
+    Of those that are best at some price of FLOPs, the same in all layers.
+    """
     exact = sum(of.exact for of in options.values())
 
     def chosen(price):

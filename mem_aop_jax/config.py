@@ -81,9 +81,10 @@ class MemAOP:
         row leaves its device. Under `shard_map` and `pmap` a device selects among its own rows
         anyhow. With `ratio`, `k = groups * max(1, round(ratio * rows / groups))`.
       input_grad: how the gradient of the inputs is estimated; None is exact. Needs a key, and with
-        a rank, subspace memory. What it leaves wrong is passed on to all layers below. Without the
-        key, or without the memory that it needs, the gradient of the inputs is exact (where the
-        kernel is differentiated too, that is an error).
+        a rank, subspace memory. What it leaves wrong is passed on to all layers below: no two
+        layers may have the same key, or the gradients below them are biased. Without the key, or
+        without the memory that it needs, the gradient of the inputs is exact (where the kernel is
+        differentiated too, that is an error).
 
     Raises:
       TypeError: an attribute of the wrong type.
@@ -216,14 +217,18 @@ class MemAOP:
     @property
     def needs_key(self) -> bool:
         """Whether a named policy, the memory or the input gradient draws at random."""
-        drawn = self.signed, self.refresh > 1, self.input_grad, self.policy in RANDOM_POLICIES
+        drawn = self.signed, self.refresh > 1, self._draws_inputs, self.policy in RANDOM_POLICIES
         return any(drawn)
+
+    @property
+    def _draws_inputs(self):
+        return self.input_grad is not None and self.input_grad.ratio < 1
 
     @property
     def why_key(self) -> str:
         """What draws at random, for an error message."""
         drawing = f"policy {self.policy!r}"
-        if self.input_grad and self.policy not in RANDOM_POLICIES:
+        if self._draws_inputs and self.policy not in RANDOM_POLICIES:
             drawing = f"input_grad={self.input_grad}"
         if self.signed or self.refresh > 1:
             option = "signed=True" if self.signed else f"refresh={self.refresh}"

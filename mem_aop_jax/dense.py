@@ -132,7 +132,8 @@ def dense(
       memory: the layer's memory, from `init_memory` or the last step; a `Memory` is for this number
         of rows. None where the configuration has none, and to evaluate; a `Probe` to measure.
       config: what to compute; None is an exact layer.
-      key: PRNG key, needed by all named policies but "topk"; handed to any policy.
+      key: PRNG key, needed by all named policies but "topk"; handed to any policy. With
+        `config.input_grad` another one for each layer.
       precision: as in `jax.lax.dot_general`, for all products.
       name: the layer's name in error messages.
 

@@ -214,7 +214,7 @@ def _as_a_whole(exact, estimates):
     unit = over(exact, norm)
 
     @jax.jit
-    def add(total, estimate):
+    def add(total, estimate, unit, norm):
         estimate = over(estimate, norm)
         off = estimate - unit
         squares = jnp.sum(estimate**2), jnp.sum(off**2)
@@ -222,7 +222,7 @@ def _as_a_whole(exact, estimates):
 
     total, found = jnp.zeros_like(exact), []
     for estimate in estimates:
-        total, of_draw = add(total, _flat(estimate))
+        total, of_draw = add(total, _flat(estimate), unit, norm)
         found.append(of_draw)
     squares, offs, cosines = (jnp.stack(values) for values in zip(*found, strict=True))
     number = len(found)
@@ -246,5 +246,5 @@ def _flat(gradient):
 
 def _norm(values):
     """Euclidean, of values of any size."""
-    largest = jnp.max(values)
+    largest = jnp.max(jnp.abs(values))
     return largest * jnp.linalg.norm(over(values, largest))

@@ -99,7 +99,9 @@ def approximates_inputs(config, rows, memory, key):
     wanted = config.input_grad
     if wanted is None or key is None or (wanted.rank and memory is None):
         return False
-    return rows > 0 and rows % config.groups == 0 and config.input_rows(rows) < rows
+    if rows == 0 or rows % config.groups or (config.k is not None and config.k > rows):
+        return False
+    return config.input_rows(rows) < rows
 
 
 def axes_of(*trees) -> frozenset[str]:

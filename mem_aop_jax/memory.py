@@ -101,12 +101,14 @@ class Norms(NamedTuple):
       cotangents: `(rows, rank' + 1)` float32, of the cotangents'.
       of_inputs: `(rows, rank' + 1)` float32, of the products of the cotangents' residuals with the
         kernel; 0 where nobody asks for the gradient of the inputs.
+      asked_for: `()` float32, 1 where somebody does.
       uses: as of a memory.
     """
 
     inputs: chex.Array
     cotangents: chex.Array
     of_inputs: chex.Array
+    asked_for: chex.Array
     uses: chex.Array
 
 

@@ -46,11 +46,12 @@ def measured(
         if draws_inputs:
             drawn = estimate(flat, True, x, g, matrix, probe.memory, key).inputs
             exact = jnp.matmul(g.astype(dtype), matrix.T.astype(dtype), precision=layer.precision)
-            off = (drawn.astype(dtype) - exact) * probe.noise.astype(dtype)
+            noise = probe.noise.astype(dtype)
+            off = jnp.where(noise == 0, 0, (drawn.astype(dtype) - exact) * noise)
             dx = as_inputs(layer.dimension_numbers, off.astype(like.dtype), like.shape)
         return dx, dw, nothing
     if isinstance(probe.measured, Norms):
-        return dx, dw, _norms(probe, x, g, matrix if of_inputs else None)
+        return dx, dw, _norms(layer.name, probe, x, g, matrix if of_inputs else None)
     if not probe.draws:
         used = nothing.measured._replace(uses=jnp.ones_like(probe.uses))
         return dx, dw, dataclasses.replace(nothing, measured=used)
@@ -143,8 +144,13 @@ def _measure(probe, config, x, g, kernel, parts, key, draw):
     return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), found)
 
 
-def _norms(probe, x, g, kernel):
+def _norms(name, probe, x, g, kernel):
     """The `Norms` of a layer, and its subspace some iterations on; kernel None is not asked for."""
+    if len(x) != len(probe.measured.inputs):
+        raise ValueError(
+            f"{name}: a batch with {len(x)} rows, where the example input has "
+            f"{len(probe.measured.inputs)}. Give batches of the size of the example input."
+        )
     x, g = x.astype(jnp.float32), g.astype(jnp.float32)
     units = [jnp.max(jnp.abs(a)) for a in (x, g)]  # squares of small numbers underflow
     x, g = (over(a, unit) for a, unit in zip((x, g), units, strict=True))
@@ -176,7 +182,8 @@ def _norms(probe, x, g, kernel):
             basis = orthonormal(product(rows.T, product(rows, basis)), basis)
         memory.append(basis.astype(like.dtype))
     uses = jnp.ones_like(probe.uses)
-    found = Norms(inputs, cotangents, of_inputs, uses)
+    asked_for = jnp.full_like(uses, kernel is not None)
+    found = Norms(inputs, cotangents, of_inputs, asked_for, uses)
     return Probe(Subspace(*memory, uses), found, probe.draws)
 
 

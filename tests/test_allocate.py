@@ -127,6 +127,14 @@ def test_the_variance_of_a_sample(exponent, k):
     assert _variance(scores, sizes, k) == pytest.approx(wanted, rel=0.05 + 1.5 / k)
 
 
+def test_each_group_has_a_variance_of_its_own():
+    scores, groups, k = np.ones(64), 4, 16
+    scores[:4] = 100
+    parts = [_variance(part, part, k // groups) for part in scores.reshape(groups, -1)]
+    assert _variance(scores, scores, k, groups) == pytest.approx(sum(parts))
+    assert sum(parts) > 5 * _variance(scores, scores, k)
+
+
 def test_all_rows_have_no_variance():
     assert _variance(np.ones(8), np.ones(8), 8) == 0
     assert _variance(np.zeros(8), np.zeros(8), 3) == 0
@@ -199,6 +207,31 @@ def test_without_a_memory():
     assert found.v == pytest.approx(measured(found.rules), rel=0.25)
 
 
+class Dropped(nn.Module):
+    """Draws at random, too; and half of the rows have no cotangents."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.relu(nn.Dense(96)(x))
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(CLASSES)(nn.relu(nn.Dense(64)(x)))
+
+
+def test_other_randomness_and_rows_without_cotangents():
+    model, x = Dropped(), batch_of(0)[0]
+    params = model.init(jax.random.key(0), x, False)["params"]
+
+    def loss_fn(model, variables, batch, key):
+        rngs = {RNG: key, "dropout": jax.random.fold_in(key, 1)}
+        return jnp.sum(model.apply(variables, batch[0], True, rngs=rngs)[: ROWS // 3] ** 2)
+
+    options = {"batches": [batch_of(1), batch_of(2)], "key": KEY, "params": params}
+    found = aop.allocate(model, WITH_INPUTS, (x, False), loss_fn, 0.7, draws=20, **options)
+    chosen = [choice for choice in found.layers if choice.config and choice.config.input_grad]
+    assert chosen  # with another dropout in each draw, all would look harmful
+    assert all(choice.v > 0 for choice in chosen if choice.config.input_grad.ratio < 1 / 3)
+
+
 class Scanned(nn.Module):
     """Two layers of a stack, which share a rule, and two calls of one layer."""
 
@@ -223,6 +256,35 @@ def test_stacked_layers_and_repeated_calls():
     assert found.v == pytest.approx(measured(found.rules, model, params), rel=0.25)
 
 
+class Called(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        twice = nn.Dense(FEATURES)
+        return twice(jnp.tanh(twice(x))[: ROWS // 2])
+
+
+def test_calls_of_different_sizes():
+    model = Called()
+    params = model.init(jax.random.key(0), batch_of(0)[0])["params"]
+    with pytest.raises(ValueError, match=r"Dense_0 is called with \(256, 48, 48\) and \(128, 48"):
+        allocate(CONFIG, 0.8, model, params)
+
+
+def test_a_last_layer_of_zeros():
+    """Nobody's gradient of inputs is zero because nobody asks for it."""
+    params = dict(trained())
+    params["Dense_3"] = jax.tree.map(jnp.zeros_like, params["Dense_3"])
+    found = allocate(WITH_INPUTS, 0.9, params=params, layers="Dense_3")
+    of_last = aop.MemAOP(ratio=1 / 32, policy="priority")
+    assert allocate(WITH_INPUTS, 1.0, params=params, layers="Dense_3").c == 1
+    assert found.c <= 0.9 < relative_cost(of_last, *SIZES[3]) + 1 / 3
+
+
+def with_nan(i):
+    inputs, labels = batch_of(i)
+    return inputs.at[3, 4].set(jnp.nan), labels
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -231,6 +293,12 @@ def test_stacked_layers_and_repeated_calls():
         ({"budget": 1.5}, ValueError, r"budget=1.5.*in \(0, 1\]"),
         ({"budget": 0.2}, ValueError, r"budget=0.2; the cheapest choice .* costs 0\.\d+ of exact"),
         ({"batches": []}, ValueError, r"got 0 batches; at least 2"),
+        ({"batches": [batch_of(1), with_nan(2)]}, ValueError, r"batch 1 has the norm nan"),
+        (
+            {"batches": [jax.tree.map(lambda a: a[:64], batch_of(i)) for i in (1, 2)]},
+            ValueError,
+            r"Dense_3: a batch with 64 rows, where the example input has 256",
+        ),
     ],
 )
 def test_errors(change, error, message):

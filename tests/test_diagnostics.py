@@ -87,14 +87,15 @@ def test_the_papers_policy():
     assert without_key.layers["one"].error == pytest.approx(off, rel=1e-4)
 
 
-def stack(config, key_of=lambda key, i: jax.random.fold_in(key, i)):
+def stack(config, sign=1):
     """Two layers, the first of which nobody asks for the gradient of its inputs."""
 
     def loss_fn(params, memory, x, key):
         y = x
         for i, (kernel, own) in enumerate(zip(params["kernels"], memory, strict=True)):
-            y = aop.dense(y, kernel, own, config=config, key=key_of(key, i)) + params["bias"]
-        return jnp.sum(y**2)
+            own_key = jax.random.fold_in(key, i)
+            y = aop.dense(y, kernel, own, config=config, key=own_key) + params["bias"]
+        return sign * jnp.sum(y**2)
 
     params = {"kernels": [numbers(N, N, seed=i) for i in (3, 4)], "bias": jnp.ones((1, N))}
     memory = [aop.init_memory(config, M, N, N) or aop.Probe.of(None, draws=1) for _ in range(2)]
@@ -145,6 +146,18 @@ def test_an_approximate_gradient_of_the_inputs(config):
     assert found.model.cosine == pytest.approx(cosines.mean(), abs=0.05)
     assert found.model.gradient_norm == pytest.approx(np.linalg.norm(exact), rel=1e-4)
     assert v > 1.05 * float(first.v * (first.gradient_norm / found.model.gradient_norm) ** 2)
+
+
+def test_the_sign_of_the_loss_makes_no_difference():
+    config = aop.MemAOP(ratio=0.5, policy="priority", input_grad=aop.InputGrad(0.5, 0))
+    found = []
+    for sign in (1, -1):
+        loss_fn, params, memory = stack(config, sign)
+        params = jax.tree.map(jnp.abs, params)
+        args = params, memory, jnp.abs(X), jax.random.key(0)
+        found.append(aop.diagnostics(loss_fn, *args, count_flops=False).model)
+    for ours, wanted in zip(*found, strict=True):
+        assert ours == pytest.approx(float(wanted), rel=1e-3)
 
 
 def test_energies_and_ranks():

@@ -268,6 +268,21 @@ def test_to_evaluate_and_to_measure_it_is_exact():
     assert jnp.any(dx(memory, key, config) != exact)
 
 
+def test_a_batch_smaller_than_k_can_be_differentiated_by_its_inputs():
+    config = with_inputs(0.5, 0, aop.MemAOP(k=6, policy="priority"))
+    x, kernel, key = normal(4, N), normal(N, P, seed=1), jax.random.key(0)
+    dx = jax.grad(lambda x: jnp.sum(aop.dense(x, kernel, config=config, key=key)))(x)
+    np.testing.assert_allclose(dx, jnp.ones((4, P), jnp.float32) @ kernel.T, rtol=1e-4, atol=1e-5)
+
+
+def test_all_rows_need_no_key():
+    config = with_inputs(1.0, 0, aop.MemAOP(k=6))
+    memory = aop.init_memory(config, M, N, P)
+    x, g, kernel = normal(M, N), normal(M, P, seed=1), normal(N, P, seed=2)
+    dx, _, _ = gradients(config, x, g, kernel, memory, None)
+    np.testing.assert_allclose(dx, g @ kernel.T, rtol=1e-4, atol=1e-4)
+
+
 def test_groups_draw_in_each_and_need_no_rows_of_other_devices():
     config = with_inputs(0.25, 0, aop.MemAOP(k=8, policy="priority", groups=4))
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))

@@ -62,11 +62,14 @@ def draws_of(config, number):
     return jax.jit(all_draws)
 
 
-@pytest.mark.parametrize("basis", ["first", "refreshed", "one-sided"])
+@pytest.mark.parametrize(
+    ("basis", "k"),
+    [("first", 6), ("refreshed", 6), ("one-sided", 6), ("refreshed", 2), ("refreshed", M - 1)],
+)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("norms", ROWS.values(), ids=ROWS)
-def test_unbiased_for_any_directions(norms, policy, basis):
-    config = config_of(policy, rank=(3, 0) if basis == "one-sided" else 3)
+def test_unbiased_for_any_directions(norms, policy, basis, k):
+    config = config_of(policy, k=k, rank=(3, 0) if basis == "one-sided" else 3)
     rng = np.random.default_rng(0)
     x = jnp.asarray(norms[:, None] * rng.normal(size=(M, N)), jnp.float32)
     g = jnp.asarray(1 + rng.normal(size=(M, P)), jnp.float32)

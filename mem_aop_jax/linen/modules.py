@@ -29,8 +29,8 @@ class Dense(nn.Dense):
     """`flax.linen.Dense` whose kernel gradient is Mem-AOP-GD's (arXiv 2110.09164).
 
     A drop-in: every field of `nn.Dense` but `dot_general` and `dot_general_cls`, the same
-    parameters with the same initial values, the same outputs. The gradients of the inputs and of
-    the bias are exact.
+    parameters with the same initial values, the same outputs. The gradient of the bias is exact,
+    and that of the inputs unless `config.input_grad` says otherwise.
 
     `init` puts the first memory into the collection `COLLECTION`; a `Memory` of rows for as many as
     the example input has: initialise with a batch of the training size. The gradient with respect
