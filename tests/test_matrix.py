@@ -213,7 +213,7 @@ def like(tree, leaves):
 
 def gradients(model):
     def loss_fn(params, memory, x):
-        x += jnp.sum(jax.tree.leaves(params)[0])  # so that the gradient of the inputs counts
+        x += jnp.mean(jax.tree.leaves(params)[0])  # so that the gradient of the inputs counts
         return jnp.sum(model.apply(params, memory, x) ** 2)
 
     return jax.grad(loss_fn, argnums=(0, 1))
@@ -284,7 +284,7 @@ def vmap_per_example(way):
     model, reference, params, memory, x = setup(way, batches=BATCHES)
 
     def loss_fn(params, memory, x):
-        x += jnp.sum(jax.tree.leaves(params)[0])
+        x += jnp.mean(jax.tree.leaves(params)[0])
         return jnp.sum(jax.vmap(model.apply, in_axes=(None, 0, 0))(params, memory, x) ** 2)
 
     grad_fn = jax.jit(jax.grad(loss_fn, argnums=(0, 1)))
