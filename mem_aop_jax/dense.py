@@ -37,7 +37,7 @@ from mem_aop_jax.probe import measured
 
 
 def _product(layer, x, kernel, memory, key, **options):
-    """X W: exact; what is approximate of its gradients is left to `_gradient_term`."""
+    """X W: exact; what is approximate of its gradients is left to a term."""
     # In shard_map: one kernel on all devices, whose transpose sums dW.
     kernel = vary(kernel, axes_of(x, memory, key))
     constant = lax.stop_gradient(x)
@@ -51,12 +51,13 @@ def _product(layer, x, kernel, memory, key, **options):
         precision=layer.precision,
         **options,
     )
-    term_x = vary(x, axes_of(x, kernel)) if of_inputs or measures else constant
-    return y + _gradient_term(layer, lax.stop_gradient(y), term_x, kernel, memory, key)
+    term, term_x = _kernel_term, constant
+    if of_inputs or measures:
+        term, term_x = _both_terms, vary(x, axes_of(x, kernel))
+    return y + term(layer, lax.stop_gradient(y), term_x, kernel, memory, key)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradient_term(layer, y, x, kernel, memory, key):
+def _zeros(layer, y, x, kernel, memory, key):
     """Zeros like y, which XLA drops: a term with the approximate gradients.
 
     It is apart from the product so that nobody who differentiates only the inputs, where their
@@ -70,15 +71,25 @@ def _gradient_term(layer, y, x, kernel, memory, key):
     return zeros
 
 
-def _forward(layer, *args):
-    asked_for = jax.tree.map(lambda arg: arg.perturbed, args, is_leaf=_is_primal)
-    args = jax.tree.map(lambda arg: arg.value, args, is_leaf=_is_primal)
+_kernel_term = jax.custom_vjp(_zeros, nondiff_argnums=(0,))
+_both_terms = jax.custom_vjp(_zeros, nondiff_argnums=(0,))  # not under an eager shard_map
+
+
+def _forward(layer, *args, of_inputs=None):
     _, x, kernel, memory, key = args
-    if any(jax.tree.leaves(asked_for[2:4])):  # kernel, memory
-        rows, _, _ = contraction_sizes(x, kernel, layer.dimension_numbers)
-        checks.differentiable(layer.name, layer.config, rows, measured_memory(memory), key)
-    of_inputs = () if asked_for[1] else None  # static, in the structure
-    return _gradient_term(layer, *args), (of_inputs, x, kernel, memory, key)
+    rows, _, _ = contraction_sizes(x, kernel, layer.dimension_numbers)
+    checks.differentiable(layer.name, layer.config, rows, measured_memory(memory), key)
+    return _zeros(layer, *args), (of_inputs, x, kernel, memory, key)
+
+
+def _forward_of_both(layer, *args):
+    """Knows whether the inputs are differentiated, and whether the kernel is."""
+    _, of_inputs, *of_kernel = jax.tree.map(lambda arg: arg.perturbed, args[:4], is_leaf=_is_primal)
+    args = jax.tree.map(lambda arg: arg.value, args, is_leaf=_is_primal)
+    of_inputs = () if of_inputs else None  # static, in the structure
+    if any(jax.tree.leaves(of_kernel)):
+        return _forward(layer, *args, of_inputs=of_inputs)
+    return _zeros(layer, *args), (of_inputs, *args[1:])
 
 
 def _is_primal(node):
@@ -96,7 +107,8 @@ def _backward(layer, residuals, g):
     return None, dx, dw, memory, None
 
 
-_gradient_term.defvjp(_forward, _backward, symbolic_zeros=True)
+_kernel_term.defvjp(_forward, _backward)
+_both_terms.defvjp(_forward_of_both, _backward, symbolic_zeros=True)
 
 
 def _estimated(layer, of_inputs, x, g, kernel, memory, key):
