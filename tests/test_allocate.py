@@ -141,7 +141,8 @@ def test_all_rows_have_no_variance():
     assert _variance(np.eye(8)[0], np.ones(8), 3) == 0
 
 
-@pytest.mark.parametrize("budget", [0.8, pytest.param(0.85, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [0.8, 0.85])
 def test_predicted_is_measured_and_better_than_uniform(budget):
     found = allocate(CONFIG, budget)
     assert found.c <= budget

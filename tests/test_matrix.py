@@ -437,8 +437,16 @@ COLUMNS = {
 }
 
 
+def slow_if_its_parts_are_in_others(way):
+    """Minutes in all: a rare refresh is a subspace with a branch, signs are rows times signs."""
+    marks = [pytest.mark.slow] if kind_of(way) in ("rare refresh", "signed") else []
+    return pytest.param(way, marks=marks)
+
+
 @pytest.mark.parametrize("column", COLUMNS, ids=lambda name: name.replace("`", ""))
-@pytest.mark.parametrize("way", WAYS, ids=lambda name: name.replace("`", ""))
+@pytest.mark.parametrize(
+    "way", list(map(slow_if_its_parts_are_in_others, WAYS)), ids=lambda name: name.replace("`", "")
+)
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_cell(way, column):
     COLUMNS[column](way)

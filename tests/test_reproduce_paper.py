@@ -204,6 +204,7 @@ def test_energy_writes_results_a_table_and_figures(tmp_path):
     assert (tmp_path / "out/energy-K3.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(folder, tmp_path):
     arguments = ("mnist", "--data", folder, "--k", 8, "--policies", "weightedk", *SMALL)
     whole = reproduce(*arguments, "--out", "whole", cwd=tmp_path)
