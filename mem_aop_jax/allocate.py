@@ -28,6 +28,7 @@ import numpy as np
 from mem_aop_jax import linen
 from mem_aop_jax.config import InputGrad, MemAOP
 from mem_aop_jax.cost import exact_flops, relative_cost
+from mem_aop_jax.diagnostics import markdown
 from mem_aop_jax.memory import Norms, Probe, is_memory
 from mem_aop_jax.rules import Rules
 
@@ -78,13 +79,13 @@ class Allocation:
         return (1 + self.v) * self.c
 
     def __str__(self) -> str:
-        header = ("layer", "rows", "rank", "rows for dX", "rank for dX", "v", "c")
-        lines = [header, ("---", *["---:"] * (len(header) - 1))]
-        for path, config, v, c in self.layers:
-            lines.append((path, *_shown(config), f"{v:.3g}", f"{c:.3f}"))
+        rows = [(path, *_shown(config), v, c) for path, config, v, c in self.layers]
         verdict = f"(1 + v) c = {self.verdict():.3f}"
-        lines.append(("**model**", verdict, "", "", "", f"{self.v:.3g}", f"{self.c:.3f}"))
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        rows.append(("**model**", verdict, "", "", "", self.v, self.c))
+        return markdown(
+            ("layer", "rows", "rank", "rows for dX", "rank for dX", "v", "c"),
+            [(*cells, f"{v:.3g}", f"{c:.3f}") for *cells, v, c in rows],
+        )
 
 
 def allocate(
@@ -153,7 +154,7 @@ def allocate(
         harm = measurement.harm(memory, norms, configs, sizes, draws)
 
     options = {
-        path: _options(path, config, shared, sizes[path], norms[path], harm[path]) for path in sizes
+        path: _options(config, shared, sizes[path], norms[path], harm[path]) for path in sizes
     }
     return _best(options, budget)
 
@@ -255,14 +256,16 @@ class _Measurement:
         def gradient(path, key):
             return self.of_params(_each(memory, functools.partial(noise, path)), batch, key)
 
+        added = {}
+        for path, config in configs.items():
+            drawn, groups = config.input_rows(sizes[path][0]), config.groups
+            added[path] = _input_variance(norms[path][-1], config.input_grad.rank, drawn, groups)
         harm = {path: 0.0 for path in configs}
         for key in jax.random.split(self.key, draws):
             exact = gradient(None, key)
-            for path, config in configs.items():
-                drawn, groups = config.input_rows(sizes[path][0]), config.groups
-                added = _input_variance(norms[path][-1], config.input_grad.rank, drawn, groups)
-                if added > 0:
-                    harm[path] += _square(gradient(path, key), exact) / added / draws
+            for path, variance in added.items():
+                if variance > 0:
+                    harm[path] += _square(gradient(path, key), exact) / variance / draws
         return harm
 
 
@@ -316,15 +319,14 @@ def _square(gradient, other=None):
 
 
 class _Options(NamedTuple):
-    """The choices for a layer: configurations, what they add to v, their FLOPs; those of exact."""
+    """The choices for a layer, exact first: configurations, what they add to v, their FLOPs."""
 
     configs: list[MemAOP | None]
     v: np.ndarray
     flops: np.ndarray
-    exact: float
 
 
-def _options(path, config, shared, sizes, norms, harm):
+def _options(config, shared, sizes, norms, harm):
     rows, in_features, out_features = sizes
     of_all = exact_flops(*sizes)
     asked_for = any(member.asked_for for member in norms[-1].norms)
@@ -349,8 +351,7 @@ def _options(path, config, shared, sizes, norms, harm):
         configs.append(candidate)
         v.append(added)
         flops.append(of_all * relative_cost(candidate, *sizes) - left_out)
-    flops = np.array(flops) * members
-    return _Options(configs, np.array(v), flops, flops[0])
+    return _Options(configs, np.array(v), np.array(flops) * members)
 
 
 def _candidates(config, shared, asked_for, rows, in_features, out_features):
@@ -411,7 +412,7 @@ def _best(options, budget):
 
     Of those that are best at some price of FLOPs, the same in all layers.
     """
-    exact = sum(of.exact for of in options.values())
+    exact = sum(of.flops[0] for of in options.values())
 
     def chosen(price):
         """For each layer the option of least v + price * c."""
@@ -443,7 +444,7 @@ def _best(options, budget):
             path,
             of.configs[choices[best][path]],
             float(of.v[choices[best][path]]),
-            float(of.flops[choices[best][path]] / of.exact),
+            float(of.flops[choices[best][path]] / of.flops[0]),
         )
         for path, of in options.items()
     )

@@ -71,7 +71,7 @@ def as_rows(
 ) -> tuple[chex.Array, chex.Array]:
     """x and g as `(groups, rows of a group, in_features)` and `(..., out_features)`."""
     (contracting, _), _ = dimension_numbers
-    free = [d for d in range(x.ndim) if d not in contracting]
+    free = _others(x.ndim, contracting)
     in_features = math.prod(x.shape[d] for d in contracting)
     rows = math.prod(x.shape[d] for d in free)
     out_shape = g.shape[len(free) :]
@@ -84,15 +84,13 @@ def as_kernel(
 ) -> chex.Array:
     """dw `(in_features, out_features)` in the shape of the kernel."""
     (_, contracting), _ = dimension_numbers
-    order = [*contracting, *(d for d in range(len(shape)) if d not in contracting)]
-    dw = dw.reshape([shape[d] for d in order])
-    return dw.transpose(sorted(range(len(shape)), key=order.__getitem__))
+    return _in_shape(dw, shape, [*contracting, *_others(len(shape), contracting)])
 
 
 def as_matrix(dimension_numbers: lax.DotDimensionNumbers, kernel: chex.Array) -> chex.Array:
     """The kernel as `(in_features, out_features)`; the inverse of `as_kernel`."""
     (_, contracting), _ = dimension_numbers
-    free = [d for d in range(kernel.ndim) if d not in contracting]
+    free = _others(kernel.ndim, contracting)
     in_features = math.prod(kernel.shape[d] for d in contracting)
     return kernel.transpose(*contracting, *free).reshape(in_features, -1)
 
@@ -102,9 +100,17 @@ def as_inputs(
 ) -> chex.Array:
     """dx `(groups, rows of a group, in_features)` in the shape of the inputs."""
     (contracting, _), _ = dimension_numbers
-    order = [*(d for d in range(len(shape)) if d not in contracting), *contracting]
-    dx = dx.reshape([shape[d] for d in order])
-    return dx.transpose(sorted(range(len(shape)), key=order.__getitem__))
+    return _in_shape(dx, shape, [*_others(len(shape), contracting), *contracting])
+
+
+def _others(ndim, dims):
+    return [d for d in range(ndim) if d not in dims]
+
+
+def _in_shape(a, shape, order):
+    """An array whose dimensions come in that order, some of them merged, in the shape."""
+    a = a.reshape([shape[d] for d in order])
+    return a.transpose(sorted(range(len(shape)), key=order.__getitem__))
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import chex
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 
 from mem_aop_jax.memory import Measured, Probe, is_memory
 from mem_aop_jax.policies import over
+from mem_aop_jax.probe import variance_of_draws
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +52,7 @@ class Diagnostics:
             *("error", "cosine", "v", "v of dX", "noise", "c", "(1+error²)c", "pays"),
             *("X inside", "G inside", "X rank 90%", "G rank 90%", "chosen"),
         )
-        lines = [("layer", *head), ("---", *["---:"] * len(head))]
+        lines = []
         for name in (*self.layers, None):
             of = self.model if name is None else self.layers[name]
             rule = float(self.verdict(name))
@@ -66,7 +67,7 @@ class Diagnostics:
                     f"{float(of.chosen):.2f}",
                 )
             )
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        return markdown(("layer", *head), lines)
 
 
 def diagnostics(
@@ -121,14 +122,16 @@ def diagnostics(
     def each(change):
         return jax.tree.map(change, memory, is_leaf=is_memory)
 
-    probes = each(lambda probe: dataclasses.replace(probe, draws=draws))
+    probes, exact_probes = (
+        each(functools.partial(dataclasses.replace, draws=number)) for number in (draws, 0)
+    )
     measured = jax.jit(jax.grad(loss_fn, argnums=1, has_aux=has_aux))(params, probes, *args)
     layers = _by_name(measured[0] if has_aux else measured)
     model = _together(list(layers.values()))
     if any(of.input_v > 0 for of in layers.values()):
         gradient = jax.grad(loss_fn, has_aux=has_aux, allow_int=True)
         of_params = jax.jit(lambda *args: gradient(*args)[0] if has_aux else gradient(*args))
-        exact = of_params(params, each(lambda probe: dataclasses.replace(probe, draws=0)), *args)
+        exact = of_params(params, exact_probes, *args)
 
         def numbered(i, probe):
             draw = jnp.full(jnp.shape(probe.uses), i, jnp.int32)
@@ -143,15 +146,18 @@ def diagnostics(
     if count_flops:
         gradient = jax.jit(jax.grad(loss_fn, argnums=(0, 1), has_aux=has_aux, allow_int=True))
         flops = []
-        for given in (
-            each(lambda probe: probe.memory),
-            each(lambda probe: dataclasses.replace(probe, draws=0)),  # the exact gradient
-        ):
+        for given in (each(lambda probe: probe.memory), exact_probes):
             counted = gradient.lower(params, given, *args).compile().cost_analysis() or {}
             flops.append(counted.get("flops", 0.0))
         if min(flops) > 0:
             step_cost = jnp.asarray(flops[0] / flops[1], jnp.float32)
     return Diagnostics(layers, model, step_cost)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, of which all columns but the first are figures."""
+    lines = header, ("---", *["---:"] * (len(header) - 1)), *rows
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _by_name(measured):
@@ -225,14 +231,12 @@ def _as_a_whole(exact, estimates):
         total, of_draw = add(total, _flat(estimate), unit, norm)
         found.append(of_draw)
     squares, offs, cosines = (jnp.stack(values) for values in zip(*found, strict=True))
-    number = len(found)
-    variance = jnp.maximum(offs.sum() - jnp.sum(total**2) / number, 0) / (number - 1)
     return {
         "gradient_norm": norm,
         "estimate_norm": norm * jnp.sqrt(squares.mean()),
         "error": jnp.sqrt(offs.mean()),
         "cosine": cosines.mean(),
-        "v": variance,
+        "v": variance_of_draws(total, offs),
     }
 
 

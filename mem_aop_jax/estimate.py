@@ -14,7 +14,7 @@ from mem_aop_jax import checks
 from mem_aop_jax.compat import vary, varying_axes
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.contractions import as_inputs, as_kernel, as_matrix, as_rows
-from mem_aop_jax.memory import Memory, Subspace, wide
+from mem_aop_jax.memory import Memory, Subspace, wide, wider
 from mem_aop_jax.policies import POLICIES, priority, row_scores
 from mem_aop_jax.rows import Rows, Slots
 from mem_aop_jax.subspace import Residuals, side
@@ -122,7 +122,7 @@ def _input_gradient(layer, g, kernel, key):
 
     of which the rows S are one product of ((G U) U^T + w Gr)[S] with W^T.
     """
-    dtype = max(g.basis.dtype, kernel.dtype, key=lambda dtype: dtype.itemsize)
+    dtype = wider(g.basis.dtype, kernel.dtype)
 
     def times(a, b):
         a, b = a.astype(dtype), b.astype(dtype)
@@ -173,7 +173,7 @@ def _kernel_gradient(layer, candidates, x, g, memory, key):
     if isinstance(memory, Subspace):
         left, right, new_memory = candidates.whole(_refresh_is_due(layer, memory, key))
         xs, gs = jnp.concatenate([xs, left]), jnp.concatenate([gs, right])
-        dtypes = (max(dtypes, key=lambda dtype: dtype.itemsize),) * 2  # rounded to neither
+        dtypes = (wider(*dtypes),) * 2  # rounded to neither
     # In float16 a sum of rows could overflow, or a row with its weight.
     if jnp.float16 not in dtypes or (memory is None and weights is None):
         xs, gs = xs.astype(dtypes[0]), gs.astype(dtypes[1])

@@ -217,6 +217,11 @@ def wide(dtype: chex.ArrayDType) -> jnp.dtype:
     return jnp.zeros((), jnp.float64 if dtype == jnp.float64 else jnp.float32).dtype
 
 
+def wider(*dtypes: chex.ArrayDType) -> jnp.dtype:
+    """The one with the most bytes, of equals the first."""
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
+
+
 def memory_name(call: int) -> str:
     """What a layer calls the memory of its n-th call in a forward pass, counted from 0."""
     return f"memory_{call}" if call else "memory"

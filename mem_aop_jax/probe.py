@@ -112,8 +112,6 @@ def _measure(probe, config, x, g, kernel, parts, key, draw):
     total, (squares, dots, offs, of_inputs, chosen) = jax.lax.scan(
         one_draw, jnp.zeros_like(exact), keys, length=number
     )
-    variance = jnp.maximum(offs.sum() - jnp.sum(total**2) / number, 0) / max(number - 1, 1)
-
     by_part = product(
         "cmn,cmp->cnp", *(a.reshape(parts, -1, a.shape[-1]) for a in (x, over(g, size)))
     )
@@ -129,7 +127,7 @@ def _measure(probe, config, x, g, kernel, parts, key, draw):
         estimate_norm=norm * jnp.sqrt(squares.mean()),
         error=jnp.sqrt(offs.mean()),
         cosine=over(dots, jnp.sqrt(squares)).mean(),
-        v=variance,
+        v=variance_of_draws(total, offs),
         input_v=of_inputs.mean(),
         noise=noise,
         flops=exact_flops(*sizes),
@@ -185,6 +183,12 @@ def _norms(name, probe, x, g, kernel):
     asked_for = jnp.full_like(uses, kernel is not None)
     found = Norms(inputs, cotangents, of_inputs, asked_for, uses)
     return Probe(Subspace(*memory, uses), found, probe.draws)
+
+
+def variance_of_draws(total: chex.Array, squares: chex.Array) -> chex.Array:
+    """Of draws of which there are the sum and the square of each `(draws,)`; 0 of a single one."""
+    number = len(squares)
+    return jnp.maximum(squares.sum() - jnp.sum(total**2) / number, 0) / max(number - 1, 1)
 
 
 def parts_of(rows: int) -> int:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mem_aop_jax.compat import vary, varying_axes
-from mem_aop_jax.memory import Subspace, wide
+from mem_aop_jax.memory import Subspace, wide, wider
 from mem_aop_jax.policies import over, row_norms
 from mem_aop_jax.rows import take
 
@@ -116,7 +116,7 @@ class Residuals(NamedTuple):
           of dW in the subspaces; the next memory.
         """
         x, g, followed, memory, precision = self
-        dtype = max(x.basis.dtype, g.basis.dtype, key=lambda dtype: dtype.itemsize)
+        dtype = wider(x.basis.dtype, g.basis.dtype)
         a, b = x.coordinates.astype(dtype), g.coordinates.astype(dtype)
 
         def over_rows(a, b):
