@@ -286,7 +286,10 @@ def test_a_bad_csv(options, message, tmp_path):
         paper_data.energy(tmp_path / "energy.csv")
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x00\x80", gzip.compress(b"a,b")])
+CONTENTS = {"empty": b"", "no text": b"\xff\xfe\x00\x00\x80", "compressed": gzip.compress(b"a,b")}
+
+
+@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
 def test_a_file_that_is_no_csv(content, tmp_path):
     path = tmp_path / "energy.csv"
     path.write_bytes(content)
