@@ -25,6 +25,12 @@ def write(results: dict[str, dict], folder: pathlib.Path, description: str) -> s
         for name, entry in results.items()
         for step, found in entry.get("diagnostics", {}).items()
     ]
+    decisions = [
+        f"{name}, first seed\n\n{entry['controller']}"
+        for name, entry in results.items()
+        if "controller" in entry
+    ]
+    text = "\n\n".join([text, *decisions])
     if layers:
         text = f"{text}\n\n{diagnosed(results)}"
         paths.append(folder / "diagnostics.md")
@@ -85,7 +91,7 @@ def draw(results: dict[str, dict]) -> Figure:
             if name in exact
             else {"color": f"C{others.index(name) % 10}"}
         )
-        losses, flops = np.array(entry["losses"]), np.array(entry["flops"])
+        losses, flops = np.array(entry["losses"]), np.mean(entry["flops"], axis=0)
         mean, sd = losses.mean(axis=0), losses.std(axis=0, ddof=min(1, len(losses) - 1))
         panel.plot(flops, mean, label=name, marker="o", markevery=[-1], **style)
         panel.fill_between(flops, mean - sd, mean + sd, color=style["color"], alpha=0.15, lw=0)

@@ -43,8 +43,11 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def parse(text: str, others: Sequence[str] = ()) -> Run:
-    """Of `POLICY:NAME=VALUE,...`, for argparse; `others` are names that aop.MemAOP has not."""
+def parse(text: str, others: Sequence[str] = (), without: Sequence[str] = ("exact",)) -> Run:
+    """Of `POLICY:NAME=VALUE,...`, for argparse.
+
+    `others` are names that aop.MemAOP has not; what is in `without` has no configuration.
+    """
     policy, _, rest = text.partition(":")
     keywords = {}
     for item in filter(None, rest.split(",")):
@@ -55,11 +58,11 @@ def parse(text: str, others: Sequence[str] = ()) -> Run:
             raise argparse.ArgumentTypeError(f"{text}: {name} is given twice")
         keywords[name] = parse_value(value)
     found = {name: keywords.pop(name) for name in others if name in keywords}
-    if policy == "exact":
+    if policy in without:
         if keywords:
             takes = f"{', '.join(others[:-1])} and {others[-1]}" if others else "nothing"
             raise argparse.ArgumentTypeError(
-                f"{text}: exact takes {takes}, not {', '.join(keywords)}"
+                f"{text}: {policy} takes {takes}, not {', '.join(keywords)}"
             )
         return Run(text, None, keywords, found)
     options = dict(keywords)

@@ -3,6 +3,7 @@
 from mem_aop_jax import linen, nnx
 from mem_aop_jax.allocate import Allocation, allocate
 from mem_aop_jax.config import InputGrad, MemAOP
+from mem_aop_jax.controller import Controller, Decision
 from mem_aop_jax.dense import dense, dot_general
 from mem_aop_jax.diagnostics import Diagnostics, diagnostics
 from mem_aop_jax.memory import Measured, Memory, Probe, Subspace, init_memory
@@ -17,6 +18,8 @@ from mem_aop_jax.transform import (
 
 __all__ = [
     "Allocation",
+    "Controller",
+    "Decision",
     "Diagnostics",
     "InputGrad",
     "Measured",

@@ -29,6 +29,15 @@ from mem_aop_jax import linen
 from mem_aop_jax.config import InputGrad, MemAOP
 from mem_aop_jax.cost import exact_flops, relative_cost
 from mem_aop_jax.diagnostics import markdown
+from mem_aop_jax.exact_pass import (
+    backward,
+    each_memory,
+    finite_norm,
+    first_memory,
+    next_memory,
+    square,
+    with_norms,
+)
 from mem_aop_jax.memory import Norms, Probe, is_memory
 from mem_aop_jax.rules import Rules
 
@@ -63,11 +72,13 @@ class Allocation:
       layers: what was chosen, for each layer.
       v: predicted variance of the gradient of all parameters, relative to its square.
       c: FLOPs of all these layers' steps, relative to those of exact ones.
+      spent: FLOPs of the measurement, as the compiler counts them.
     """
 
     layers: tuple[Choice, ...]
     v: float
     c: float
+    spent: float
 
     @property
     def rules(self) -> Rules:
@@ -146,9 +157,8 @@ def allocate(
 
     configs = {path: reference(out_features) for path, (_, _, out_features) in sizes.items()}
     wrapped = linen.wrap(model, [(re.escape(path), own) for path, own in configs.items()])
-    memory = jax.jit(lambda key: wrapped.init(key, *args)[linen.COLLECTION])(key)
-    measurement = _Measurement(functools.partial(loss, wrapped), params, batches, key)
-    memory, norms = measurement.norms(memory, sizes)
+    measurement = _Measurement(loss, wrapped, params, batches, key)
+    memory, norms = measurement.norms(first_memory(wrapped, *args), sizes)
     harm = {path: 0.0 for path in sizes}
     if config.input_grad:
         harm = measurement.harm(memory, norms, configs, sizes, draws)
@@ -156,7 +166,7 @@ def allocate(
     options = {
         path: _options(config, shared, sizes[path], norms[path], harm[path]) for path in sizes
     }
-    return _best(options, budget)
+    return Allocation(*_best(options, budget), measurement.spent)
 
 
 def _check(config, budget, batches):
@@ -212,37 +222,30 @@ class _Rows(NamedTuple):
 class _Measurement:
     """Passes through a model in which all layers that may be approximate have probes."""
 
-    def __init__(self, loss, params, batches, key):
-        self.batches, self.key = batches, key
+    def __init__(self, loss, model, params, batches, key):
+        self.batches, self.key, self.spent = batches, key, 0.0
+        self._backward = functools.partial(backward(loss), model, params)
 
-        def loss_of(params, memory, batch, key):
-            return loss({"params": params, linen.COLLECTION: memory}, batch, key)
-
-        both = jax.jit(jax.grad(loss_of, argnums=(0, 1), allow_int=True))
-        self.gradients = functools.partial(both, params)
-        of_params = jax.jit(jax.grad(loss_of, allow_int=True))
-        self.of_params = functools.partial(of_params, params)
+    def _pass(self, *args):
+        found = self._backward(*args)
+        self.spent += found.flops
+        return found
 
     def norms(self, memory, sizes):
         """The memory, and for each path its `_Rows` of each batch, the first one last."""
         by_path = {path: [] for path in sizes}
         order = [0] * FIRST_PASSES + [*range(1, len(self.batches)), 0]
         for i, batch in enumerate(order):
-            probes = _each(memory, _with_norms, sizes)
-            grads, probes = self.gradients(probes, self.batches[batch], self.key)
-            memory = jax.tree.map(lambda probe: probe.memory, probes, is_leaf=is_memory)
+            probes = each_memory(memory, functools.partial(with_norms, sizes))
+            found = self._pass(probes, self.batches[batch], self.key)
+            memory = next_memory(found.memory)
             if i < FIRST_PASSES:
                 continue
-            norm = _square(grads) ** 0.5
-            if not 0 < norm < np.inf:
-                raise ValueError(
-                    f"allocate: the gradient of batch {batch} has the norm {norm}; it must be "
-                    "finite and not 0. Look for NaNs in the batch and in the parameters."
-                )
-            for path, calls in _by_path(probes).items():
-                found = [jax.tree.map(np.asarray, probe.measured) for probe in calls]
-                members = [member for of in found for member in _members(of)]
-                by_path[path].append(_Rows(members, found[0].uses.ndim > 0, norm))
+            norm = finite_norm("allocate", batch, found.gradient)
+            for path, calls in _by_path(found.memory).items():
+                of_calls = [jax.tree.map(np.asarray, probe.measured) for probe in calls]
+                members = [member for of in of_calls for member in _members(of)]
+                by_path[path].append(_Rows(members, of_calls[0].uses.ndim > 0, norm))
         return memory, by_path
 
     def harm(self, memory, norms, configs, sizes, draws):
@@ -254,7 +257,8 @@ class _Measurement:
             return dataclasses.replace(Probe.of(memory, 0, jnp.shape(memory.uses)), noise=value)
 
         def gradient(path, key):
-            return self.of_params(_each(memory, functools.partial(noise, path)), batch, key)
+            probes = each_memory(memory, functools.partial(noise, path))
+            return self._pass(probes, batch, key).gradient
 
         added = {}
         for path, config in configs.items():
@@ -265,25 +269,8 @@ class _Measurement:
             exact = gradient(None, key)
             for path, variance in added.items():
                 if variance > 0:
-                    harm[path] += _square(gradient(path, key), exact) / variance / draws
+                    harm[path] += square(gradient(path, key), exact) / variance / draws
         return harm
-
-
-def _each(tree, change, *args, path=()):
-    """The tree of a collection with `change(*args, path of the layer, memory)` for each memory."""
-    return {
-        name: change(*args, "/".join(path), node)
-        if is_memory(node)
-        else _each(node, change, *args, path=(*path, name))
-        for name, node in tree.items()
-    }
-
-
-def _with_norms(sizes, path, memory):
-    rows, stack = sizes[path][0], jnp.shape(memory.uses)
-    ranks = [1 + basis.shape[-1] for basis in (*memory[:2], memory[1])]
-    shapes = [*((*stack, rows, number) for number in ranks), stack, stack]
-    return Probe(memory, Norms(*(jnp.zeros(shape, jnp.float32) for shape in shapes)), 1)
 
 
 def _by_path(tree, path=()):
@@ -302,17 +289,6 @@ def _members(norms):
     stack = norms.uses.shape
     flat = [a.reshape(-1, *a.shape[len(stack) :]) for a in norms]
     return [Norms(*member) for member in zip(*flat, strict=True)]
-
-
-def _square(gradient, other=None):
-    """The sum of squares of all floating entries, or of the differences from another gradient."""
-    leaves = jax.tree.leaves(gradient)
-    others = [0.0] * len(leaves) if other is None else jax.tree.leaves(other)
-    return sum(
-        np.sum((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
-        for a, b in zip(leaves, others, strict=True)
-        if jnp.issubdtype(a.dtype, jnp.floating)
-    )
 
 
 # ---- what is chosen
@@ -408,7 +384,7 @@ def _variance(scores, sizes, k, groups=1):
 
 
 def _best(options, budget):
-    """The choice of least v that meets the budget, or of least (1 + v) c.
+    """The choices of least v that meet the budget, or of least (1 + v) c; their v and c.
 
     Of those that are best at some price of FLOPs, the same in all layers.
     """
@@ -448,7 +424,7 @@ def _best(options, budget):
         )
         for path, of in options.items()
     )
-    return Allocation(layers, *map(float, totals[best]))
+    return layers, *map(float, totals[best])
 
 
 def _shown(config):

@@ -1,0 +1,290 @@
+"""What language_model.py trains, and how: a character transformer in stock Flax."""
+
+import argparse
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import language_text
+import optax
+from tqdm import tqdm
+
+import mem_aop_jax as aop
+from mem_aop_jax.cost import flops_left_out
+from mem_aop_jax.rules import config_for
+
+EVALUATIONS = 10  # of a run, evenly spaced; the last is after the last step
+WARM_UP = 0.1  # of the steps
+ALLOCATED = aop.MemAOP(ratio=0.5, policy="priority", memory="subspace", refresh=8)
+
+
+class Run(NamedTuple):
+    """One way to train.
+
+    Attributes:
+      name: as it was spelled.
+      config: of the layers; None is exact, and "control".
+      keywords: the configuration's, as they were spelled.
+      every: steps between two decisions of a controller; None has none.
+      batch: windows of a step: a count, or (a float) a share of --batch.
+      steps: a count, or (a float) a share of --steps; None where `flops` decides.
+      flops: those of the whole run, as a share of the reference's; None where `steps` decides.
+    """
+
+    name: str
+    config: aop.MemAOP | None
+    keywords: dict[str, Any]
+    every: int | None = None
+    batch: int | float | None = None
+    steps: int | float | None = None
+    flops: int | float | None = None
+
+
+# ---- the model, as anybody writes it
+
+
+class Block(nn.Module):
+    heads: int
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        qkv = nn.Dense(3 * width, name="qkv")(nn.LayerNorm()(x))
+        qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, width // self.heads)
+        query, key, value = (qkv[..., i, :, :] for i in range(3))
+        y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        x = x + nn.Dense(width, name="out")(y.reshape(x.shape))
+        y = nn.gelu(nn.Dense(4 * width, name="up")(nn.LayerNorm()(x)))
+        return x + nn.Dense(width, name="down")(y)
+
+
+class Transformer(nn.Module):
+    width: int
+    layers: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, tokens):
+        shape = tokens.shape[-1], self.width
+        positions = self.param("positions", nn.initializers.normal(0.02), shape)
+        x = nn.Embed(language_text.VOCABULARY, self.width, name="embedding")(tokens) + positions
+        for i in range(self.layers):
+            x = Block(self.heads, name=f"block_{i}")(x)
+        return nn.Dense(language_text.VOCABULARY, name="head")(nn.LayerNorm()(x))
+
+
+def loss(model, variables, windows, key=None):
+    rngs = {} if key is None else {aop.linen.RNG: key}
+    logits = model.apply(variables, windows[:, :-1], rngs=rngs)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def validation_loss(model, params, batches):
+    def of_batch(windows):
+        return loss(model, {"params": params}, windows.astype(jnp.int32))
+
+    return jax.lax.map(of_batch, batches).mean()
+
+
+# ---- training
+
+
+def evaluated_steps(steps: int) -> list[int]:
+    return [round(steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)]
+
+
+class Trained(NamedTuple):
+    """What there is of one training.
+
+    Attributes:
+      losses: of the validation, at the evaluated steps.
+      flops: spent so far, at the same steps.
+      seconds: of all steps, without compilation.
+      diagnostics: by step.
+      controller: None where there is none.
+    """
+
+    losses: list[float]
+    flops: list[float]
+    seconds: float
+    diagnostics: dict[int, aop.Diagnostics]
+    controller: aop.Controller | None
+
+
+class Trainer:
+    """Training of a run, with so many steps, for any seed."""
+
+    def __init__(self, run: Run, steps: int, options: argparse.Namespace):
+        self.batch, self.every, self.steps = run.batch, run.every, steps
+        self.sequence = options.sequence
+        self.exact = Transformer(options.width, options.layers, options.heads)
+        self.example = jnp.zeros((run.batch, options.sequence), jnp.int32)
+        exact = ["head", *([options.layers_exact] if options.layers_exact else [])]
+        self.approximate = f"(?!({'|'.join(exact)})$).*"
+        self.model = self.exact
+        if run.config is not None:
+            rules = [*((pattern, None) for pattern in exact), (r".*", run.config)]
+            self.model = aop.linen.wrap(self.exact, rules)
+        warm_up = int(WARM_UP * steps)
+        self.schedule = optax.warmup_cosine_decay_schedule(
+            options.learning_rate / (warm_up + 1), options.learning_rate, warm_up, steps
+        )
+        self.init = jax.jit(self._init)
+        self.advance = jax.jit(self._advance, static_argnums=0, donate_argnums=1)
+        self.step_flops = functools.cache(self._step_flops)
+
+    def layers(self):
+        return aop.linen.layers(self.model, jax.random.key(0), self.example)
+
+    def optimizer(self, memory):
+        return optax.chain(
+            aop.carry_memory(memory, self.schedule),
+            optax.clip_by_global_norm(1.0),
+            optax.adam(self.schedule),
+        )
+
+    def _init(self, key):
+        variables = self.model.init(key, self.example)
+        params, memory = variables["params"], variables.get(aop.linen.COLLECTION, {})
+        return params, self.optimizer(memory).init(params)
+
+    def step(self, model, state, windows, key):
+        params, opt_state = state
+        memory = aop.get_memory(opt_state)
+
+        def loss_fn(params, memory):
+            return loss(model, {"params": params, aop.linen.COLLECTION: memory}, windows, key)
+
+        grads, new_memory = jax.grad(loss_fn, argnums=(0, 1))(params, memory)
+        optimizer = self.optimizer(memory)
+        updates, opt_state = optimizer.update(grads, opt_state, params, memory=new_memory)
+        return optax.apply_updates(params, updates), opt_state
+
+    def windows(self, tokens, key, i):
+        """Those of step i. The n-th of a run is the same for every batch size."""
+
+        def offset(n):
+            return jax.random.randint(
+                jax.random.fold_in(key, n), (), 0, len(tokens) - self.sequence
+            )
+
+        offsets = jax.vmap(offset)(i * self.batch + jnp.arange(self.batch))
+        return tokens[offsets[:, None] + jnp.arange(self.sequence + 1)].astype(jnp.int32)
+
+    def _advance(self, model, state, tokens, data_key, policy_key, start, stop):
+        """The steps from `start` to `stop`."""
+
+        def body(i, state):
+            windows = self.windows(tokens, data_key, i)
+            return self.step(model, state, windows, jax.random.fold_in(policy_key, i))
+
+        return jax.lax.fori_loop(start, stop, body, state)
+
+    def _step_flops(self, model) -> float:
+        """FLOPs of one training step, as XLA counts them; without the refreshes it leaves out."""
+        key = jax.random.key(0)
+        memory = jax.eval_shape(model.init, key, self.example).get(aop.linen.COLLECTION, {})
+        params, opt_state = jax.eval_shape(self.init, key)
+        state = params, aop.replace_memory(opt_state, memory)
+        windows = jnp.zeros((self.batch, self.sequence + 1), jnp.int32)
+        step = jax.jit(self.step, static_argnums=0).lower(model, state, windows, key)
+        counted = step.compile().cost_analysis()["flops"]
+        if model is self.exact:
+            return counted
+        return counted - sum(
+            flops_left_out(config_for(model.rules, layer.path), *layer[1:4])
+            for layer in aop.linen.layers(model, key, self.example)
+        )
+
+    def diagnose(self, model, state, windows, key) -> aop.Diagnostics:
+        """Of the gradient estimates, on windows that were not trained on."""
+        params, opt_state = state
+        probes = aop.linen.probes(model, aop.get_memory(opt_state), key, self.example)
+
+        def loss_fn(params, memory, windows, key):
+            return loss(model, {"params": params, aop.linen.COLLECTION: memory}, windows, key)
+
+        return aop.diagnostics(loss_fn, params, probes, windows, key, count_flops=False)
+
+    def train(
+        self, seed: int, tokens, validation, progress: tqdm, diagnosed: Sequence[int] = ()
+    ) -> Trained:
+        """Trains once, with diagnostics at those of the evaluated steps that are in `diagnosed`."""
+        init_key, *keys = jax.random.split(jax.random.key(seed), 3)
+        state, model = self.init(init_key), self.model
+        controlled = Controlled(self) if self.every else None
+        evaluated = evaluated_steps(self.steps)
+        decided = decided_steps(self.steps, self.every) if self.every else []
+        losses, spent, seconds, found = [], [], 0.0, {}
+        done, flops, compiled = 0, 0.0, None
+        for step in sorted({*evaluated, *decided}):
+            if model is not compiled:
+                state = self.advance(model, state, tokens, *keys, done, done)
+                compiled = model
+            start = time.perf_counter()
+            state = jax.block_until_ready(self.advance(model, state, tokens, *keys, done, step))
+            seconds += time.perf_counter() - start
+            flops += (step - done) * self.step_flops(model)
+            done = step
+            key = jax.random.fold_in(keys[1], self.steps + step)  # of no step
+            if step in evaluated:
+                losses.append(float(validation_loss(self.exact, state[0], validation)))
+                spent.append(flops)
+                progress.update()
+            if step in diagnosed and model is not self.exact:
+                windows = self.windows(tokens, keys[0], step)
+                found[step] = self.diagnose(model, state, windows, key)
+            if step in decided:
+                batches = [self.windows(tokens, keys[0], step + i) for i in range(2)]
+                state, of_decision = controlled.decide(step, state, batches, key)
+                model = controlled.controller.model
+                flops += of_decision
+        return Trained(losses, spent, seconds, found, controlled and controlled.controller)
+
+
+def decided_steps(steps: int, every: int) -> list[int]:
+    return [max(1, every // 10), *range(every, steps, every)]
+
+
+class Controlled:
+    """What a controller decides between: exact training, and what `aop.allocate` finds.
+
+    It is asked at the first, second, fourth, ... decision, and what it finds is among the choices
+    from then on.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.choices = trainer, {}
+        self.controller = self._controller(())
+
+    def _controller(self, log):
+        trainer = self.trainer
+        return aop.Controller(trainer.exact, self.choices, trainer.example, loss, log=log)
+
+    def decide(self, step: int, state, batches, key):
+        """The state with the memory of what was chosen, and the FLOPs of all measurements."""
+        params, opt_state = state
+        flops, number = 0.0, len(self.controller.log) + 1
+        if number & (number - 1) == 0:
+            found = aop.allocate(
+                self.trainer.exact,
+                ALLOCATED,
+                self.trainer.example,
+                loss,
+                params=params,
+                batches=batches,
+                key=key,
+                layers=self.trainer.approximate,
+            )
+            flops += found.spent
+            self.choices[f"allocated at {step}"] = found.rules
+            self.controller = self._controller(self.controller.log)
+        memory = aop.get_memory(opt_state)
+        memory = self.controller.decide(step, params, memory, batches, key)
+        state = params, aop.replace_memory(opt_state, memory)
+        return state, flops + self.controller.log[-1].spent

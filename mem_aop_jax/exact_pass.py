@@ -1,0 +1,125 @@
+"""Backward passes through a model, to measure: what `allocate` and `Controller` share.
+
+With `Norms` probes a pass is exact, the directions of each layer follow the batch's rows, and what
+is left of the rows outside of them is measured.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mem_aop_jax.linen import COLLECTION
+from mem_aop_jax.memory import Norms, Probe, Subspace, is_memory, wide
+from mem_aop_jax.policies import over
+from mem_aop_jax.transform import carry_memory
+
+
+class Pass(NamedTuple):
+    """A backward pass through a model.
+
+    Attributes:
+      gradient: of the parameters.
+      memory: of the memory, or of the probes in its place.
+      flops: as the compiler counts them; 0 where it does not.
+    """
+
+    gradient: chex.ArrayTree
+    memory: chex.ArrayTree
+    flops: float
+
+
+@functools.lru_cache(maxsize=8)  # measuring once more compiles nothing anew
+def backward(loss: Callable) -> Callable[..., Pass]:
+    """The function `(model, params, memory, batch, key) -> Pass`, of a loss as in `allocate`."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(model, params, memory, batch, key):
+        def loss_of(params, memory):
+            return loss(model, {"params": params, COLLECTION: memory}, batch, key)
+
+        return jax.grad(loss_of, argnums=(0, 1), allow_int=True)(params, memory)
+
+    flops = {}
+
+    def call(model, params, memory, batch, key):
+        args = model, params, memory, batch, key
+        kind = model, jax.tree.structure(memory)
+        if kind not in flops:  # the call below uses what is compiled here
+            counted = gradients.lower(*args).compile().cost_analysis() or {}
+            flops[kind] = counted.get("flops", 0.0)
+        return Pass(*gradients(*args), flops[kind])
+
+    return call
+
+
+def first_memory(model: nn.Module, *args: chex.ArrayTree) -> dict:
+    """The memories that a wrapped model starts with, for inputs like these; nothing is computed."""
+    return carry_memory(memory_shapes(model, *args)).init(None).memory
+
+
+def memory_shapes(model: nn.Module, *args: chex.ArrayTree) -> dict:
+    """Those of the memories of a wrapped model."""
+    return jax.eval_shape(model.init, jax.random.key(0), *args).get(COLLECTION, {})
+
+
+def each_memory(tree: chex.ArrayTree, change: Callable, path: tuple[str, ...] = ()) -> dict:
+    """The tree of a collection with `change(path of the layer, memory)` for each memory."""
+    return {
+        name: change("/".join(path), node)
+        if is_memory(node)
+        else each_memory(node, change, (*path, name))
+        for name, node in tree.items()
+    }
+
+
+def with_norms(sizes: Mapping[str, tuple[int, ...]], path: str, memory: Subspace) -> Probe:
+    """A probe of a memory; `sizes` are by path, of which the first is that of rows."""
+    rows, stack = sizes[path][0], jnp.shape(memory.uses)
+    ranks = [1 + basis.shape[-1] for basis in (*memory[:2], memory[1])]
+    shapes = [*((*stack, rows, number) for number in ranks), stack, stack]
+    return Probe(memory, Norms(*(jnp.zeros(shape, jnp.float32) for shape in shapes)), 1)
+
+
+def next_memory(probes: chex.ArrayTree) -> chex.ArrayTree:
+    """The memories, some subspace iterations on; of what is returned as the probes' gradient."""
+    return jax.tree.map(lambda probe: probe.memory, probes, is_leaf=is_memory)
+
+
+def square(gradient: chex.ArrayTree, other: chex.ArrayTree | None = None) -> float:
+    """The sum of squares of all floating entries, or of the differences from another gradient."""
+    largest, in_units = _square(*(map(_floating, (gradient, other))))
+    return float(in_units) * float(largest) ** 2  # which float32 could not hold
+
+
+def _floating(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+@jax.jit
+def _square(leaves, others):
+    leaves = [leaf.astype(wide(leaf.dtype)) for leaf in leaves]
+    if others:
+        leaves = [a - b.astype(a.dtype) for a, b in zip(leaves, others, strict=True)]
+    largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(a), initial=0) for a in leaves))
+    return largest, sum(jnp.sum(over(a, largest) ** 2) for a in leaves)
+
+
+def finite_norm(caller: str, batch: int, gradient: chex.ArrayTree) -> float:
+    """That of the gradient of a batch, of which this is the number.
+
+    Raises:
+      ValueError: it is zero or not finite.
+    """
+    norm = square(gradient) ** 0.5
+    if not 0 < norm < np.inf:
+        raise ValueError(
+            f"{caller}: the gradient of batch {batch} has the norm {norm}; it must be finite and "
+            "not 0. Look for NaNs in the batch and in the parameters."
+        )
+    return norm
