@@ -139,7 +139,11 @@ class Trainer:
         self.step_flops = functools.cache(self._step_flops)
 
     def layers(self):
-        return aop.linen.layers(self.model, jax.random.key(0), self.example)
+        """Those that are approximate, or may be."""
+        model = self.model
+        if self.every:
+            model = aop.linen.wrap(self.exact, [(self.approximate, ALLOCATED)])
+        return aop.linen.layers(model, jax.random.key(0), self.example)
 
     def optimizer(self, memory):
         return optax.chain(

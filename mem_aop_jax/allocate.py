@@ -42,9 +42,9 @@ from mem_aop_jax.memory import Norms, Probe, is_memory
 from mem_aop_jax.rules import Rules
 
 RATIOS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the rows
-RANKS = (0, 4, 8, 16, 24, 32, 48, 64)  # of each side
+RANKS = (0, 4, 8, 16, 24, 32, 48, 64)  # of each side, up to a quarter of its features
 INPUT_RATIOS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
-FIRST_PASSES = 3  # over the first batch, so that the directions follow the rows
+FIRST_PASSES = 2  # over the first batch, so that the directions follow the rows
 
 
 class Choice(NamedTuple):
@@ -150,12 +150,14 @@ def allocate(
     plain = linen.wrap(model, [(layers, MemAOP(ratio=0.5, **shared))])
     sizes = _sizes(linen.layers(plain, key, *args))
 
-    def reference(out_features):
+    def reference(in_features, out_features):
         of_inputs = config.input_grad and InputGrad(INPUT_RATIOS[0], min(32, out_features // 4))
-        options = {"memory": "subspace", "rank": max(RANKS), "input_grad": of_inputs}
+        # one direction at least: a `Norms` probe has both sides
+        rank = tuple(max(1, *_ranks(features)) for features in (in_features, out_features))
+        options = {"memory": "subspace", "rank": rank, "input_grad": of_inputs}
         return MemAOP(ratio=0.5, **options, **shared)
 
-    configs = {path: reference(out_features) for path, (_, _, out_features) in sizes.items()}
+    configs = {path: reference(*of_layer[1:]) for path, of_layer in sizes.items()}
     wrapped = linen.wrap(model, [(re.escape(path), own) for path, own in configs.items()])
     measurement = _Measurement(loss, wrapped, params, batches, key)
     memory, norms = measurement.norms(first_memory(wrapped, *args), sizes)
@@ -232,9 +234,9 @@ class _Measurement:
         return found
 
     def norms(self, memory, sizes):
-        """The memory, and for each path its `_Rows` of each batch, the first one last."""
+        """The memory, and for each path its `_Rows` of each batch but the first."""
         by_path = {path: [] for path in sizes}
-        order = [0] * FIRST_PASSES + [*range(1, len(self.batches)), 0]
+        order = [0] * FIRST_PASSES + [*range(1, len(self.batches))]
         for i, batch in enumerate(order):
             probes = each_memory(memory, functools.partial(with_norms, sizes))
             found = self._pass(probes, self.batches[batch], self.key)
@@ -250,7 +252,7 @@ class _Measurement:
 
     def harm(self, memory, norms, configs, sizes, draws):
         """How much of an input gradient's variance comes out as variance of the whole gradient."""
-        batch = self.batches[0]
+        batch = self.batches[-1]
 
         def noise(path, name, memory):
             value = jnp.full(jnp.shape(memory.uses), float(name == path), jnp.float32)
@@ -333,9 +335,7 @@ def _options(config, shared, sizes, norms, harm):
 def _candidates(config, shared, asked_for, rows, in_features, out_features):
     """Configurations that differ for a layer of these sizes."""
     with_inputs = asked_for and config.input_grad is not None
-    of_x, of_g = (
-        [rank for rank in RANKS if rank < features] for features in (in_features, out_features)
-    )
+    of_x, of_g = map(_ranks, (in_features, out_features))
     memories = [{}]
     if config.memory_kind is not None:
         kept = {"memory": "subspace", "refresh": config.refresh}
@@ -351,6 +351,10 @@ def _candidates(config, shared, asked_for, rows, in_features, out_features):
                 for rank in of_g if memory else (0,):
                     wanted = InputGrad(of_inputs, rank)
                     yield MemAOP(ratio=ratio, input_grad=wanted, **memory, **shared)
+
+
+def _ranks(features):
+    return [rank for rank in RANKS if 4 * rank <= features]
 
 
 def _kernel_variance(of, rank, other_rank, k, groups):

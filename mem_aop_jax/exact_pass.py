@@ -65,7 +65,7 @@ def first_memory(model: nn.Module, *args: chex.ArrayTree) -> dict:
 
 def memory_shapes(model: nn.Module, *args: chex.ArrayTree) -> dict:
     """Those of the memories of a wrapped model."""
-    return jax.eval_shape(model.init, jax.random.key(0), *args).get(COLLECTION, {})
+    return jax.eval_shape(lambda key: model.init(key, *args), jax.random.key(0)).get(COLLECTION, {})
 
 
 def each_memory(tree: chex.ArrayTree, change: Callable, path: tuple[str, ...] = ()) -> dict:

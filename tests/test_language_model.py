@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import language_model
 import language_report
+import language_text
+import language_training
 import numpy as np
 import pytest
 import runs
+from language_training import Run, Trainer
 
 SCRIPT = pathlib.Path(language_model.__file__)
 SIZES = {"--width": 32, "--layers": 1, "--heads": 2, "--sequence": 16, "--batch": 4}
@@ -67,7 +70,7 @@ def test_it_trains_every_run_and_reports(trained, results):
     assert "100%" in run.stderr  # the progress bar
     assert list(results) == list(RUNS)
     for entry in results.values():
-        assert np.shape(entry["losses"]) == (2, language_model.EVALUATIONS)
+        assert np.shape(entry["losses"]) == (2, language_training.EVALUATIONS)
         final = [losses[-1] for losses in entry["losses"]]
         assert entry["mean"] == pytest.approx(np.mean(final))
         assert entry["sd"] == pytest.approx(np.std(final, ddof=1))
@@ -86,7 +89,7 @@ def test_it_trains_every_run_and_reports(trained, results):
 def test_the_loss_is_that_of_a_model_which_has_learned(trained, results):
     _, folder = trained
     text = (folder / "words.txt").read_text(encoding="utf-8")
-    _, counts = np.unique(language_model.encode(text), return_counts=True)
+    _, counts = np.unique(language_text.encode(text), return_counts=True)
     shares = counts / counts.sum()
     unigram = -(shares * np.log(shares)).sum()
     for losses in results["exact"]["losses"]:
@@ -110,20 +113,20 @@ def test_steps_are_what_the_flops_pay_for(results):
     assert exact["steps"] == 80
     for name, share in ((RUNS[1], 1), (RUNS[2], 0.5), (RUNS[4], 1)):
         entry = results[name]
-        spent = entry["flops"][-1]
-        assert spent == entry["steps"] * entry["step_flops"]
+        (spent,) = {flops[-1] for flops in entry["flops"]}
+        assert spent == pytest.approx(entry["steps"] * entry["step_flops"])
         assert spent <= share * budget < spent + entry["step_flops"]
         assert entry["of_reference"] == pytest.approx(spent / budget)
     assert results[RUNS[2]]["batch"] == 2
     assert results[RUNS[2]]["c"] == exact["c"] == 1
     assert results[RUNS[4]]["c"] == results[RUNS[4]]["step_flops"] / exact["step_flops"] != 1
     assert results[RUNS[4]]["steps"] == int(80 / results[RUNS[4]]["c"])
-    assert len(set(exact["flops"])) == language_model.EVALUATIONS
+    assert len(set(exact["flops"][0])) == language_training.EVALUATIONS
 
 
 def test_flops_of_an_exact_step_are_those_of_its_products(results):
     """Three products for each kernel, and those of the attention; the rest is small."""
-    width, tokens, vocabulary = 32, 4 * 16, language_model.UNKNOWN + 1
+    width, tokens, vocabulary = 32, 4 * 16, language_text.VOCABULARY
     kernels = width * (12 * width + vocabulary)
     products = 6 * tokens * (kernels + 2 * 16 * width)
     assert products < results["exact"]["step_flops"] < 1.5 * products
@@ -133,7 +136,7 @@ def test_a_stopped_run_goes_on_where_it_was(trained, results, tmp_path):
     _, folder = trained
     shutil.copy(folder / "words.txt", tmp_path)
     stopped = {RUNS[0]: results[RUNS[0]], RUNS[4]: json.loads(json.dumps(results[RUNS[4]]))}
-    for key in ("losses", "seconds"):
+    for key in ("losses", "flops", "seconds"):
         del stopped[RUNS[4]][key][1:]  # after its first seed
     (tmp_path / "out").mkdir()
     (tmp_path / "out/results.json").write_text(json.dumps({"words.txt": stopped}))
@@ -174,6 +177,8 @@ def test_results_of_other_settings_are_refused(trained, standard_promotion):
         ("--run exact:ratio=1/4", "exact takes batch, steps and flops, not ratio"),
         ("--run exact:steps=9,flops=1", "give steps or flops, not both"),
         ("--run exact:steps=0", "steps must be a number above 0"),
+        ("--run control:flops=1", "control takes every, batch and steps, not flops"),
+        ("--run control:every=1/2", "every must be a whole number of steps"),
         ("--run exact:batch=half", "batch must be a number above 0"),
         ("--run exact:batch=1/3", "batch is 1.33333, no whole number, where --batch is 4"),
         ("--run topk:k=65", "topk:k=65: block_0/qkv: k=65 outer products asked of a batch of 64"),
@@ -229,7 +234,7 @@ def test_sizes_of_runs(parse):
         "--steps 10 --run exact --run exact:batch=8,steps=1/2 --run randk:k=3,batch=2/1,flops=0.5 "
         "--run topk:ratio=1/8,decay=0.5,memory_dtype=bfloat16,steps=7 --run exact"
     )
-    assert [run[3:] for run in options.run] == [
+    assert [run[4:] for run in options.run] == [
         (4, 10, None), (8, 5, None), (8, None, 0.5), (4, 7, None)
     ]  # fmt: skip
     config = options.run[3].config
@@ -265,28 +270,28 @@ def test_the_default_runs_are_valid(parse):
 
 
 def load(*arguments):
-    return language_model.load(language_model.parse_arguments([*ARGUMENTS, *map(str, arguments)]))
+    return language_text.load(language_model.parse_arguments([*ARGUMENTS, *map(str, arguments)]))
 
 
 def test_tokens():
     characters = "~ \tdef naïve():\n€ 😀\x00\r"
-    tokens = language_model.encode(characters)
-    known = language_model.CHARACTERS
+    tokens = language_text.encode(characters)
+    known = language_text.CHARACTERS
     decoded = "".join(known[t] if t < len(known) else "?" for t in tokens)
     assert decoded == "~ \tdef na?ve():\n? ???"
-    assert tokens.max() == language_model.UNKNOWN == 97
+    assert tokens.max() == language_text.UNKNOWN == 97
 
 
 def test_a_text_is_split(tmp_path, monkeypatch, standard_promotion):
     path = write_text(tmp_path / "words.txt", 5_000)
     arguments = ("--run", "exact", "--out", tmp_path, "--text", path)
     text = load(*arguments)
-    tokens = language_model.encode(path.read_text(encoding="utf-8"))
+    tokens = language_text.encode(path.read_text(encoding="utf-8"))
     np.testing.assert_array_equal(text.train, tokens[:4_750])
     windows = text.validation.reshape(-1, 17)
     np.testing.assert_array_equal(windows[0], tokens[4_750:4_767])
     np.testing.assert_array_equal(windows[-1], tokens[-17:])
-    monkeypatch.setattr(language_model, "TEXT_LIMIT", 2_000)
+    monkeypatch.setattr(language_text, "TEXT_LIMIT", 2_000)
     assert len(load(*arguments).train) == 1_900
 
 
@@ -301,7 +306,7 @@ def test_the_standard_library(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    assert language_model.standard_library(tmp_path) == "zb\n"
+    assert language_text.standard_library(tmp_path) == "zb\n"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +329,7 @@ def test_a_bad_text_is_one_line(content, message, tmp_path, standard_promotion):
 
 
 def test_the_model_looks_at_earlier_characters_alone(standard_promotion):
-    model = language_model.Transformer(width=8, layers=2, heads=2)
+    model = language_training.Transformer(width=8, layers=2, heads=2)
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(1, 12)
     params = jax.jit(model.init)(jax.random.key(0), tokens)
     apply = jax.jit(model.apply)
@@ -336,7 +341,7 @@ def test_the_model_looks_at_earlier_characters_alone(standard_promotion):
 def test_windows_come_in_the_same_order_for_every_batch_size(parse):
     options = parse("--run exact")
     tokens, key = jnp.arange(97, dtype=jnp.uint8), jax.random.key(3)
-    one, two = (language_model.Trainer(None, batch, 10, options) for batch in (6, 3))
+    one, two = (Trainer(Run("exact", None, {}, batch=batch), 10, options) for batch in (6, 3))
     windows = one.windows(tokens, key, 1)
     halves = [two.windows(tokens, key, i) for i in (2, 3)]
     np.testing.assert_array_equal(windows, jnp.concatenate(halves))
@@ -346,9 +351,7 @@ def test_windows_come_in_the_same_order_for_every_batch_size(parse):
 
 def test_the_learning_rate_has_the_same_shape_for_every_length(parse):
     options = parse("--run exact --learning-rate 0.5")
-    short, long = (
-        language_model.Trainer(None, 4, steps, options).schedule for steps in (100, 1000)
-    )
+    short, long = (Trainer(options.run[0], steps, options).schedule for steps in (100, 1000))
     for share in (0.1, 0.5, 0.9, 1):
         assert float(short(100 * share)) == pytest.approx(float(long(1000 * share)), abs=1e-6)
     assert float(short(10)) == pytest.approx(0.5)
@@ -389,14 +392,36 @@ def test_estimates_are_diagnosed_early_and_late(tmp_path, monkeypatch, standard_
     assert capsys.readouterr().out == printed
 
 
+def test_a_controlled_run(tmp_path, monkeypatch, standard_promotion, capsys):
+    """Exact until the first decision, then as it decided; all that it measured is counted."""
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("words.txt").write_text("a cat sat on a mat, and that was that. " * 400)
+    options = "--text words.txt --width 32 --layers 1 --heads 2 --sequence 16 --batch 16"
+    command = f"{options} --steps 30 --out out --run control:every=100 --run exact".split()
+    language_model.main(command)
+    printed = capsys.readouterr().out
+    found = json.loads(pathlib.Path("out/results.json").read_text())["words.txt"]
+    entry, exact = found["control:every=100"], found["exact"]
+    ((decision,),) = entry["decisions"]
+    assert decision["step"] == 10
+    assert set(decision["v"]) == {"exact", "allocated at 10"}
+    assert 0 < decision["v"]["allocated at 10"] < 1
+    np.testing.assert_array_equal(entry["losses"][0][:3], exact["losses"][0][:3])
+    flops, of_exact = np.diff(entry["flops"][0]), np.diff(exact["flops"][0])
+    np.testing.assert_array_equal(flops[:2], of_exact[:2])
+    assert decision["spent"] < flops[2] - flops[3] < 100 * exact["step_flops"]  # and allocate's
+    assert (flops[3:] == flops[3]).all()
+    assert entry["c"] == pytest.approx(entry["flops"][0][-1] / exact["flops"][0][-1])
+    assert f"| 10 | {decision['choice']} | {decision['noise']:.2f} |" in printed
+    assert "Approximate: block_0/qkv (32 to 96)" in printed
+
+
 @pytest.mark.slow
 def test_flops_of_a_step_with_approximate_gradients_of_inputs(tmp_path):
     """At width 1,024 with 2,048 rows, as XLA counts them."""
     spelled = "priority:ratio=1/8,memory=subspace,rank=8,input_ratio=1/4,input_rank=32"
     sizes = ["--width", "1024", "--heads", "16", "--layers", "1", "--out", str(tmp_path)]
-    options = language_model.parse_arguments([*sizes, "--run", spelled])
-    ours, exact = (
-        language_model.Trainer(config, options.batch, options.steps, options).step_flops()
-        for config in (options.run[0].config, None)
-    )
+    options = language_model.parse_arguments([*sizes, "--run", spelled, "--run", "exact"])
+    trainers = [Trainer(run, 1, options) for run in options.run]
+    ours, exact = (trainer.step_flops(trainer.model) for trainer in trainers)
     assert ours < 0.56 * exact
