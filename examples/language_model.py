@@ -99,6 +99,7 @@ def settings(run: Run, options: argparse.Namespace, text: language_text.Text) ->
         "wanted_flops": run.flops,
         "reference": [options.batch, options.steps],
         "diagnosed": options.diagnose and bool(run.config or run.every),
+        "start": [options.start, options.start_learning_rate] if options.start else None,
         "text": text.checksum,
         **{name: getattr(options, name) for name in names},
     }
@@ -119,6 +120,15 @@ def compare(options: argparse.Namespace, text: language_text.Text) -> dict[str, 
         trainer = Trainer(run, options.steps, options)
         return trainer.step_flops(trainer.model)
 
+    @functools.cache
+    def start(seed):
+        if not options.start:
+            return None
+        run = Run("exact", None, {}, batch=options.batch)
+        trainer = Trainer(run, options.start, options, options.start_learning_rate)
+        with tqdm(total=EVALUATIONS, unit="evaluation", desc=f"start of seed {seed}") as progress:
+            return trainer.train(seed, tokens, validation, progress).params
+
     budget = options.steps * step_flops(None, options.batch)
     tokens, validation = jnp.asarray(text.train), jnp.asarray(text.validation)
     with tqdm(total=len(wanted) * options.seeds * EVALUATIONS, unit="evaluation") as progress:
@@ -138,7 +148,9 @@ def compare(options: argparse.Namespace, text: language_text.Text) -> dict[str, 
                 diagnosed = evaluated_steps(steps)[:: EVALUATIONS - 1]
                 if seed > 0 or not entry["diagnosed"]:
                     diagnosed = ()
-                trained = trainer.train(seed, tokens, validation, progress, diagnosed)
+                trained = trainer.train(
+                    seed, tokens, validation, progress, diagnosed=diagnosed, params=start(seed)
+                )
                 record(entry, trained)
                 entry["step_flops"] = np.mean(entry["flops"], axis=0)[-1] / steps
                 entry["c"] = entry["step_flops"] / step_flops(None, run.batch)
@@ -195,6 +207,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         )
     parser.add_argument(
         "--learning-rate", type=runs.rate, default=1e-3, help="of Adam, at its highest (0.001)"
+    )
+    parser.add_argument(
+        "--start", type=runs.count, metavar="STEPS",
+        help="so many exact steps with --batch first, which are not counted: runs are fine-tuning",
+    )  # fmt: skip
+    parser.add_argument(
+        "--start-learning-rate", type=runs.rate, default=1e-3, help="of these steps (0.001)"
     )
     parser.add_argument(
         "--layers-exact", metavar="REGEX",

@@ -107,6 +107,7 @@ class Trained(NamedTuple):
       seconds: of all steps, without compilation.
       diagnostics: by step.
       controller: None where there is none.
+      params: after the last step.
     """
 
     losses: list[float]
@@ -114,12 +115,16 @@ class Trained(NamedTuple):
     seconds: float
     diagnostics: dict[int, aop.Diagnostics]
     controller: aop.Controller | None
+    params: Any
 
 
 class Trainer:
     """Training of a run, with so many steps, for any seed."""
 
-    def __init__(self, run: Run, steps: int, options: argparse.Namespace):
+    def __init__(
+        self, run: Run, steps: int, options: argparse.Namespace, learning_rate: float | None = None
+    ):
+        learning_rate = learning_rate or options.learning_rate
         self.batch, self.every, self.steps = run.batch, run.every, steps
         self.sequence = options.sequence
         self.exact = Transformer(options.width, options.layers, options.heads)
@@ -132,7 +137,7 @@ class Trainer:
             self.model = aop.linen.wrap(self.exact, rules)
         warm_up = int(WARM_UP * steps)
         self.schedule = optax.warmup_cosine_decay_schedule(
-            options.learning_rate / (warm_up + 1), options.learning_rate, warm_up, steps
+            learning_rate / (warm_up + 1), learning_rate, warm_up, steps
         )
         self.init = jax.jit(self._init)
         self.advance = jax.jit(self._advance, static_argnums=0, donate_argnums=1)
@@ -216,11 +221,24 @@ class Trainer:
         return aop.diagnostics(loss_fn, params, probes, windows, key, count_flops=False)
 
     def train(
-        self, seed: int, tokens, validation, progress: tqdm, diagnosed: Sequence[int] = ()
+        self,
+        seed: int,
+        tokens,
+        validation,
+        progress: tqdm,
+        *,
+        diagnosed: Sequence[int] = (),
+        params=None,
     ) -> Trained:
-        """Trains once, with diagnostics at those of the evaluated steps that are in `diagnosed`."""
+        """Trains once, from these parameters if any are given.
+
+        With diagnostics at those of the evaluated steps that are in `diagnosed`.
+        """
         init_key, *keys = jax.random.split(jax.random.key(seed), 3)
         state, model = self.init(init_key), self.model
+        if params is not None:
+            keys = [jax.random.fold_in(key, 1) for key in keys]  # other windows
+            state = jax.tree.map(jnp.copy, params), state[1]  # which the first step takes
         controlled = Controlled(self) if self.every else None
         evaluated = evaluated_steps(self.steps)
         decided = decided_steps(self.steps, self.every) if self.every else []
@@ -248,7 +266,8 @@ class Trainer:
                 state, of_decision = controlled.decide(step, state, batches, key)
                 model = controlled.controller.model
                 flops += of_decision
-        return Trained(losses, spent, seconds, found, controlled and controlled.controller)
+        controller = controlled and controlled.controller
+        return Trained(losses, spent, seconds, found, controller, state[0])
 
 
 def decided_steps(steps: int, every: int) -> list[int]:

@@ -416,6 +416,21 @@ def test_a_controlled_run(tmp_path, monkeypatch, standard_promotion, capsys):
     assert "Approximate: block_0/qkv (32 to 96)" in printed
 
 
+def test_fine_tuning_starts_where_training_ended(tmp_path, monkeypatch, standard_promotion):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("words.txt").write_text("a cat sat on a mat, and that was that. " * 400)
+    options = "--text words.txt --width 16 --layers 1 --heads 2 --sequence 16 --batch 4 --steps 60"
+    command = [*options.split(), "--start-learning-rate", "0.01", "--run", "exact"]
+    language_model.main([*command, "--learning-rate", "0.01", "--out", "before"])
+    language_model.main([*command, "--learning-rate", "1e-9", "--out", "after", "--start", "60"])
+    before, after = (
+        json.loads(pathlib.Path(out, "results.json").read_text())["words.txt"]["exact"]["losses"][0]
+        for out in ("before", "after")
+    )
+    assert before[-1] < 0.9 * before[0]
+    np.testing.assert_allclose(after, before[-1], rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_flops_of_a_step_with_approximate_gradients_of_inputs(tmp_path):
     """At width 1,024 with 2,048 rows, as XLA counts them."""
