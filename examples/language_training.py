@@ -292,6 +292,8 @@ class Controlled:
     def decide(self, step: int, state, batches, key):
         """The state with the memory of what was chosen, and the FLOPs of all measurements."""
         params, opt_state = state
+        second_moments = optax.tree_utils.tree_get(opt_state, "nu")
+        metric = jax.tree.map(lambda nu: 1 / (jnp.sqrt(nu) + 1e-8), second_moments)  # Adam's
         flops, number = 0.0, len(self.controller.log) + 1
         if number & (number - 1) == 0:
             found = aop.allocate(
@@ -303,11 +305,12 @@ class Controlled:
                 batches=batches,
                 key=key,
                 layers=self.trainer.approximate,
+                metric=metric,
             )
             flops += found.spent
             self.choices[f"allocated at {step}"] = found.rules
             self.controller = self._controller(self.controller.log)
         memory = aop.get_memory(opt_state)
-        memory = self.controller.decide(step, params, memory, batches, key)
+        memory = self.controller.decide(step, params, memory, batches, key, metric=metric)
         state = params, aop.replace_memory(opt_state, memory)
         return state, flops + self.controller.log[-1].spent

@@ -111,6 +111,7 @@ def allocate(
     key: chex.PRNGKey,
     layers: str = ".*",
     draws: int = 4,
+    metric: chex.ArrayTree | None = None,
 ) -> Allocation:
     """Rows and ranks for each dense layer of a model, with least variance for a budget of FLOPs.
 
@@ -134,6 +135,11 @@ def allocate(
       layers: regular expression on the whole path of a layer; the others stay exact, and are no
         part of c.
       draws: for each layer, of the gradient of its inputs.
+      metric: a tree like `params`: what the square of each entry of the gradient counts for, in v.
+        None counts all alike, as SGD does. Adam divides by the root of its second moments, so that
+        small gradients count as much as large ones:
+        `jax.tree.map(lambda nu: 1 / (jnp.sqrt(nu) + 1e-8), optax.tree_utils.tree_get(opt_state,
+        "nu"))`.
 
     Returns:
       Rules for `aop.linen.wrap`, and a table.
@@ -159,7 +165,7 @@ def allocate(
 
     configs = {path: reference(*of_layer[1:]) for path, of_layer in sizes.items()}
     wrapped = linen.wrap(model, [(re.escape(path), own) for path, own in configs.items()])
-    measurement = _Measurement(loss, wrapped, params, batches, key)
+    measurement = _Measurement(loss, wrapped, params, batches, key, metric)
     memory, norms = measurement.norms(first_memory(wrapped, *args), sizes)
     harm = {path: 0.0 for path in sizes}
     if config.input_grad:
@@ -214,18 +220,20 @@ class _Rows(NamedTuple):
       norms: of all its calls, and of each member where it is a stack.
       stacked: whether it is one.
       gradient_norm: of the gradient of all parameters.
+      weight: of the squares of the kernel's gradient in that norm; 1 without a metric.
     """
 
     norms: list[Norms]
     stacked: bool
     gradient_norm: float
+    weight: float
 
 
 class _Measurement:
     """Passes through a model in which all layers that may be approximate have probes."""
 
-    def __init__(self, loss, model, params, batches, key):
-        self.batches, self.key, self.spent = batches, key, 0.0
+    def __init__(self, loss, model, params, batches, key, metric):
+        self.batches, self.key, self.metric, self.spent = batches, key, metric, 0.0
         self._backward = functools.partial(backward(loss), model, params)
 
     def _pass(self, *args):
@@ -243,12 +251,21 @@ class _Measurement:
             memory = next_memory(found.memory)
             if i < FIRST_PASSES:
                 continue
-            norm = finite_norm("allocate", batch, found.gradient)
+            norm = finite_norm("allocate", batch, found.gradient, self.metric)
             for path, calls in _by_path(found.memory).items():
                 of_calls = [jax.tree.map(np.asarray, probe.measured) for probe in calls]
                 members = [member for of in of_calls for member in _members(of)]
-                by_path[path].append(_Rows(members, of_calls[0].uses.ndim > 0, norm))
+                weight = self._weight(path, found.gradient)
+                by_path[path].append(_Rows(members, of_calls[0].uses.ndim > 0, norm, weight))
         return memory, by_path
+
+    def _weight(self, path, gradient):
+        """As if the kernel's estimate were wrong where its gradient is large."""
+        if self.metric is None:
+            return 1.0
+        kernel, metric = (_kernel(path, tree) for tree in (gradient, self.metric))
+        plain = square(kernel)
+        return square(kernel, None, metric) / plain if plain else 0.0
 
     def harm(self, memory, norms, configs, sizes, draws):
         """How much of an input gradient's variance comes out as variance of the whole gradient."""
@@ -271,8 +288,15 @@ class _Measurement:
             exact = gradient(None, key)
             for path, variance in added.items():
                 if variance > 0:
-                    harm[path] += square(gradient(path, key), exact) / variance / draws
+                    harm[path] += square(gradient(path, key), exact, self.metric) / variance / draws
         return harm
+
+
+def _kernel(path, params):
+    """That of a layer."""
+    for name in path.split("/"):
+        params = params[name]
+    return nn.unbox(params["kernel"])
 
 
 def _by_path(tree, path=()):
@@ -359,7 +383,7 @@ def _ranks(features):
 
 def _kernel_variance(of, rank, other_rank, k, groups):
     norms = (n.inputs[:, rank] * n.cotangents[:, other_rank] for n in of.norms)
-    return sum(_variance(s, s, k, groups) for s in norms)
+    return of.weight * sum(_variance(s, s, k, groups) for s in norms)
 
 
 def _input_variance(of, rank, k, groups):

@@ -170,6 +170,8 @@ class Controller:
         memory: chex.ArrayTree,
         batches: Sequence[chex.ArrayTree],
         key: chex.PRNGKey,
+        *,
+        metric: chex.ArrayTree | None = None,
     ) -> chex.ArrayTree:
         """Measures all choices, and moves to the best.
 
@@ -181,6 +183,7 @@ class Controller:
           memory: of the model so far, the collection `aop.linen.COLLECTION`; empty for exact.
           batches: two or more, of the size of the example input.
           key: for the draws.
+          metric: as in `aop.allocate`; of what v and the noise are shares.
 
         Returns:
           The memory for `controller.model`: its directions are those of the first batch, carried
@@ -200,18 +203,18 @@ class Controller:
         directions = next_memory(found.memory)
         lent = {name: _lent(shapes, directions) for name, shapes in self._shapes.items()}
         exact, spent = found.gradient, found.flops
-        norms, differences = [finite_norm("Controller", 0, exact)], []
+        norms, differences = [finite_norm("Controller", 0, exact, metric)], []
         errors, flops = dict.fromkeys(self._models, 0.0), {}
         for i, batch in enumerate(others, 1):
             for name, model in self._models.items():
                 of_batch = jax.random.fold_in(key, i)
                 found = self._backward(model, params, lent[name], batch, of_batch)
                 if name == EXACT:  # which comes first
-                    differences.append(square(found.gradient, exact))
+                    differences.append(square(found.gradient, exact, metric))
                     exact = found.gradient
-                    norms.append(finite_norm("Controller", i, exact))
+                    norms.append(finite_norm("Controller", i, exact, metric))
                 else:
-                    errors[name] += square(found.gradient, exact)
+                    errors[name] += square(found.gradient, exact, metric)
                 flops[name] = found.flops
             spent += sum(flops.values())
 

@@ -49,7 +49,8 @@ def backward(loss: Callable) -> Callable[..., Pass]:
 
     def call(model, params, memory, batch, key):
         args = model, params, memory, batch, key
-        kind = model, jax.tree.structure(memory)
+        leaves, structure = jax.tree.flatten(args[1:])
+        kind = model, structure, tuple((jnp.shape(a), jnp.result_type(a)) for a in leaves)
         if kind not in flops:  # the call below uses what is compiled here
             counted = gradients.lower(*args).compile().cost_analysis() or {}
             flops[kind] = counted.get("flops", 0.0)
@@ -91,10 +92,17 @@ def next_memory(probes: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(lambda probe: probe.memory, probes, is_leaf=is_memory)
 
 
-def square(gradient: chex.ArrayTree, other: chex.ArrayTree | None = None) -> float:
-    """The sum of squares of all floating entries, or of the differences from another gradient."""
-    largest, in_units = _square(*(map(_floating, (gradient, other))))
-    return float(in_units) * float(largest) ** 2  # which float32 could not hold
+def square(
+    gradient: chex.ArrayTree,
+    other: chex.ArrayTree | None = None,
+    metric: chex.ArrayTree | None = None,
+) -> float:
+    """The sum of squares of all floating entries, or of the differences from another gradient.
+
+    Each times its entry of the metric, if there is one.
+    """
+    largest, of_metric, in_units = _square(*map(_floating, (gradient, other, metric)))
+    return float(in_units) * float(largest) ** 2 * float(of_metric)  # which float32 could not hold
 
 
 def _floating(tree):
@@ -102,21 +110,31 @@ def _floating(tree):
 
 
 @jax.jit
-def _square(leaves, others):
+def _square(leaves, others, metric):
     leaves = [leaf.astype(wide(leaf.dtype)) for leaf in leaves]
     if others:
         leaves = [a - b.astype(a.dtype) for a, b in zip(leaves, others, strict=True)]
-    largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(a), initial=0) for a in leaves))
-    return largest, sum(jnp.sum(over(a, largest) ** 2) for a in leaves)
+    metric = metric or [jnp.ones((), a.dtype) for a in leaves]
+    largest, of_metric = (
+        functools.reduce(jnp.maximum, (jnp.max(jnp.abs(a), initial=0) for a in tree))
+        for tree in (leaves, metric)
+    )
+    in_units = sum(
+        jnp.sum(over(a, largest) ** 2 * over(by, of_metric).astype(a.dtype))
+        for a, by in zip(leaves, metric, strict=True)
+    )
+    return largest, of_metric, in_units
 
 
-def finite_norm(caller: str, batch: int, gradient: chex.ArrayTree) -> float:
+def finite_norm(
+    caller: str, batch: int, gradient: chex.ArrayTree, metric: chex.ArrayTree | None
+) -> float:
     """That of the gradient of a batch, of which this is the number.
 
     Raises:
       ValueError: it is zero or not finite.
     """
-    norm = square(gradient) ** 0.5
+    norm = square(gradient, None, metric) ** 0.5
     if not 0 < norm < np.inf:
         raise ValueError(
             f"{caller}: the gradient of batch {batch} has the norm {norm}; it must be finite and "

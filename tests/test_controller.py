@@ -103,6 +103,36 @@ def test_costs_are_those_of_the_compiled_gradients():
     assert spent + exact < decision.spent < spent + 5 * exact
 
 
+def test_batches_of_another_size_have_costs_of_their_own():
+    """The same model and loss: what was compiled and counted before is not taken for it."""
+    half = [jax.tree.map(lambda a: a[:128], batch) for batch in BATCHES]
+    choices = {"some": CHOICES["some"]}
+    decisions = []
+    for batches in (BATCHES, half):
+        found = controller(choices, example=batches[0][0])
+        found.decide(0, trained(), {}, batches, KEY)
+        decisions += found.log
+    whole, of_half = decisions
+    assert of_half.spent == pytest.approx(whole.spent / 2, rel=0.05)
+    assert of_half.c["some"] == pytest.approx(whole.c["some"], rel=0.05)
+
+
+def test_the_metric_of_adam_weighs_the_entries():
+    params, metric = trained(), jax.tree.map(lambda a: 0.1 + a**2, trained())
+    found = controller({"some": CHOICES["some"]}, costs={"exact": 1.0, "some": 0.5})
+    memory = found.decide(0, params, {}, BATCHES, jax.random.key(3), metric=metric)
+    weights = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(metric)])
+    keys = [jax.random.fold_in(jax.random.key(3), i) for i in range(2)]
+    first, second = (
+        gradient("exact", params, {}, *args) for args in zip(BATCHES, keys, strict=True)
+    )
+    estimate = gradient("some", params, memory, BATCHES[1], keys[1])
+    v = np.sum(weights * (estimate - second) ** 2) / np.sum(weights * second**2)
+    assert found.log[0].v["some"] == pytest.approx(v, rel=1e-3)
+    noise = np.sum(weights * (first - second) ** 2) / np.sum(weights * (first**2 + second**2))
+    assert found.log[0].noise == pytest.approx(noise, rel=1e-3)
+
+
 def test_the_directions_are_those_of_the_rows():
     """As good as those of a memory that followed other batches for twenty steps."""
     _, memory = decided("subspace")
