@@ -34,6 +34,8 @@ from mem_aop_jax.exact_pass import (
     each_memory,
     finite_norm,
     first_memory,
+    first_of,
+    memory_shapes,
     next_memory,
     square,
     with_norms,
@@ -164,17 +166,32 @@ def allocate(
         return MemAOP(ratio=0.5, **options, **shared)
 
     configs = {path: reference(*of_layer[1:]) for path, of_layer in sizes.items()}
-    wrapped = linen.wrap(model, [(re.escape(path), own) for path, own in configs.items()])
+    wrapped = _wrapped(model, configs)
     measurement = _Measurement(loss, wrapped, params, batches, key, metric)
     memory, norms = measurement.norms(first_memory(wrapped, *args), sizes)
-    harm = {path: 0.0 for path in sizes}
+    weights, harm = dict.fromkeys(sizes, 1.0), dict.fromkeys(sizes, 0.0)
+    if metric is not None:
+        sampled = _wrapped(model, {path: _sampled(own) for path, own in configs.items()})
+        lent = first_of(memory_shapes(sampled, *args), memory)
+        weights = measurement.weights(sampled, lent, sizes)
     if config.input_grad:
         harm = measurement.harm(memory, norms, configs, sizes, draws)
 
     options = {
-        path: _options(config, shared, sizes[path], norms[path], harm[path]) for path in sizes
+        path: _options(config, shared, sizes[path], norms[path], weights[path], harm[path])
+        for path in sizes
     }
     return Allocation(*_best(options, budget), measurement.spent)
+
+
+def _wrapped(model, configs):
+    return linen.wrap(model, [(re.escape(path), own) for path, own in configs.items()])
+
+
+def _sampled(config):
+    """A typical choice, of which more is wrong than of the one that it is taken from."""
+    rank = tuple(min(rank, 8) for rank in config.rank)
+    return dataclasses.replace(config, ratio=0.25, rank=rank, input_grad=None)
 
 
 def _check(config, budget, batches):
@@ -220,13 +237,11 @@ class _Rows(NamedTuple):
       norms: of all its calls, and of each member where it is a stack.
       stacked: whether it is one.
       gradient_norm: of the gradient of all parameters.
-      weight: of the squares of the kernel's gradient in that norm; 1 without a metric.
     """
 
     norms: list[Norms]
     stacked: bool
     gradient_norm: float
-    weight: float
 
 
 class _Measurement:
@@ -234,10 +249,11 @@ class _Measurement:
 
     def __init__(self, loss, model, params, batches, key, metric):
         self.batches, self.key, self.metric, self.spent = batches, key, metric, 0.0
-        self._backward = functools.partial(backward(loss), model, params)
+        self._backward, self._model, self._params = backward(loss), model, params
+        self._gradient = None  # exact, of the last batch
 
-    def _pass(self, *args):
-        found = self._backward(*args)
+    def _pass(self, memory, batch, key, model=None):
+        found = self._backward(model or self._model, self._params, memory, batch, key)
         self.spent += found.flops
         return found
 
@@ -248,24 +264,28 @@ class _Measurement:
         for i, batch in enumerate(order):
             probes = each_memory(memory, functools.partial(with_norms, sizes))
             found = self._pass(probes, self.batches[batch], self.key)
-            memory = next_memory(found.memory)
+            memory, self._gradient = next_memory(found.memory), found.gradient
             if i < FIRST_PASSES:
                 continue
             norm = finite_norm("allocate", batch, found.gradient, self.metric)
             for path, calls in _by_path(found.memory).items():
                 of_calls = [jax.tree.map(np.asarray, probe.measured) for probe in calls]
                 members = [member for of in of_calls for member in _members(of)]
-                weight = self._weight(path, found.gradient)
-                by_path[path].append(_Rows(members, of_calls[0].uses.ndim > 0, norm, weight))
+                by_path[path].append(_Rows(members, of_calls[0].uses.ndim > 0, norm))
         return memory, by_path
 
-    def _weight(self, path, gradient):
-        """As if the kernel's estimate were wrong where its gradient is large."""
-        if self.metric is None:
-            return 1.0
-        kernel, metric = (_kernel(path, tree) for tree in (gradient, self.metric))
-        plain = square(kernel)
-        return square(kernel, None, metric) / plain if plain else 0.0
+    def weights(self, sampled, memory, paths):
+        """Of each path, what the metric makes of what is wrong with the kernel's gradient.
+
+        Found from one gradient of the model `sampled`.
+        """
+        estimate = self._pass(memory, self.batches[-1], self.key, sampled).gradient
+        weights = {}
+        for path in paths:
+            pair = [_kernel(path, tree) for tree in (estimate, self._gradient)]
+            plain = square(*pair)
+            weights[path] = square(*pair, _kernel(path, self.metric)) / plain if plain else 0.0
+        return weights
 
     def harm(self, memory, norms, configs, sizes, draws):
         """How much of an input gradient's variance comes out as variance of the whole gradient."""
@@ -328,7 +348,7 @@ class _Options(NamedTuple):
     flops: np.ndarray
 
 
-def _options(config, shared, sizes, norms, harm):
+def _options(config, shared, sizes, norms, weight, harm):
     rows, in_features, out_features = sizes
     of_all = exact_flops(*sizes)
     asked_for = any(member.asked_for for member in norms[-1].norms)
@@ -346,7 +366,7 @@ def _options(config, shared, sizes, norms, harm):
             continue  # in `wrap`, the key of a stacked layer comes with its memory
         ranks = candidate.ranks(in_features, out_features) if candidate.memory_kind else (0, 0)
         groups = candidate.groups
-        added = of_kernel(*ranks, candidate.selected_rows(rows), groups)
+        added = weight * of_kernel(*ranks, candidate.selected_rows(rows), groups)
         if candidate.input_grad:
             drawn = candidate.input_rows(rows)
             added += harm * of_inputs(candidate.input_grad.rank, drawn, groups)
@@ -383,7 +403,7 @@ def _ranks(features):
 
 def _kernel_variance(of, rank, other_rank, k, groups):
     norms = (n.inputs[:, rank] * n.cotangents[:, other_rank] for n in of.norms)
-    return of.weight * sum(_variance(s, s, k, groups) for s in norms)
+    return sum(_variance(s, s, k, groups) for s in norms)
 
 
 def _input_variance(of, rank, k, groups):

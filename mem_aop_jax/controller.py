@@ -20,6 +20,7 @@ from mem_aop_jax.exact_pass import (
     each_memory,
     finite_norm,
     first_memory,
+    first_of,
     memory_shapes,
     next_memory,
     square,
@@ -201,7 +202,7 @@ class Controller:
         first, *others = batches
         found = self._follow(params, memory, first, jax.random.fold_in(key, 0))
         directions = next_memory(found.memory)
-        lent = {name: _lent(shapes, directions) for name, shapes in self._shapes.items()}
+        lent = {name: first_of(shapes, directions) for name, shapes in self._shapes.items()}
         exact, spent = found.gradient, found.flops
         norms, differences = [finite_norm("Controller", 0, exact, metric)], []
         errors, flops = dict.fromkeys(self._models, 0.0), {}
@@ -317,19 +318,3 @@ def _orthonormal(had, new):
     rank = new.shape[-1]
     columns = jnp.concatenate([had[..., :rank].astype(new.dtype), new[..., had.shape[-1] :]], -1)
     return jnp.linalg.qr(columns)[0]
-
-
-def _lent(shapes, directions):
-    """The memory of these shapes, of the first of the directions."""
-
-    def of_layer(shape, found):
-        sides = [
-            None if want is None else have[..., : want.shape[-1]].astype(want.dtype)
-            for want, have in zip(shape[:2], found[:2], strict=True)
-        ]
-        return Subspace(*sides, jnp.zeros(shape.uses.shape, shape.uses.dtype))
-
-    return {
-        name: of_layer(node, directions[name]) if is_memory(node) else _lent(node, directions[name])
-        for name, node in shapes.items()
-    }

@@ -92,6 +92,24 @@ def next_memory(probes: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(lambda probe: probe.memory, probes, is_leaf=is_memory)
 
 
+def first_of(shapes: chex.ArrayTree, directions: chex.ArrayTree) -> dict:
+    """The memory of these shapes, of the first of the directions in a memory that has more."""
+
+    def of_layer(shape, found):
+        sides = [
+            None if want is None else have[..., : want.shape[-1]].astype(want.dtype)
+            for want, have in zip(shape[:2], found[:2], strict=True)
+        ]
+        return Subspace(*sides, jnp.zeros(shape.uses.shape, shape.uses.dtype))
+
+    return {
+        name: of_layer(node, directions[name])
+        if is_memory(node)
+        else first_of(node, directions[name])
+        for name, node in shapes.items()
+    }
+
+
 def square(
     gradient: chex.ArrayTree,
     other: chex.ArrayTree | None = None,

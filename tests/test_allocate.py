@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import mem_aop_jax as aop
-from mem_aop_jax.allocate import _variance
+from mem_aop_jax.allocate import RATIOS, _variance
 from mem_aop_jax.cost import exact_flops, relative_cost
 from mem_aop_jax.policies import priority
 
@@ -74,7 +74,7 @@ def allocate(config, budget=None, model=None, params=None, **options):
     )
 
 
-def measured(rules, model=None, params=None, draws=200):
+def measured(rules, model=None, params=None, draws=200, metric=None):
     """v of all parameters, on a batch that the directions do not come from."""
     model, params = model or MLP(), trained() if params is None else params
     wrapped = aop.linen.wrap(model, rules)
@@ -93,8 +93,11 @@ def measured(rules, model=None, params=None, draws=200):
         gradient = jax.jit(lambda key, batch=batch: jax.grad(loss_of)(params, memory, batch, key))
         draws = jax.lax.map(gradient, keys)
         exact = jax.grad(lambda p, batch=batch: loss(model, {"params": p}, batch, KEY))(params)
-        off = jax.tree.map(lambda a, b: ((a - b[None]) ** 2).sum() / len(keys), draws, exact)
-        squares = jax.tree.map(lambda a: (a**2).sum(), exact)
+        counts = jax.tree.map(jnp.ones_like, exact) if metric is None else metric
+        off = jax.tree.map(
+            lambda a, b, by: ((a - b[None]) ** 2 * by[None]).sum() / len(keys), draws, exact, counts
+        )
+        squares = jax.tree.map(lambda a, by: (a**2 * by).sum(), exact, counts)
         found.append(sum(jax.tree.leaves(off)) / sum(jax.tree.leaves(squares)))
     return float(np.mean(found))
 
@@ -170,6 +173,50 @@ def test_with_gradients_of_inputs_too():
     assert any(config is not None and config.input_grad for config in chosen.values())
     assert found.v == pytest.approx(measured(found.rules), rel=0.25)
     assert found.v < allocate(CONFIG, 0.75).v / 5  # it is the better buy here
+
+
+@functools.cache
+def adam():
+    """1 / the root of the second moments that Adam has of the gradients where it trains."""
+    model, params = MLP(), trained()
+    tx = optax.adam(0.0)
+    gradient = jax.jit(
+        jax.grad(lambda params, batch: loss(model, {"params": params}, batch, KEY)),
+    )
+    state = tx.init(params)
+    for i in range(60):
+        _, state = tx.update(gradient(params, batch_of(500 + i)), state)
+    second_moments = optax.tree_utils.tree_get(state, "nu")
+    return jax.tree.map(lambda nu: 1 / (jnp.sqrt(nu) + 1e-8), second_moments)
+
+
+@pytest.mark.slow
+def test_predicted_in_the_metric_of_adam_is_measured():
+    """On the mean over batches, which differ by more than in plain squares."""
+    found = [
+        allocate(
+            CONFIG,
+            0.85,
+            metric=adam(),
+            key=jax.random.key(i),
+            batches=[batch_of(100 + 10 * i + j) for j in range(3)],
+        )
+        for i in range(4)
+    ]
+    v = np.mean([measured(rules, metric=adam()) for rules in {of.rules for of in found}])
+    assert np.mean([of.v for of in found]) == pytest.approx(v, rel=0.25)
+
+
+def test_a_metric_says_what_counts():
+    ones = jax.tree.map(jnp.ones_like, trained())
+    found, plain = allocate(CONFIG, 0.85, metric=ones), allocate(CONFIG, 0.85)
+    assert found.rules == plain.rules
+    assert found.v == pytest.approx(plain.v)
+    of_one = jax.tree.map(jnp.zeros_like, trained()) | {"Dense_1": ones["Dense_1"]}
+    for choice in allocate(CONFIG, 0.85, metric=of_one).layers:
+        if choice.path != "Dense_1":
+            assert choice.v == 0
+            assert choice.config.ratio == min(RATIOS)
 
 
 def test_the_budget_of_the_least_product():

@@ -47,6 +47,7 @@ def test_the_code_runs(number):
         "assert aop.get_memory(opt_state)['memory'].inputs.shape == (256, 16)",
         "assert set(found.layers) == {'layers_0', 'layers_2'} and 0 < log['v'] < 1",
         "assert found.c <= 0.7 and found.v < 1 and len(found.rules) == 3",
+        "assert len(controller.log) == 2 and 0 < controller.log[-1].v['narrow'] < 1",
         "assert flops < 0.72 * exact_flops",
     ][number]
     run(BLOCKS[number] + check)
