@@ -71,7 +71,8 @@ class Controller:
     hundreds.
 
     Args:
-      model: a Linen model, not wrapped.
+      model: a Linen model, not wrapped. As a static argument it must be hashable: tuples in its
+        fields, no lists.
       choices: by name, what `aop.linen.wrap` takes: a configuration or rules, for instance those of
         `aop.allocate`. "exact" is always there, and comes first.
       example_input: what `model.init` takes, of the training size; a tuple for several arguments.
