@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import re
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ import optax
 from tqdm import tqdm
 
 import mem_aop_jax as aop
-from mem_aop_jax.cost import flops_left_out
-from mem_aop_jax.rules import config_for
+from mem_aop_jax.cost import model_flops_left_out
+from mem_aop_jax.passes import memory_shapes
 
 EVALUATIONS = 10  # of a run, evenly spaced; the last is after the last step
 WARM_UP = 0.1  # of the steps
@@ -78,9 +79,14 @@ class Transformer(nn.Module):
 
 
 def loss(model, variables, windows, key=None):
+    """As `aop.allocate` and `aop.Controller` take it."""
     rngs = {} if key is None else {aop.linen.RNG: key}
     logits = model.apply(variables, windows[:, :-1], rngs=rngs)
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+
+
+def training_loss(model, params, memory, windows, key):
+    return loss(model, {"params": params, aop.linen.COLLECTION: memory}, windows, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -129,12 +135,8 @@ class Trainer:
         self.sequence = options.sequence
         self.exact = Transformer(options.width, options.layers, options.heads)
         self.example = jnp.zeros((run.batch, options.sequence), jnp.int32)
-        exact = ["head", *([options.layers_exact] if options.layers_exact else [])]
-        self.approximate = f"(?!({'|'.join(exact)})$).*"
-        self.model = self.exact
-        if run.config is not None:
-            rules = [*((pattern, None) for pattern in exact), (r".*", run.config)]
-            self.model = aop.linen.wrap(self.exact, rules)
+        self.layers_exact = ["head", *([options.layers_exact] if options.layers_exact else [])]
+        self.model = self.exact if run.config is None else self.wrapped(run.config)
         warm_up = int(WARM_UP * steps)
         self.schedule = optax.warmup_cosine_decay_schedule(
             learning_rate / (warm_up + 1), learning_rate, warm_up, steps
@@ -143,11 +145,13 @@ class Trainer:
         self.advance = jax.jit(self._advance, static_argnums=0, donate_argnums=1)
         self.step_flops = functools.cache(self._step_flops)
 
+    def wrapped(self, config):
+        rules = [*((pattern, None) for pattern in self.layers_exact), (r".*", config)]
+        return aop.linen.wrap(self.exact, rules)
+
     def layers(self):
         """Those that are approximate, or may be."""
-        model = self.model
-        if self.every:
-            model = aop.linen.wrap(self.exact, [(self.approximate, ALLOCATED)])
+        model = self.wrapped(ALLOCATED) if self.every else self.model
         return aop.linen.layers(model, jax.random.key(0), self.example)
 
     def optimizer(self, memory):
@@ -165,11 +169,8 @@ class Trainer:
     def step(self, model, state, windows, key):
         params, opt_state = state
         memory = aop.get_memory(opt_state)
-
-        def loss_fn(params, memory):
-            return loss(model, {"params": params, aop.linen.COLLECTION: memory}, windows, key)
-
-        grads, new_memory = jax.grad(loss_fn, argnums=(0, 1))(params, memory)
+        gradient = jax.grad(training_loss, argnums=(1, 2))
+        grads, new_memory = gradient(model, params, memory, windows, key)
         optimizer = self.optimizer(memory)
         updates, opt_state = optimizer.update(grads, opt_state, params, memory=new_memory)
         return optax.apply_updates(params, updates), opt_state
@@ -197,27 +198,21 @@ class Trainer:
     def _step_flops(self, model) -> float:
         """FLOPs of one training step, as XLA counts them; without the refreshes it leaves out."""
         key = jax.random.key(0)
-        memory = jax.eval_shape(model.init, key, self.example).get(aop.linen.COLLECTION, {})
         params, opt_state = jax.eval_shape(self.init, key)
-        state = params, aop.replace_memory(opt_state, memory)
+        state = params, aop.replace_memory(opt_state, memory_shapes(model, self.example))
         windows = jnp.zeros((self.batch, self.sequence + 1), jnp.int32)
         step = jax.jit(self.step, static_argnums=0).lower(model, state, windows, key)
         counted = step.compile().cost_analysis()["flops"]
         if model is self.exact:
             return counted
-        return counted - sum(
-            flops_left_out(config_for(model.rules, layer.path), *layer[1:4])
-            for layer in aop.linen.layers(model, key, self.example)
-        )
+        layers = aop.linen.layers(model, key, self.example)
+        return counted - model_flops_left_out(model.rules, layers)
 
     def diagnose(self, model, state, windows, key) -> aop.Diagnostics:
         """Of the gradient estimates, on windows that were not trained on."""
         params, opt_state = state
         probes = aop.linen.probes(model, aop.get_memory(opt_state), key, self.example)
-
-        def loss_fn(params, memory, windows, key):
-            return loss(model, {"params": params, aop.linen.COLLECTION: memory}, windows, key)
-
+        loss_fn = functools.partial(training_loss, model)
         return aop.diagnostics(loss_fn, params, probes, windows, key, count_flops=False)
 
     def train(
@@ -304,7 +299,7 @@ class Controlled:
                 params=params,
                 batches=batches,
                 key=key,
-                layers=self.trainer.approximate,
+                layers="|".join(re.escape(layer.path) for layer in self.trainer.layers()),
                 metric=metric,
             )
             flops += found.spent

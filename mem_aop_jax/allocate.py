@@ -25,21 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mem_aop_jax import linen
+from mem_aop_jax import linen, passes
 from mem_aop_jax.config import InputGrad, MemAOP
 from mem_aop_jax.cost import exact_flops, relative_cost
 from mem_aop_jax.diagnostics import markdown
-from mem_aop_jax.exact_pass import (
-    backward,
-    each_memory,
-    finite_norm,
-    first_memory,
-    first_of,
-    memory_shapes,
-    next_memory,
-    square,
-    with_norms,
-)
 from mem_aop_jax.memory import Norms, Probe, is_memory
 from mem_aop_jax.rules import Rules
 
@@ -166,14 +155,14 @@ def allocate(
         return MemAOP(ratio=0.5, **options, **shared)
 
     configs = {path: reference(*of_layer[1:]) for path, of_layer in sizes.items()}
-    wrapped = _wrapped(model, configs)
+    wrapped = passes.wrapped(model, configs)
     measurement = _Measurement(loss, wrapped, params, batches, key, metric)
-    memory, norms = measurement.norms(first_memory(wrapped, *args), sizes)
+    norms, memory, exact = measurement.norms(passes.first_memory(wrapped, *args), sizes)
     weights, harm = dict.fromkeys(sizes, 1.0), dict.fromkeys(sizes, 0.0)
     if metric is not None:
-        sampled = _wrapped(model, {path: _sampled(own) for path, own in configs.items()})
-        lent = first_of(memory_shapes(sampled, *args), memory)
-        weights = measurement.weights(sampled, lent, sizes)
+        sampled = passes.wrapped(model, {path: _sampled(own) for path, own in configs.items()})
+        lent = passes.first_of(passes.memory_shapes(sampled, *args), memory)
+        weights = measurement.weights(sampled, lent, exact, sizes)
     if config.input_grad:
         harm = measurement.harm(memory, norms, configs, sizes, draws)
 
@@ -182,10 +171,6 @@ def allocate(
         for path in sizes
     }
     return Allocation(*_best(options, budget), measurement.spent)
-
-
-def _wrapped(model, configs):
-    return linen.wrap(model, [(re.escape(path), own) for path, own in configs.items()])
 
 
 def _sampled(config):
@@ -207,11 +192,7 @@ def _check(config, budget, batches):
             f"allocate: got budget={budget}; it is a share of the exact steps' FLOPs, in (0, 1], "
             "or None."
         )
-    if len(batches) < 2:
-        raise ValueError(
-            f"allocate: got {len(batches)} batches; at least 2 are needed, since directions come "
-            "from other batches than the rows."
-        )
+    passes.check_batches("allocate", batches)
 
 
 def _sizes(layers):
@@ -249,8 +230,7 @@ class _Measurement:
 
     def __init__(self, loss, model, params, batches, key, metric):
         self.batches, self.key, self.metric, self.spent = batches, key, metric, 0.0
-        self._backward, self._model, self._params = backward(loss), model, params
-        self._gradient = None  # exact, of the last batch
+        self._backward, self._model, self._params = passes.backward(loss), model, params
 
     def _pass(self, memory, batch, key, model=None):
         found = self._backward(model or self._model, self._params, memory, batch, key)
@@ -258,33 +238,37 @@ class _Measurement:
         return found
 
     def norms(self, memory, sizes):
-        """The memory, and for each path its `_Rows` of each batch but the first."""
+        """Of all batches but the first for each path the `_Rows`; the memory after the last one,
+        and the exact gradient there.
+        """
         by_path = {path: [] for path in sizes}
         order = [0] * FIRST_PASSES + [*range(1, len(self.batches))]
         for i, batch in enumerate(order):
-            probes = each_memory(memory, functools.partial(with_norms, sizes))
+            probes = passes.each_memory(memory, functools.partial(passes.with_norms, sizes))
             found = self._pass(probes, self.batches[batch], self.key)
-            memory, self._gradient = next_memory(found.memory), found.gradient
+            memory = passes.next_memory(found.memory)
             if i < FIRST_PASSES:
                 continue
-            norm = finite_norm("allocate", batch, found.gradient, self.metric)
+            norm = passes.finite_norm("allocate", batch, found.gradient, self.metric)
             for path, calls in _by_path(found.memory).items():
                 of_calls = [jax.tree.map(np.asarray, probe.measured) for probe in calls]
                 members = [member for of in of_calls for member in _members(of)]
                 by_path[path].append(_Rows(members, of_calls[0].uses.ndim > 0, norm))
-        return memory, by_path
+        return by_path, memory, found.gradient
 
-    def weights(self, sampled, memory, paths):
+    def weights(self, sampled, memory, exact, paths):
         """Of each path, what the metric makes of what is wrong with the kernel's gradient.
 
-        Found from one gradient of the model `sampled`.
+        Found from one gradient of the model `sampled` on the last batch, and the exact one.
         """
         estimate = self._pass(memory, self.batches[-1], self.key, sampled).gradient
         weights = {}
         for path in paths:
-            pair = [_kernel(path, tree) for tree in (estimate, self._gradient)]
-            plain = square(*pair)
-            weights[path] = square(*pair, _kernel(path, self.metric)) / plain if plain else 0.0
+            pair = [_kernel(path, tree) for tree in (estimate, exact)]
+            plain = passes.square(*pair)
+            weights[path] = (
+                passes.square(*pair, _kernel(path, self.metric)) / plain if plain else 0.0
+            )
         return weights
 
     def harm(self, memory, norms, configs, sizes, draws):
@@ -296,7 +280,7 @@ class _Measurement:
             return dataclasses.replace(Probe.of(memory, 0, jnp.shape(memory.uses)), noise=value)
 
         def gradient(path, key):
-            probes = each_memory(memory, functools.partial(noise, path))
+            probes = passes.each_memory(memory, functools.partial(noise, path))
             return self._pass(probes, batch, key).gradient
 
         added = {}
@@ -308,7 +292,9 @@ class _Measurement:
             exact = gradient(None, key)
             for path, variance in added.items():
                 if variance > 0:
-                    harm[path] += square(gradient(path, key), exact, self.metric) / variance / draws
+                    harm[path] += (
+                        passes.square(gradient(path, key), exact, self.metric) / variance / draws
+                    )
         return harm
 
 

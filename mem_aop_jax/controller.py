@@ -1,7 +1,6 @@
 """Which of a few ways to train goes on: measured now and then, as the gradients change."""
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,21 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mem_aop_jax import linen
+from mem_aop_jax import linen, passes
 from mem_aop_jax.config import MemAOP
-from mem_aop_jax.cost import flops_left_out
+from mem_aop_jax.cost import model_flops_left_out
 from mem_aop_jax.diagnostics import markdown
-from mem_aop_jax.exact_pass import (
-    backward,
-    each_memory,
-    finite_norm,
-    first_memory,
-    first_of,
-    memory_shapes,
-    next_memory,
-    square,
-    with_norms,
-)
 from mem_aop_jax.memory import Memory, Subspace, is_memory
 from mem_aop_jax.rules import as_rules, config_for
 
@@ -127,33 +115,31 @@ class Controller:
             name: linen.wrap(model, of_choice) for name, of_choice in rules.items()
         }
         self._costs, self._margin = costs and dict(costs), margin
-        _check_names("costs", self._models, self._costs or self._models)
+        if costs and set(costs) != set(self._models):
+            raise self._wrong_names("costs", costs)
         self.log = [entry if isinstance(entry, Decision) else Decision(**entry) for entry in log]
         for entry in self.log:
-            _check_names("the log", self._models, [entry.choice], all_of_them=False)
+            if entry.choice not in self._models:
+                raise self._wrong_names("the log", [entry.choice])
 
         args = example_input if isinstance(example_input, tuple) else (example_input,)
         key = jax.random.key(0)
         self._shapes, self._left_out, self._sizes, ranks = {EXACT: {}}, {EXACT: 0.0}, {}, {}
         for name, of_choice in rules.items():
-            self._shapes[name] = memory_shapes(self._models[name], *args)
+            self._shapes[name] = passes.memory_shapes(self._models[name], *args)
             _check_memories(name, self._shapes[name])
-            self._left_out[name] = 0.0
-            for layer in linen.layers(self._models[name], key, *args):
-                config, sizes = config_for(of_choice, layer.path), layer[1:4]
-                self._left_out[name] += flops_left_out(config, *sizes)
+            layers = linen.layers(self._models[name], key, *args)
+            self._left_out[name] = model_flops_left_out(of_choice, layers)
+            for path, *sizes, _ in layers:
+                config = config_for(of_choice, path)
                 if config.memory_kind == "subspace":
-                    self._sizes[layer.path] = sizes
+                    self._sizes[path] = sizes
                     held = np.maximum(config.held_ranks(*sizes[1:]), 1)
-                    ranks[layer.path] = np.maximum(held, ranks.get(layer.path, 1))
-        self._following, self._first = None, {}
-        if ranks:
-            widest = [
-                (re.escape(path), _of_rank(tuple(map(int, rank)))) for path, rank in ranks.items()
-            ]
-            self._following = linen.wrap(model, widest)
-            self._first = first_memory(self._following, *args)
-        self._backward = backward(loss)
+                    ranks[path] = np.maximum(held, ranks.get(path, 1))
+        widest = {path: _of_rank(tuple(map(int, rank))) for path, rank in ranks.items()}
+        self._following = passes.wrapped(model, widest) if widest else model
+        self._first = passes.first_memory(self._following, *args)
+        self._backward = passes.backward(loss)
 
     @property
     def choice(self) -> str:
@@ -195,28 +181,24 @@ class Controller:
           ValueError: fewer than two batches; a gradient that is zero or not finite; no costs where
             the compiler counts none.
         """
-        if len(batches) < 2:
-            raise ValueError(
-                f"Controller: got {len(batches)} batches; at least 2 are needed: the noise is "
-                "what they differ by, and directions come from other batches than the rows."
-            )
+        passes.check_batches("Controller", batches)
         first, *others = batches
         found = self._follow(params, memory, first, jax.random.fold_in(key, 0))
-        directions = next_memory(found.memory)
-        lent = {name: first_of(shapes, directions) for name, shapes in self._shapes.items()}
+        directions = passes.next_memory(found.memory)
+        lent = {name: passes.first_of(shapes, directions) for name, shapes in self._shapes.items()}
         exact, spent = found.gradient, found.flops
-        norms, differences = [finite_norm("Controller", 0, exact, metric)], []
+        norms, differences = [passes.finite_norm("Controller", 0, exact, metric)], []
         errors, flops = dict.fromkeys(self._models, 0.0), {}
         for i, batch in enumerate(others, 1):
             for name, model in self._models.items():
                 of_batch = jax.random.fold_in(key, i)
                 found = self._backward(model, params, lent[name], batch, of_batch)
                 if name == EXACT:  # which comes first
-                    differences.append(square(found.gradient, exact, metric))
+                    differences.append(passes.square(found.gradient, exact, metric))
                     exact = found.gradient
-                    norms.append(finite_norm("Controller", i, exact, metric))
+                    norms.append(passes.finite_norm("Controller", i, exact, metric))
                 else:
-                    errors[name] += square(found.gradient, exact, metric)
+                    errors[name] += passes.square(found.gradient, exact, metric)
                 flops[name] = found.flops
             spent += sum(flops.values())
 
@@ -233,11 +215,15 @@ class Controller:
 
     def _follow(self, params, memory, batch, key):
         """An exact pass, in which the directions follow the batch."""
-        if self._following is None:
-            return self._backward(self._models[EXACT], params, {}, batch, key)
         start = _started(self._first, memory)
-        probes = each_memory(start, functools.partial(with_norms, self._sizes))
+        probes = passes.each_memory(start, functools.partial(passes.with_norms, self._sizes))
         return self._backward(self._following, params, probes, batch, key)
+
+    def _wrong_names(self, what, given):
+        return ValueError(
+            f"Controller: {what} must name the choices {', '.join(map(repr, self._models))}; got "
+            f"{', '.join(map(repr, given))}."
+        )
 
     def _relative_costs(self, flops):
         if min(flops.values()) <= 0:
@@ -275,16 +261,6 @@ def _of_rank(rank):
     return MemAOP(ratio=1.0, policy="priority", memory="subspace", rank=rank)
 
 
-def _check_names(what, wanted, given, *, all_of_them=True):
-    missing = set(wanted) - set(given) if all_of_them else ()
-    unknown = set(given) - set(wanted)
-    if missing or unknown:
-        raise ValueError(
-            f"Controller: {what} must name the choices {', '.join(map(repr, wanted))}; got "
-            f"{', '.join(map(repr, given))}."
-        )
-
-
 def _check_memories(name, tree):
     for memory in jax.tree.leaves(tree, is_leaf=is_memory):
         if isinstance(memory, Memory):
@@ -306,12 +282,7 @@ def _started(first, held):
         ]
         return Subspace(*sides, first.uses)
 
-    return {
-        name: of_layer(node, held.get(name))
-        if is_memory(node)
-        else _started(node, held.get(name, {}))
-        for name, node in first.items()
-    }
+    return passes.each_pair(first, held, of_layer)
 
 
 def _orthonormal(had, new):

@@ -1,6 +1,9 @@
 """FLOPs of a dense layer's step, exact and approximate."""
 
+from collections.abc import Sequence
+
 from mem_aop_jax.config import MemAOP
+from mem_aop_jax.rules import Layer, Rules, config_for
 
 
 def exact_flops(rows: int, in_features: int, out_features: int) -> int:
@@ -52,6 +55,11 @@ def flops_left_out(config: MemAOP, rows: int, in_features: int, out_features: in
         return 0.0
     refresh = _refresh_flops(config, rows, in_features, out_features)
     return (1 - 1 / config.refresh) * refresh
+
+
+def model_flops_left_out(rules: Rules, layers: Sequence[Layer]) -> float:
+    """The same of the layers of a model that was wrapped with these rules."""
+    return sum(flops_left_out(config_for(rules, layer.path), *layer[1:4]) for layer in layers)
 
 
 def _refresh_flops(config, rows, in_features, out_features):

@@ -5,7 +5,8 @@ is left of the rows outside of them is measured.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import chex
@@ -14,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mem_aop_jax.linen import COLLECTION
+from mem_aop_jax.config import MemAOP
+from mem_aop_jax.linen import COLLECTION, wrap
 from mem_aop_jax.memory import Norms, Probe, Subspace, is_memory, wide
 from mem_aop_jax.policies import over
 from mem_aop_jax.transform import carry_memory
@@ -76,6 +78,24 @@ def backward(loss: Callable) -> Callable[..., Pass]:
     return call
 
 
+def check_batches(caller: str, batches: Sequence[chex.ArrayTree]) -> None:
+    """There are two at least.
+
+    Raises:
+      ValueError: fewer.
+    """
+    if len(batches) < 2:
+        raise ValueError(
+            f"{caller}: got {len(batches)} batches; at least 2 are needed, since directions come "
+            "from other batches than the rows."
+        )
+
+
+def wrapped(model: nn.Module, configs: Mapping[str, MemAOP | None]) -> nn.Module:
+    """The model with a configuration for each of these layers, by path."""
+    return wrap(model, [(re.escape(path), config) for path, config in configs.items()])
+
+
 def first_memory(model: nn.Module, *args: chex.ArrayTree) -> dict:
     """The memories that a wrapped model starts with, for inputs like these; nothing is computed."""
     return carry_memory(memory_shapes(model, *args)).init(None).memory
@@ -109,6 +129,16 @@ def next_memory(probes: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(lambda probe: probe.memory, probes, is_leaf=is_memory)
 
 
+def each_pair(tree: chex.ArrayTree, other: chex.ArrayTree, change: Callable) -> dict:
+    """A collection with `change(memory, the other's at the same place or None)` for each memory."""
+    return {
+        name: change(node, other.get(name))
+        if is_memory(node)
+        else each_pair(node, other.get(name, {}), change)
+        for name, node in tree.items()
+    }
+
+
 def first_of(shapes: chex.ArrayTree, directions: chex.ArrayTree) -> dict:
     """The memory of these shapes, of the first of the directions in a memory that has more."""
 
@@ -119,12 +149,7 @@ def first_of(shapes: chex.ArrayTree, directions: chex.ArrayTree) -> dict:
         ]
         return Subspace(*sides, jnp.zeros(shape.uses.shape, shape.uses.dtype))
 
-    return {
-        name: of_layer(node, directions[name])
-        if is_memory(node)
-        else first_of(node, directions[name])
-        for name, node in shapes.items()
-    }
+    return each_pair(shapes, directions, of_layer)
 
 
 def square(
