@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,13 @@ CONFIGS = {
     "bfloat16 rows": aop.MemAOP(ratio=0.25, policy="weightedk", memory_dtype="bfloat16"),
     "signed slots": aop.MemAOP(ratio=0.25, signed=True, memory_slots=4),
     "subspace": aop.MemAOP(ratio=0.25, policy="priority", memory="subspace", rank=2),
+    "inputs": aop.MemAOP(
+        ratio=0.25,
+        policy="priority",
+        memory="subspace",
+        rank=1,
+        input_grad=aop.InputGrad(ratio=0.5, rank=2),
+    ),
 }
 SCHEDULE = optax.cosine_decay_schedule(0.05, 20)
 
@@ -37,7 +45,7 @@ SCHEDULE = optax.cosine_decay_schedule(0.05, 20)
 @functools.cache  # of the compiled steps
 def make_run(devices=1, rows=ROWS, memory="rows"):
     """The first state, placed on the devices; the step; the gradients that it takes."""
-    model = aop.linen.Dense(3, config=CONFIGS[memory])
+    model = nn.Sequential((nn.Dense(4), aop.linen.Dense(3, config=CONFIGS[memory])))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((rows, 4), jnp.float32))
     params, memory = variables["params"], variables[aop.linen.COLLECTION]
     tx = optax.chain(aop.carry_memory(memory, SCHEDULE), optax.adam(SCHEDULE))
@@ -102,7 +110,14 @@ def same_shardings(ours, wanted):
 
 @pytest.mark.parametrize(
     ("devices", "memory"),
-    [(1, "rows"), (4, "bfloat16 rows"), (4, "signed slots"), (1, "subspace"), (4, "subspace")],
+    [
+        (1, "rows"),
+        (4, "bfloat16 rows"),
+        (4, "signed slots"),
+        (1, "subspace"),
+        (4, "subspace"),
+        (4, "inputs"),
+    ],
 )
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path, devices, memory):
     first, step, _ = make_run(devices, memory=memory)
@@ -134,7 +149,7 @@ def test_another_batch_size_starts_the_memory_anew(tmp_path):
     larger, step, grad_fn = make_run(rows=2 * ROWS)
     with pytest.raises(
         ValueError,
-        match=r"Dense: memory.inputs has shape \(8, 4\), but a batch of 16 rows .* needs "
+        match=r"layers_1: memory.inputs has shape \(8, 4\), but a batch of 16 rows .* needs "
         r"\(16, 4\)\. .*start anew with aop.init_memory\(config, 16, 4, 3, jnp.float32\)",
     ):
         step(restored, 6)
@@ -169,10 +184,10 @@ def test_a_memory_restored_without_a_target(tmp_path):
     recipe = r"aop.Memory\(\*\*memory\)"
     with pytest.raises(TypeError, match=rf"carry_memory: .* leaf of type \w+; .*{recipe}"):
         aop.carry_memory(dicts)
-    with pytest.raises(TypeError, match=rf"Dense: memory is of type dict; .*{recipe}"):
+    with pytest.raises(TypeError, match=rf"layers_1: memory is of type dict; .*{recipe}"):
         grad_fn(params, dicts, 6)
 
-    memory = {"memory": aop.Memory(**dicts["memory"])}
+    memory = {"layers_1": {"memory": aop.Memory(**dicts["layers_1"]["memory"])}}
     kept = aop.get_memory(state["opt_state"])
     assert bits(aop.get_memory(aop.carry_memory(memory).init(params))) == bits(kept)
 
@@ -204,7 +219,7 @@ def last_checkpoint(directory, memory):
         return manager.restore(STEPS, args=ocp.args.StandardRestore(target))
 
 
-@pytest.mark.parametrize("memory", ["rows", "subspace"])
+@pytest.mark.parametrize("memory", ["rows", "subspace", "inputs"])
 def test_a_run_that_is_killed_ends_as_if_it_were_not(tmp_path, memory):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     wanted = run_in_a_process(whole, memory)

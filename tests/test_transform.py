@@ -31,7 +31,8 @@ def make_step(tx, config=CONFIG):
         traces.append(1)
 
         def loss_fn(params, memory):
-            y = aop.dense(x, params, memory, config=config, key=jax.random.key(len(traces)))
+            inputs = x + params[None, :, 0]  # whose gradient is asked for
+            y = aop.dense(inputs, params, memory, config=config, key=jax.random.key(len(traces)))
             return jnp.mean(y**2)
 
         grads, memory = jax.grad(loss_fn, argnums=(0, 1))(params, aop.get_memory(opt_state))
@@ -47,6 +48,12 @@ MEMORIES = {
     "float32 rows": {"memory_dtype": "float32"},
     "signed slots": {"signed": True, "memory_slots": 3},
     "subspace": {"policy": "priority", "memory": "subspace", "rank": 2},
+    "inputs": {
+        "policy": "priority",
+        "memory": "subspace",
+        "rank": 1,
+        "input_grad": aop.InputGrad(ratio=0.5, rank=2),
+    },
 }
 
 
