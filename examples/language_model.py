@@ -10,6 +10,7 @@ The text is Python's own standard library, or --text FILE. Each --run is one way
   topk:ratio=1/8,memory=none,flops=1     as many steps as all of the reference's FLOPs pay for
   control:every=300,steps=1500           aop.Controller decides between exact and what aop.allocate
                                          finds, every so many steps; their FLOPs are part of it
+  control:inputs=true                    it may approximate gradients of inputs, too
 
 All runs of a seed start from the same parameters and read the same windows of text in the same
 order; the learning rate follows the same curve over each run. FLOPs are XLA's count for one
@@ -57,9 +58,13 @@ EVERY = 300  # steps between two decisions of a controller; the first comes afte
 
 def parse_run(text: str) -> Run:
     controlled = text.partition(":")[0] == "control"
-    others = ("every", "batch", "steps") if controlled else ("batch", "steps", "flops")
+    sizes = ("every", "batch", "steps") if controlled else ("batch", "steps", "flops")
+    others = (*sizes, "inputs") if controlled else sizes
     run = runs.parse(text, others, without=("exact", "control"))
-    for name, value in run.others.items():
+    if not isinstance(run.others.get("inputs", False), bool):
+        raise argparse.ArgumentTypeError(f"{text}: inputs must be true or false")
+    for name in sizes:
+        value = run.others.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise argparse.ArgumentTypeError(f"{text}: {name} must be a number above 0")
     if "steps" in run.others and "flops" in run.others:
@@ -93,6 +98,7 @@ def settings(run: Run, options: argparse.Namespace, text: language_text.Text) ->
     return {
         "policy": run.config.policy if run.config else "control" if run.every else "exact",
         "every": run.every,
+        "inputs": run.inputs,
         "keywords": json.loads(json.dumps(run.keywords)),  # as results.json has them
         "batch": run.batch,
         "wanted_steps": run.steps,

@@ -1,6 +1,7 @@
 """What language_model.py trains, and how: a character transformer in stock Flax."""
 
 import argparse
+import dataclasses
 import functools
 import re
 import time
@@ -21,6 +22,7 @@ from mem_aop_jax.passes import memory_shapes
 EVALUATIONS = 10  # of a run, evenly spaced; the last is after the last step
 WARM_UP = 0.1  # of the steps
 ALLOCATED = aop.MemAOP(ratio=0.5, policy="priority", memory="subspace", refresh=8)
+WITH_INPUTS = dataclasses.replace(ALLOCATED, input_grad=aop.InputGrad())
 
 
 class Run(NamedTuple):
@@ -31,6 +33,7 @@ class Run(NamedTuple):
       config: of the layers; None is exact, and "control".
       keywords: the configuration's, as they were spelled.
       every: steps between two decisions of a controller; None has none.
+      inputs: whether it may approximate gradients of inputs, too.
       batch: windows of a step: a count, or (a float) a share of --batch.
       steps: a count, or (a float) a share of --steps; None where `flops` decides.
       flops: those of the whole run, as a share of the reference's; None where `steps` decides.
@@ -40,6 +43,7 @@ class Run(NamedTuple):
     config: aop.MemAOP | None
     keywords: dict[str, Any]
     every: int | None = None
+    inputs: bool = False
     batch: int | float | None = None
     steps: int | float | None = None
     flops: int | float | None = None
@@ -132,6 +136,7 @@ class Trainer:
     ):
         learning_rate = learning_rate or options.learning_rate
         self.batch, self.every, self.steps = run.batch, run.every, steps
+        self.allocated = WITH_INPUTS if run.inputs else ALLOCATED
         self.sequence = options.sequence
         self.exact = Transformer(options.width, options.layers, options.heads)
         self.example = jnp.zeros((run.batch, options.sequence), jnp.int32)
@@ -151,7 +156,7 @@ class Trainer:
 
     def layers(self):
         """Those that are approximate, or may be."""
-        model = self.wrapped(ALLOCATED) if self.every else self.model
+        model = self.wrapped(self.allocated) if self.every else self.model
         return aop.linen.layers(model, jax.random.key(0), self.example)
 
     def optimizer(self, memory):
@@ -293,7 +298,7 @@ class Controlled:
         if number & (number - 1) == 0:
             found = aop.allocate(
                 self.trainer.exact,
-                ALLOCATED,
+                self.trainer.allocated,
                 self.trainer.example,
                 loss,
                 params=params,

@@ -177,8 +177,9 @@ def test_results_of_other_settings_are_refused(trained, standard_promotion):
         ("--run exact:ratio=1/4", "exact takes batch, steps and flops, not ratio"),
         ("--run exact:steps=9,flops=1", "give steps or flops, not both"),
         ("--run exact:steps=0", "steps must be a number above 0"),
-        ("--run control:flops=1", "control takes every, batch and steps, not flops"),
+        ("--run control:flops=1", "control takes every, batch, steps and inputs, not flops"),
         ("--run control:every=1/2", "every must be a whole number of steps"),
+        ("--run control:inputs=1/2", "inputs must be true or false"),
         ("--run exact:batch=half", "batch must be a number above 0"),
         ("--run exact:batch=1/3", "batch is 1.33333, no whole number, where --batch is 4"),
         ("--run topk:k=65", "topk:k=65: block_0/qkv: k=65 outer products asked of a batch of 64"),
@@ -393,16 +394,18 @@ def test_estimates_are_diagnosed_early_and_late(tmp_path, monkeypatch, standard_
     assert capsys.readouterr().out == printed
 
 
-def test_a_controlled_run(tmp_path, monkeypatch, standard_promotion, capsys):
+@pytest.mark.parametrize("spelled", ["control:every=100", "control:every=100,inputs=true"])
+def test_a_controlled_run(spelled, tmp_path, monkeypatch, standard_promotion, capsys):
     """Exact until the first decision, then as it decided; all that it measured is counted."""
     monkeypatch.chdir(tmp_path)
     pathlib.Path("words.txt").write_text("a cat sat on a mat, and that was that. " * 400)
     options = "--text words.txt --width 32 --layers 1 --heads 2 --sequence 16 --batch 16"
-    command = f"{options} --steps 30 --out out --run control:every=100 --run exact".split()
+    command = f"{options} --steps 30 --out out --run {spelled} --run exact".split()
     language_model.main(command)
     printed = capsys.readouterr().out
     found = json.loads(pathlib.Path("out/results.json").read_text())["words.txt"]
-    entry, exact = found["control:every=100"], found["exact"]
+    entry, exact = found[spelled], found["exact"]
+    assert entry["inputs"] == ("inputs" in spelled)
     ((decision,),) = entry["decisions"]
     assert decision["step"] == 10
     assert set(decision["v"]) == {"exact", "allocated at 10"}
@@ -410,7 +413,9 @@ def test_a_controlled_run(tmp_path, monkeypatch, standard_promotion, capsys):
     np.testing.assert_array_equal(entry["losses"][0][:3], exact["losses"][0][:3])
     flops, of_exact = np.diff(entry["flops"][0]), np.diff(exact["flops"][0])
     np.testing.assert_array_equal(flops[:2], of_exact[:2])
-    assert decision["spent"] < flops[2] - flops[3] < 100 * exact["step_flops"]  # and allocate's
+    of_allocate = flops[2] - flops[3] - decision["spent"]
+    of_allocate /= exact["step_flops"]
+    assert 25 < of_allocate < 50 if entry["inputs"] else 5 < of_allocate < 20  # measures dX, too
     assert (flops[3:] == flops[3]).all()
     assert entry["c"] == pytest.approx(entry["flops"][0][-1] / exact["flops"][0][-1])
     assert f"| 10 | {decision['choice']} | {decision['noise']:.2f} |" in printed
