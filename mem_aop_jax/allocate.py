@@ -238,15 +238,15 @@ class _Measurement:
         return found
 
     def norms(self, memory, sizes):
-        """Of all batches but the first for each path the `_Rows`; the memory after the last one,
-        and the exact gradient there.
+        """Of all batches but the first for each path the `_Rows`; the memory that the last of them
+        was measured with, which does not know it, and the exact gradient there.
         """
         by_path = {path: [] for path in sizes}
         order = [0] * FIRST_PASSES + [*range(1, len(self.batches))]
         for i, batch in enumerate(order):
             probes = passes.each_memory(memory, functools.partial(passes.with_norms, sizes))
             found = self._pass(probes, self.batches[batch], self.key)
-            memory = passes.next_memory(found.memory)
+            before, memory = memory, passes.next_memory(found.memory)
             if i < FIRST_PASSES:
                 continue
             norm = passes.finite_norm("allocate", batch, found.gradient, self.metric)
@@ -254,7 +254,7 @@ class _Measurement:
                 of_calls = [jax.tree.map(np.asarray, probe.measured) for probe in calls]
                 members = [member for of in of_calls for member in _members(of)]
                 by_path[path].append(_Rows(members, of_calls[0].uses.ndim > 0, norm))
-        return by_path, memory, found.gradient
+        return by_path, before, found.gradient
 
     def weights(self, sampled, memory, exact, paths):
         """Of each path, what the metric makes of what is wrong with the kernel's gradient.

@@ -175,6 +175,15 @@ def test_with_gradients_of_inputs_too():
     assert found.v < allocate(CONFIG, 0.75).v / 5  # it is the better buy here
 
 
+def test_of_few_rows(monkeypatch):
+    """Directions hold more of a batch that they have followed than of others."""
+    monkeypatch.setitem(globals(), "ROWS", 64)
+    batches = [batch_of(100 + i) for i in range(8)]
+    found = allocate(WITH_INPUTS, 0.85, draws=50, batches=batches)
+    assert any(choice.config and choice.config.input_grad for choice in found.layers)
+    assert found.v == pytest.approx(measured(found.rules), rel=0.25)
+
+
 @functools.cache
 def adam():
     """1 / the root of the second moments that Adam has of the gradients where it trains."""
