@@ -68,7 +68,8 @@ class Controller:
       costs: for each name the cost of a step relative to an exact one, for instance measured times;
         None counts the FLOPs of the loss's gradient as the compiler does, without the refreshes
         that most steps leave out.
-      margin: it moves only where (1 + noise v) c gets smaller by this share.
+      margin: exact training goes on unless (1 + noise v) c of a choice is below 1 - margin. What
+        is measured on a few batches is uncertain, and costs FLOPs itself.
       log: the decisions so far, of a run that goes on: `controller.log`, or its dicts from JSON.
 
     Attributes:
@@ -100,7 +101,7 @@ class Controller:
         loss: Callable,
         *,
         costs: Mapping[str, float] | None = None,
-        margin: float = 0.02,
+        margin: float = 0.05,
         log: Sequence[Decision | Mapping[str, Any]] = (),
     ):
         if EXACT in choices:
@@ -161,7 +162,7 @@ class Controller:
         *,
         metric: chex.ArrayTree | None = None,
     ) -> chex.ArrayTree:
-        """Measures all choices, and moves to the best.
+        """Measures all choices, and moves to the one of the least (1 + noise v) c.
 
         Outside of `jit`, `pmap` and `shard_map`; params and batches may be sharded.
 
@@ -206,11 +207,11 @@ class Controller:
         noise = min(1.0, float(np.mean(differences) / 2 / np.mean(squares)))
         v = {name: error / float(np.sum(squares[1:])) for name, error in errors.items()}
         c = self._costs or self._relative_costs(flops)
-        measured = Decision(step, self.choice, noise, v, c, spent)
+        measured = Decision(step, EXACT, noise, v, c, spent)
         best = min(c, key=measured.score)
-        if measured.score(best) < (1 - self._margin) * measured.score(self.choice):
-            measured = measured._replace(choice=best)
-        self.log.append(measured)
+        if measured.score(best) >= (1 - self._margin) * measured.score(EXACT):
+            best = EXACT
+        self.log.append(measured._replace(choice=best))
         return lent[self.choice]
 
     def _follow(self, params, memory, batch, key):

@@ -171,18 +171,28 @@ def test_directions_are_carried_over():
     np.testing.assert_allclose(jnp.linalg.norm(new[:, :8].T @ old), 8**0.5, rtol=1e-3)
 
 
-def test_it_moves_where_that_is_better_by_a_margin():
+def test_what_saves_less_than_the_margin_stays_exact():
     memory, params = {}, trained()
     found = controller(costs=costs(some=0.52), margin=0.5)
     found.decide(0, params, memory, BATCHES, KEY)
     assert found.choice == "exact"
     assert 0.5 < found.log[0].score("some") < 1  # better, and not by half
-    for cost, choice in ((0.1, "some"), (0.101, "some"), (3.0, "exact")):
-        found = controller(costs=costs(some=cost), log=found.log)
+    for cost, choice in ((0.1, "some"), (0.52, "exact"), (0.1, "some"), (3.0, "exact")):
+        found = controller(costs=costs(some=cost), log=found.log, margin=0.5)
         memory = found.decide(len(found.log), params, memory, BATCHES, KEY)
         assert found.choice == found.log[-1].choice == choice
     assert memory == {}
     assert found.model == MLP()
+
+
+def test_between_two_estimates_the_margin_is_of_no_account():
+    found = controller(costs=costs(some=0.1, subspace=0.1))
+    found.decide(0, trained(), {}, BATCHES, KEY)
+    assert found.choice == "subspace"
+    ratio = found.log[0].score("subspace") / found.log[0].score("some")
+    found = controller(costs=costs(some=0.99 * 0.1 * ratio, subspace=0.1), log=found.log)
+    found.decide(1, trained(), {}, BATCHES, KEY)
+    assert found.choice == "some"
 
 
 def test_the_best_of_equals_in_noise_is_the_cheapest():
