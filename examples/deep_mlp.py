@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 
 import mem_aop_jax as aop
+from mem_aop_jax.diagnostics import markdown
 
 try:
     import paper_data
@@ -195,7 +196,7 @@ def cell(losses: list[float], accuracies: list[float]) -> str:
 
 def report(options: argparse.Namespace, entries: dict[str, dict]) -> str:
     """Writes `results.md`; what is in it, and where it is."""
-    rows = [("run", *options.optimizer)]
+    rows = []
     for run in options.run:
         of_run = [entries[entry_name(run, optimizer)] for optimizer in options.optimizer]
         figures = [
@@ -205,8 +206,9 @@ def report(options: argparse.Namespace, entries: dict[str, dict]) -> str:
     rates = ", ".join(
         f"{name} {OPTIMIZERS[name].keywords['learning_rate']:g}" for name in options.optimizer
     )
+    table = markdown(("run", *options.optimizer), rows)
     text = (
-        f"{runs.markdown(rows)}\n\nTrain loss / test accuracy on {options.dataset} after "
+        f"{table}\n\nTrain loss / test accuracy on {options.dataset} after "
         f"{options.epochs} epoch(s) in batches of {options.batch}; {options.seeds} seed(s). "
         f"Learning rates: {rates}."
     )

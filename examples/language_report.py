@@ -7,6 +7,8 @@ import numpy as np
 import runs
 from matplotlib.figure import Figure
 
+from mem_aop_jax.diagnostics import markdown
+
 matplotlib.use("Agg")
 
 
@@ -61,7 +63,7 @@ def table(results: dict[str, dict]) -> str:
         )
         for name, entry in results.items()
     ]
-    return runs.markdown([header, *rows])
+    return markdown(header, rows)
 
 
 def diagnosed(results: dict[str, dict]) -> str:
@@ -76,7 +78,7 @@ def diagnosed(results: dict[str, dict]) -> str:
         for name, entry in results.items()
         for step, found in entry.get("diagnostics", {}).items()
     ]
-    return runs.markdown([("run", "step", *head, "(1 + error²) c"), *rows])
+    return markdown(("run", "step", *head, "(1 + error²) c"), rows)
 
 
 def draw(results: dict[str, dict]) -> Figure:

@@ -118,10 +118,3 @@ def summary(values: Sequence[float]) -> tuple[float, float | None]:
 def shown(values: Sequence[float]) -> str:
     """Their mean ± standard deviation."""
     return " ± ".join(f"{figure:.4f}" for figure in summary(values) if figure is not None)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table: a header, then the rows; all columns but the first are figures."""
-    header, *rows = rows
-    rows = (header, ("---", *["---:"] * (len(header) - 1)), *rows)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)

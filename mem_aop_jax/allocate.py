@@ -142,7 +142,7 @@ def allocate(
         different sizes; a gradient that is zero or not finite.
     """
     _check(config, budget, batches)
-    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    args = passes.arguments(example_input)
     shared = {"policy": config.policy, "groups": config.groups}
     plain = linen.wrap(model, [(layers, MemAOP(ratio=0.5, **shared))])
     sizes = _sizes(linen.layers(plain, key, *args))

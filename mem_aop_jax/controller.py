@@ -123,7 +123,7 @@ class Controller:
             if entry.choice not in self._models:
                 raise self._wrong_names("the log", [entry.choice])
 
-        args = example_input if isinstance(example_input, tuple) else (example_input,)
+        args = passes.arguments(example_input)
         key = jax.random.key(0)
         self._shapes, self._left_out, self._sizes, ranks = {EXACT: {}}, {EXACT: 0.0}, {}, {}
         for name, of_choice in rules.items():

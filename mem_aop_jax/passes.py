@@ -78,6 +78,11 @@ def backward(loss: Callable) -> Callable[..., Pass]:
     return call
 
 
+def arguments(example_input: chex.ArrayTree) -> tuple:
+    """What `model.init` takes, of what may be a tuple of it."""
+    return example_input if isinstance(example_input, tuple) else (example_input,)
+
+
 def check_batches(caller: str, batches: Sequence[chex.ArrayTree]) -> None:
     """There are two at least.
 
