@@ -3,6 +3,7 @@
 Inside, all rows are `(groups, rows of a group, features)`.
 """
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -16,9 +17,10 @@ from mem_aop_jax.config import MemAOP
 from mem_aop_jax.contractions import as_inputs, as_kernel, as_matrix, as_rows
 from mem_aop_jax.memory import Memory, Subspace, wide, wider
 from mem_aop_jax.policies import POLICIES, priority, row_scores
-from mem_aop_jax.rows import Rows, Slots
+from mem_aop_jax.rows import Rows, Slots, take
 from mem_aop_jax.subspace import Residuals, side
 
+LOOKED_AT = 32  # rows at once, of those that are lost
 _SIGNS, _REFRESH, _INPUTS = range(2**31, 2**31 + 3)  # what keys are for, beside those of the groups
 
 
@@ -159,13 +161,11 @@ def _kernel_gradient(layer, candidates, x, g, memory, key):
     scores, finite = row_scores(*norms)
     finite &= candidates.fit()
     chosen, weights = _select(layer, x.shape[0] * x.shape[1], key, scores)
-    not_chosen = jax.vmap(lambda chosen, group: group.at[chosen].set(False))(
-        chosen, jnp.ones_like(finite)
-    )
+    not_chosen = _without(jnp.ones_like(finite), chosen)
 
     xs, gs = candidates.take(chosen)
     lost = ~finite & not_chosen  # neither chosen nor fit for the memory
-    bad_x, bad_g = lax.cond(jnp.any(lost), _bad_columns, _no_columns, lost, x, g)
+    bad_x, bad_g = _bad_columns(lost, x, g)
     xs = jnp.where(bad_x, jnp.nan, xs)
     gs = jnp.where(bad_g | _misused(memory), jnp.nan, gs)
     xs, gs = (a.reshape(-1, a.shape[-1]) for a in _weigh(xs, gs, weights))
@@ -257,24 +257,30 @@ def _bad_columns(lost, x, g):
 
     (0 * NaN is NaN: where a chosen row is not finite, too, but there the gradient is not either.)
     A row that only grew too large for the memory's dtype when it was added up is bad throughout,
-    as is a slot.
+    as is a slot. A loop over a few lost rows at a time, since nearly always there are none.
     """
-    lost, slots = lost[:, : x.shape[1]], lost[:, x.shape[1] :]
+    axes = axes_of(lost, x, g)
+    lost, *rows = (vary(a, axes) for a in (lost, lax.stop_gradient(x), lax.stop_gradient(g)))
+    number = x.shape[1]
+    slots = jnp.any(lost[:, number:], axis=1)[:, None, None]
+    bad = [jnp.broadcast_to(slots, (len(a), 1, a.shape[-1])) for a in rows]
 
-    def product(a, b):
-        return jnp.matmul(a, b, preferred_element_type=wide(a.dtype))
+    def look(state):
+        lost, bad = state
+        some, at = lax.top_k(lost.astype(jnp.int32), min(number, LOOKED_AT))
+        some = some[..., None] > 0
+        odd = [~jnp.isfinite(take(a, at)) for a in rows]
+        outgrown = ~functools.reduce(jnp.logical_or, (jnp.any(a, -1, keepdims=True) for a in odd))
+        found = [jnp.any(some & (a | outgrown), axis=1, keepdims=True) for a in odd]
+        return _without(lost, at), [a | b for a, b in zip(bad, found, strict=True)]
 
-    small = 2.0**-20  # no sum of finite numbers overflows
-    fresh = jnp.stack([product(a, jnp.full(a.shape[-1], small, a.dtype)) for a in (x, g)])
-    lost = lost[:, None, :]
-    outgrown = jnp.any(lost & jnp.all(jnp.isfinite(fresh), axis=0)[:, None, :], -1, keepdims=True)
-    outgrown |= jnp.any(slots, axis=-1)[:, None, None]
-    return tuple(~jnp.isfinite(product(lost.astype(a.dtype), a)) | outgrown for a in (x, g))
+    return lax.while_loop(lambda state: jnp.any(state[0]), look, (lost[:, :number], bad))[1]
 
 
-def _no_columns(lost, x, g):
-    del lost
-    return tuple(vary(jnp.zeros((len(a), 1, a.shape[-1]), bool), varying_axes(a)) for a in (x, g))
+@jax.vmap
+def _without(rows, chosen):
+    """Rows of a group `(candidates,)` bool, with those that were chosen False."""
+    return rows.at[chosen].set(False)
 
 
 def _misused(memory):
