@@ -83,8 +83,8 @@ def estimate(
     dx = None
     if of_inputs:
         matrix = as_matrix(layer.dimension_numbers, kernel)
-        dx = _input_gradient(layer, of_g.first(layer.config.input_grad.rank), matrix, key)
-        dx = as_inputs(layer.dimension_numbers, dx.astype(x.dtype), shape)
+        dx = _input_gradient(layer, of_g.first(layer.config.input_grad.rank), matrix, key, x.dtype)
+        dx = as_inputs(layer.dimension_numbers, dx, shape)
 
     if isinstance(memory, Subspace):
         of_x = side(x, memory.inputs, layer.precision)
@@ -114,7 +114,7 @@ def axes_of(*trees) -> frozenset[str]:
 # ---- of the inputs
 
 
-def _input_gradient(layer, g, kernel, key):
+def _input_gradient(layer, g, kernel, key, dtype):
     """dX `(groups, rows, in_features)`, without bias, for a kernel `(in_features, out_features)`.
 
     With U the directions of the cotangents and G = (G U) U^T + Gr,
@@ -124,11 +124,11 @@ def _input_gradient(layer, g, kernel, key):
 
     of which the rows S are one product of ((G U) U^T + w Gr)[S] with W^T.
     """
-    dtype = wider(g.basis.dtype, kernel.dtype)
+    of_products = wider(g.basis.dtype, kernel.dtype)
 
     def times(a, b):
-        a, b = a.astype(dtype), b.astype(dtype)
-        wanted = wide(dtype)
+        a, b = a.astype(of_products), b.astype(of_products)
+        wanted = wide(of_products)
         return jnp.matmul(a, b, precision=layer.precision, preferred_element_type=wanted)
 
     norms = g.residual_norms()
@@ -140,13 +140,12 @@ def _input_gradient(layer, g, kernel, key):
 
     chosen, weights = _in_groups(draw, jax.random.fold_in(key, _INPUTS), scores)
     held, rest = g.split(chosen, layer.precision)
-    sampled = times(held + weights[..., None].astype(rest.dtype) * rest, kernel.T)
+    sampled = times(held + weights[..., None].astype(rest.dtype) * rest, kernel.T).astype(dtype)
     bad = jnp.where(finite, 0, jnp.nan).astype(g.coordinates.dtype)[..., None]  # rows, throughout
     if g.basis.shape[1]:
-        dx = times(g.coordinates + bad, times(g.basis.T, kernel.T))
+        dx = times(g.coordinates + bad, times(g.basis.T, kernel.T)).astype(dtype)
     else:
-        dx = jnp.broadcast_to(bad, (*norms.shape, len(kernel)))
-    dx = dx.astype(sampled.dtype)
+        dx = jnp.broadcast_to(bad, (*norms.shape, len(kernel))).astype(dtype)
     return jax.vmap(lambda dx, at, rows: dx.at[at].set(rows, unique_indices=True))(
         dx, chosen, sampled
     )
