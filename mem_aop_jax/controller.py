@@ -101,7 +101,7 @@ class Controller:
         loss: Callable,
         *,
         costs: Mapping[str, float] | None = None,
-        margin: float = 0.05,
+        margin: float = 0.03,
         log: Sequence[Decision | Mapping[str, Any]] = (),
     ):
         if EXACT in choices:
