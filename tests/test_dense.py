@@ -471,3 +471,31 @@ def test_numpy_arrays_and_restored_memories_work():
     chex.assert_trees_all_equal(
         ours, gradients(*map(jnp.asarray, (x, kernel)), memory_of(), jnp.asarray(g))
     )
+
+
+def test_lost_rows_are_looked_for_without_a_pass_over_all():
+    """Of the bytes of X and G, XLA counts three for the norms, and a little for the k rows."""
+    m, n, p = 4096, 256, 512
+    x, kernel, g = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((m, n), (n, p), (m, p)))
+
+    def gradient(x, kernel, g):
+        config = aop.MemAOP(ratio=1 / 8, memory=None)
+        return jax.vjp(lambda kernel: aop.dense(x, kernel, config=config), kernel)[1](g)
+
+    counted = jax.jit(gradient).lower(x, kernel, g).compile().cost_analysis()["bytes accessed"]
+    assert counted < 3.6 * 4 * m * (n + p)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_many_lost_rows_all_show(groups):
+    """Each in an entry of its own, more of them than are looked at together."""
+    rows, features = 200, 90
+    config = aop.MemAOP(k=2, memory=None, groups=groups)
+    x, kernel, g = arrays((rows, features), (features, P), (rows, P))
+    lost = np.arange(80)
+    x = x.at[2 * lost, lost].set(jnp.nan)
+    eager = functools.partial(gradients, config=config)
+    for backward in (eager, jax.jit(eager)):
+        dw = backward(x, kernel, None, g)[1]
+        np.testing.assert_array_equal(jnp.isnan(dw).all(axis=1), np.arange(features) < len(lost))
+        np.testing.assert_array_equal(jnp.isnan(dw).any(axis=1), np.arange(features) < len(lost))
