@@ -65,11 +65,12 @@ class Controller:
         `aop.allocate`. "exact" is always there, and comes first.
       example_input: what `model.init` takes, of the training size; a tuple for several arguments.
       loss: as in `aop.allocate`: `loss(model, variables, batch, key)`, of a model that it is given.
-      costs: for each name the cost of a step relative to an exact one, for instance measured times;
-        None counts the FLOPs of the loss's gradient as the compiler does, without the refreshes
-        that most steps leave out.
-      margin: exact training goes on unless (1 + noise v) c of a choice is below 1 - margin. What
-        is measured on a few batches is uncertain, and costs FLOPs itself.
+      costs: for each name the cost of a step, in any unit, for instance measured times; None counts
+        the FLOPs of the loss's gradient as the compiler does, without the refreshes that most steps
+        leave out.
+      margin: a choice must save so much, (1 + noise v) c < 1 - margin, or training is exact: what
+        is measured on a few batches is uncertain, and costs FLOPs itself. Between choices it does
+        not count.
       log: the decisions so far, of a run that goes on: `controller.log`, or its dicts from JSON.
 
     Attributes:
@@ -162,7 +163,7 @@ class Controller:
         *,
         metric: chex.ArrayTree | None = None,
     ) -> chex.ArrayTree:
-        """Measures all choices, and moves to the one of the least (1 + noise v) c.
+        """Measures all choices, and moves to the one of the least (1 + noise v) c, or to "exact".
 
         Outside of `jit`, `pmap` and `shard_map`; params and batches may be sharded.
 
@@ -206,12 +207,13 @@ class Controller:
         squares = np.square(norms)
         noise = min(1.0, float(np.mean(differences) / 2 / np.mean(squares)))
         v = {name: error / float(np.sum(squares[1:])) for name, error in errors.items()}
-        c = self._costs or self._relative_costs(flops)
+        c = self._relative_costs(flops)
         measured = Decision(step, EXACT, noise, v, c, spent)
-        best = min(c, key=measured.score)
-        if measured.score(best) >= (1 - self._margin) * measured.score(EXACT):
-            best = EXACT
-        self.log.append(measured._replace(choice=best))
+        scores = {name: measured.score(name) for name in self._models}
+        best = min(scores, key=lambda name: (np.isnan(scores[name]), scores[name]))
+        if scores[best] < 1 - self._margin:
+            measured = measured._replace(choice=best)
+        self.log.append(measured)
         return lent[self.choice]
 
     def _follow(self, params, memory, batch, key):
@@ -227,14 +229,13 @@ class Controller:
         )
 
     def _relative_costs(self, flops):
-        if min(flops.values()) <= 0:
+        if not self._costs and min(flops.values()) <= 0:
             raise ValueError(
                 "Controller: the compiler counts no FLOPs here; give costs=, for instance times of "
-                "a step relative to an exact one."
+                "a step."
             )
-        return {
-            name: (count - self._left_out[name]) / flops[EXACT] for name, count in flops.items()
-        }
+        costs = self._costs or {name: flops[name] - self._left_out[name] for name in flops}
+        return {name: costs[name] / costs[EXACT] for name in self._models}
 
     def __str__(self) -> str:
         names = list(self._models)

@@ -17,10 +17,10 @@ from mem_aop_jax.config import MemAOP
 from mem_aop_jax.contractions import as_inputs, as_kernel, as_matrix, as_rows
 from mem_aop_jax.memory import Memory, Subspace, wide, wider
 from mem_aop_jax.policies import POLICIES, priority, row_scores
-from mem_aop_jax.rows import Rows, Slots, take
+from mem_aop_jax.rows import Rows, Slots
 from mem_aop_jax.subspace import Residuals, side
 
-LOOKED_AT = 32  # rows at once, of those that are lost
+ROW_BLOCKS = 16  # in which lost rows are looked for
 _SIGNS, _REFRESH, _INPUTS = range(2**31, 2**31 + 3)  # what keys are for, beside those of the groups
 
 
@@ -254,26 +254,30 @@ def _refresh_is_due(layer, memory, key):
 def _bad_columns(lost, x, g):
     """`(groups, 1, in_features)` and `(groups, 1, out_features)`: where a lost row is not finite.
 
-    (0 * NaN is NaN: where a chosen row is not finite, too, but there the gradient is not either.)
     A row that only grew too large for the memory's dtype when it was added up is bad throughout,
-    as is a slot. A loop over a few lost rows at a time, since nearly always there are none.
+    as is a slot. Nearly always no row is lost: then the loop over blocks of rows reads nothing, and
+    compilers, which count what a loop does once, count one block.
     """
     axes = axes_of(lost, x, g)
     lost, *rows = (vary(a, axes) for a in (lost, lax.stop_gradient(x), lax.stop_gradient(g)))
     number = x.shape[1]
-    slots = jnp.any(lost[:, number:], axis=1)[:, None, None]
+    size = -(-number // ROW_BLOCKS)
+    lost, slots = lost[:, :number], jnp.any(lost[:, number:], axis=1)[:, None, None]
     bad = [jnp.broadcast_to(slots, (len(a), 1, a.shape[-1])) for a in rows]
 
     def look(state):
-        lost, bad = state
-        some, at = lax.top_k(lost.astype(jnp.int32), min(number, LOOKED_AT))
-        some = some[..., None] > 0
-        odd = [~jnp.isfinite(take(a, at)) for a in rows]
+        block, bad = state
+        first = jnp.minimum(block * size, number - size)
+        some, *odd = (lax.dynamic_slice_in_dim(a, first, size, axis=1) for a in (lost, *rows))
+        some, odd = some[..., None], [~jnp.isfinite(a) for a in odd]
         outgrown = ~functools.reduce(jnp.logical_or, (jnp.any(a, -1, keepdims=True) for a in odd))
         found = [jnp.any(some & (a | outgrown), axis=1, keepdims=True) for a in odd]
-        return _without(lost, at), [a | b for a, b in zip(bad, found, strict=True)]
+        return block + 1, [a | b for a, b in zip(bad, found, strict=True)]
 
-    return lax.while_loop(lambda state: jnp.any(state[0]), look, (lost[:, :number], bad))[1]
+    def more(state):
+        return (state[0] < ROW_BLOCKS) & jnp.any(lost)
+
+    return lax.while_loop(more, look, (0, bad))[1]
 
 
 @jax.vmap

@@ -195,6 +195,30 @@ def test_between_two_estimates_the_margin_is_of_no_account():
     assert found.choice == "some"
 
 
+def test_costs_are_in_any_unit():
+    found = controller(costs=costs(some=0.5))
+    of_seconds = controller(costs={name: 7e-3 * c for name, c in costs(some=0.5).items()})
+    for each in (found, of_seconds):
+        each.decide(0, trained(), {}, BATCHES, KEY)
+    assert of_seconds.log[0].c == pytest.approx(costs(some=0.5))
+    assert of_seconds.choice == found.choice == "some"
+
+
+def not_a_number(key, scores, k):
+    return aop.Selection(jnp.arange(k), jnp.full((k,), jnp.nan, jnp.float32))
+
+
+def test_an_estimate_that_is_not_finite_is_not_chosen():
+    bad = aop.MemAOP(ratio=0.5, policy=not_a_number, memory=None)
+    cheap = {"bad": 0.1, "some": 0.2, "exact": 1.0}
+    for choices, choice in ((("bad",), "exact"), (("bad", "some"), "some")):
+        of = {name: bad if name == "bad" else CHOICES[name] for name in choices}
+        found = controller(of, costs={name: cheap[name] for name in (*choices, "exact")})
+        found.decide(0, trained(), {}, BATCHES, KEY)
+        assert np.isnan(found.log[0].v["bad"])
+        assert found.choice == choice
+
+
 def test_the_best_of_equals_in_noise_is_the_cheapest():
     """Of batches that are alike there is no noise, and v is free."""
     found = controller(costs=costs(inputs=0.9, subspace=0.95))
