@@ -1,11 +1,4 @@
-"""Four CPU devices, and strict arrays: an implicit promotion of dtypes or ranks is an error.
-
-Half of the tests' time is compilation, for arrays so small that no optimisation pays.
-"""
-
-import os
-
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+"""Four CPU devices, and strict arrays: an implicit promotion of dtypes or ranks is an error."""
 
 import chex
 import jax

@@ -236,7 +236,7 @@ def test_sizes_of_runs(parse):
         "--steps 10 --run exact --run exact:batch=8,steps=1/2 --run randk:k=3,batch=2/1,flops=0.5 "
         "--run topk:ratio=1/8,decay=0.5,memory_dtype=bfloat16,steps=7 --run exact"
     )
-    assert [run[4:] for run in options.run] == [
+    assert [run[-3:] for run in options.run] == [
         (4, 10, None), (8, 5, None), (8, None, 0.5), (4, 7, None)
     ]  # fmt: skip
     config = options.run[3].config
