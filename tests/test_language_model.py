@@ -438,7 +438,7 @@ def test_fine_tuning_starts_where_training_ended(tmp_path, monkeypatch, standard
 
 
 @pytest.mark.slow
-def test_flops_of_a_step_with_approximate_gradients_of_inputs(tmp_path):
+def test_flops_of_a_step_with_approximate_gradients_of_inputs(tmp_path, standard_promotion):
     """At width 1,024 with 2,048 rows, as XLA counts them."""
     spelled = "priority:ratio=1/8,memory=subspace,rank=8,input_ratio=1/4,input_rank=32"
     sizes = ["--width", "1024", "--heads", "16", "--layers", "1", "--out", str(tmp_path)]
