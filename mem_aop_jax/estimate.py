@@ -143,9 +143,10 @@ def _input_gradient(layer, g, kernel, key, dtype):
     sampled = times(held + weights[..., None].astype(rest.dtype) * rest, kernel.T).astype(dtype)
     bad = jnp.where(finite, 0, jnp.nan).astype(g.coordinates.dtype)[..., None]  # rows, throughout
     if g.basis.shape[1]:
-        dx = times(g.coordinates + bad, times(g.basis.T, kernel.T)).astype(dtype)
+        dx = times(g.coordinates + bad, times(g.basis.T, kernel.T))
     else:
-        dx = jnp.broadcast_to(bad, (*norms.shape, len(kernel))).astype(dtype)
+        dx = jnp.broadcast_to(bad, (*norms.shape, len(kernel)))
+    dx = dx.astype(dtype)  # before the rows are set: no copy of it in float32
     return jax.vmap(lambda dx, at, rows: dx.at[at].set(rows, unique_indices=True))(
         dx, chosen, sampled
     )
@@ -160,7 +161,9 @@ def _kernel_gradient(layer, candidates, x, g, memory, key):
     scores, finite = row_scores(*norms)
     finite &= candidates.fit()
     chosen, weights = _select(layer, x.shape[0] * x.shape[1], key, scores)
-    not_chosen = _without(jnp.ones_like(finite), chosen)
+    not_chosen = jax.vmap(lambda chosen, group: group.at[chosen].set(False))(
+        chosen, jnp.ones_like(finite)
+    )
 
     xs, gs = candidates.take(chosen)
     lost = ~finite & not_chosen  # neither chosen nor fit for the memory
@@ -278,12 +281,6 @@ def _bad_columns(lost, x, g):
         return (state[0] < ROW_BLOCKS) & jnp.any(lost)
 
     return lax.while_loop(more, look, (0, bad))[1]
-
-
-@jax.vmap
-def _without(rows, chosen):
-    """Rows of a group `(candidates,)` bool, with those that were chosen False."""
-    return rows.at[chosen].set(False)
 
 
 def _misused(memory):
