@@ -16,7 +16,7 @@ import optax
 from tqdm import tqdm
 
 import mem_aop_jax as aop
-from mem_aop_jax.cost import model_flops_left_out
+from mem_aop_jax.cost import counted_flops, model_flops_left_out
 from mem_aop_jax.passes import memory_shapes
 
 EVALUATIONS = 10  # of a run, evenly spaced; the last is after the last step
@@ -206,8 +206,8 @@ class Trainer:
         params, opt_state = jax.eval_shape(self.init, key)
         state = params, aop.replace_memory(opt_state, memory_shapes(model, self.example))
         windows = jnp.zeros((self.batch, self.sequence + 1), jnp.int32)
-        step = jax.jit(self.step, static_argnums=0).lower(model, state, windows, key)
-        counted = step.compile().cost_analysis()["flops"]
+        step = jax.jit(self.step, static_argnums=0)
+        counted = counted_flops(step, model, state, windows, key)
         if model is self.exact:
             return counted
         layers = aop.linen.layers(model, key, self.example)

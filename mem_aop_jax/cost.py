@@ -2,8 +2,35 @@
 
 from collections.abc import Sequence
 
+import jax
+
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.rules import Layer, Rules, config_for
+
+
+def counted_flops(function: jax.stages.Wrapped, *args) -> float:
+    """FLOPs of a jitted function of such arguments, as XLA counts them; 0 where it does not.
+
+    Of what it compiles for CPUs where the arguments are on a GPU: products are calls into
+    libraries there, which count nothing.
+    """
+    if jax.default_backend() != "gpu":
+        return _flops(function.lower(*args))
+    try:
+        device = jax.devices("cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return 0.0
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if _is_array(a) else a, args)
+    with jax.default_device(device):
+        return _flops(function.lower(*args))
+
+
+def _flops(lowered):
+    return (lowered.compile().cost_analysis() or {}).get("flops", 0.0)
+
+
+def _is_array(a):
+    return hasattr(a, "shape") and hasattr(a, "dtype")
 
 
 def exact_flops(rows: int, in_features: int, out_features: int) -> int:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mem_aop_jax.cost import counted_flops
 from mem_aop_jax.memory import Measured, Probe, is_memory
 from mem_aop_jax.policies import over
 from mem_aop_jax.probe import variance_of_draws
@@ -147,8 +148,7 @@ def diagnostics(
         gradient = jax.jit(jax.grad(loss_fn, argnums=(0, 1), has_aux=has_aux, allow_int=True))
         flops = []
         for given in (each(lambda probe: probe.memory), exact_probes):
-            counted = gradient.lower(params, given, *args).compile().cost_analysis() or {}
-            flops.append(counted.get("flops", 0.0))
+            flops.append(counted_flops(gradient, params, given, *args))
         if min(flops) > 0:
             step_cost = jnp.asarray(flops[0] / flops[1], jnp.float32)
     return Diagnostics(layers, model, step_cost)

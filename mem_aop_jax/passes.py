@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mem_aop_jax.config import MemAOP
+from mem_aop_jax.cost import counted_flops
 from mem_aop_jax.linen import COLLECTION, wrap
 from mem_aop_jax.memory import Norms, Probe, Subspace, is_memory, wide
 from mem_aop_jax.policies import over
@@ -71,8 +72,7 @@ def backward(loss: Callable) -> Callable[..., Pass]:
         leaves, structure = jax.tree.flatten(args[1:])
         kind = args[0], structure, tuple((jnp.shape(a), jnp.result_type(a)) for a in leaves)
         if kind not in flops:  # the call below uses what is compiled here
-            counted = gradients.lower(*args).compile().cost_analysis() or {}
-            flops[kind] = counted.get("flops", 0.0)
+            flops[kind] = counted_flops(gradients, *args)
         return Pass(*gradients(*args), flops[kind])
 
     return call

@@ -30,11 +30,13 @@ class Rows(NamedTuple):
       x: `(groups, rows, in_features)`.
       g: `(groups, rows, out_features)`.
       memory: None, or with the shapes of x and g.
+      show_lost: whether the gradient shows non-finite rows that were not chosen.
     """
 
     x: chex.Array
     g: chex.Array
     memory: Memory | None
+    show_lost = False
 
     def norms(self) -> tuple[chex.Array, chex.Array]:
         """Of the candidates, `(groups, candidates)`; as `row_norms`."""
@@ -87,6 +89,7 @@ class Slots(NamedTuple):
     x: chex.Array
     g: chex.Array
     memory: Memory
+    show_lost = False
 
     def norms(self):
         """As in `Rows`."""

@@ -92,6 +92,11 @@ class Residuals(NamedTuple):
     memory: Subspace
     precision: lax.PrecisionLike
 
+    @property
+    def show_lost(self):
+        """As in `Rows`: in X^T B and G^T A, if B and A have columns."""
+        return min(self.x.basis.shape[1], self.g.basis.shape[1]) > 0
+
     def norms(self):
         """As in `Rows`."""
         return self.x.residual_norms(), self.g.residual_norms()
