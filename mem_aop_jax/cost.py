@@ -20,7 +20,9 @@ def counted_flops(function: jax.stages.Wrapped, *args) -> float:
         device = jax.devices("cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves it out
         return 0.0
-    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if _is_array(a) else a, args)
+    args = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if _is_array(a) else a, args
+    )
     with jax.default_device(device):
         return _flops(function.lower(*args))
 

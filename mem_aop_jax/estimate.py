@@ -193,7 +193,7 @@ def _kernel_gradient(layer, candidates, x, g, memory, key):
     if isinstance(memory, Memory):
         signs = _signs(layer, key, x)
         waiting = finite & not_chosen
-        new_memory = candidates.next_memory(waiting, layer.config.decay, signs, after=(xs, gs))
+        new_memory = candidates.next_memory(waiting, layer.config.decay, signs, after=dw)
     new_memory = new_memory._replace(uses=_used_once(memory.uses, new_memory.inputs))
     new_memory = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), new_memory, memory)
     return dw, new_memory, norms, not_chosen

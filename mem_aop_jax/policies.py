@@ -5,6 +5,7 @@ The paper's choose rows whose rest waits in a memory. The unbiased ones weigh th
 choose, so that the expectation of the weighted sum is the sum over all rows.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -114,21 +115,35 @@ def row_scores(
 def row_norms(rows: chex.Array) -> chex.Array:
     """Euclidean norms of rows of any finite size, in units of 256, without under- or overflow.
 
-    Three scaled sums of squares, of which the first finite one is good. A single reduction of three
-    operands, since only that reads the rows once and stores nothing of their size everywhere.
+    Three scaled sums of squares, of which the first finite one is good.
     """
+    in_lanes = functools.partial(_row_norms, lanes=128)  # which CPUs add up together
+    return jax.lax.platform_dependent(rows, cpu=in_lanes, default=_row_norms)
+
+
+def _row_norms(rows, lanes=1):
     scales = (2.0**80, 1.0, 2.0**-80)
-    squares = tuple(jnp.square(rows * scale) for scale in scales)
-    zero = np.zeros((), rows.dtype)
-    sums = jax.lax.reduce(squares, (zero,) * len(scales), _add_each, dimensions=(rows.ndim - 1,))
+    features = rows.shape[-1]
+    if 1 < lanes < features:
+        missing = [(0, 0)] * (rows.ndim - 1) + [(0, -features % lanes)]
+        rows = jnp.pad(rows, missing).reshape(*rows.shape[:-1], -1, lanes)
+        sums = _sums(_sums(tuple(jnp.square(rows * scale) for scale in scales), -2), -1)
+    else:
+        sums = _sums(tuple(jnp.square(rows * scale) for scale in scales), -1)
     small, medium, large = (
         jnp.sqrt(total) * (2.0**-8 / scale) for total, scale in zip(sums, scales, strict=True)
     )
     return jnp.where(sums[0] < jnp.inf, small, jnp.where(sums[1] < jnp.inf, medium, large))
 
 
-def _add_each(a, b):
-    return tuple(x + y for x, y in zip(a, b, strict=True))
+def _sums(operands, axis):
+    """In one reduction, since only that reads the rows once and stores nothing of their size."""
+    zeros = (np.zeros((), operands[0].dtype),) * len(operands)
+
+    def add(a, b):
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    return jax.lax.reduce(operands, zeros, add, dimensions=(operands[0].ndim + axis,))
 
 
 def _over_largest(values: chex.Array) -> chex.Array:

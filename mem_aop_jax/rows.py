@@ -62,10 +62,10 @@ class Rows(NamedTuple):
           waiting: `(groups, candidates)` bool: neither chosen nor lost.
           decay: as in `MemAOP`.
           signs: `(groups, rows)`, 1 or -1; None is 1.
-          after: what reads the last memory. The barrier lets XLA reuse the buffers of a donated
-            one: the rows are joined anew, after all that is done.
+          after: the gradient, for which the last memory was read. Only after it is a donated
+            memory written over, without a copy: the rows are joined anew.
         """
-        rows, waiting, _ = lax.optimization_barrier((self, waiting, after))
+        rows, waiting = _after(after, (self, waiting))
         kept = (_kept(a, waiting, decay, signs) for a in rows._joined())
         return _stored(self.memory, *kept)
 
@@ -119,7 +119,7 @@ class Slots(NamedTuple):
 
     def next_memory(self, waiting, decay, signs, after):
         """As in `Rows`."""
-        slots, waiting, _ = lax.optimization_barrier((self, waiting, after))
+        slots, waiting = _after(after, (self, waiting))
         rows = self.x.shape[1]
 
         def added(fresh, kept):
@@ -140,6 +140,20 @@ class Slots(NamedTuple):
 def take(rows: chex.Array, chosen: chex.Array) -> chex.Array:
     """The chosen rows of each group; NaN for one that there is not."""
     return rows.at[chosen].get(mode="fill", fill_value=jnp.nan)
+
+
+def _after(first, then):
+    """The candidates and which of them wait, in a computation that has to wait for `first`."""
+    candidates, waiting, first = lax.optimization_barrier((*then, first))
+
+    def on_cpu(waiting, first):  # where barriers are gone before operations are put in order
+        some = jnp.max(first[:1, :1], initial=0)
+        never = (some != some) & (some > 0)
+        return waiting & ~never
+
+    return candidates, lax.platform_dependent(
+        waiting, first, cpu=on_cpu, default=lambda waiting, first: waiting
+    )
 
 
 def _kept(rows, waiting, decay, signs=None):

@@ -125,14 +125,16 @@ class Residuals(NamedTuple):
         a, b = x.coordinates.astype(dtype), g.coordinates.astype(dtype)
 
         def over_rows(a, b):
+            """A^T B, as (B^T A)^T: with the few columns first it is fast on CPUs."""
             a, b = (c.reshape(math.prod(c.shape[:2]), c.shape[2]).astype(dtype) for c in (a, b))
-            return lax.dot_general(
-                a,
+            product = lax.dot_general(
                 b,
+                a,
                 (((0,), (0,)), ((), ())),
                 precision=precision,
                 preferred_element_type=wide(dtype),
             )
+            return lax.optimization_barrier(product).T  # or XLA turns it round again
 
         def next_basis(new, old):
             rank = new.shape[1]
@@ -189,11 +191,33 @@ def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:
     identity = jnp.eye(rank, dtype=dtype)
     for shift in (rank**2 * jnp.finfo(dtype).eps, 0, 0):  # more than the rounding of the first
         gram = jnp.matmul(columns.T, columns, precision="highest")
-        inverse = lax.linalg.triangular_solve(  # for q x q, since one for N x q is slow on CPUs
-            jnp.linalg.cholesky(gram + shift * identity), identity, left_side=True, lower=True
-        )
-        columns = jnp.matmul(columns, inverse.T, precision="highest")
+        factor = jnp.linalg.cholesky(gram + shift * identity)
+        inverse = lax.platform_dependent(factor, cpu=_inverse_in_blocks, default=_inverse)
+        columns = jnp.matmul(columns, inverse.T, precision="highest")  # solving for N x q is slow
     return jnp.where(jnp.all(jnp.isfinite(columns)), columns, old)
+
+
+def _inverse(lower):
+    """Of a lower triangular matrix."""
+    identity = jnp.eye(len(lower), dtype=lower.dtype)
+    return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+
+
+def _inverse_in_blocks(lower):
+    """The same, of blocks for which the BLAS of JAX on CPUs starts no threads of its own.
+
+    They would wait for those of XLA, for milliseconds.
+    """
+    half = len(lower) // 2
+    if half < 12:
+        return _inverse(lower)
+    first, last = (
+        _inverse_in_blocks(lower[part, part]) for part in (slice(half), slice(half, None))
+    )
+    below = -jnp.matmul(
+        jnp.matmul(last, lower[half:, :half], precision="highest"), first, precision="highest"
+    )
+    return jnp.block([[first, jnp.zeros_like(below.T)], [below, last]])
 
 
 def _shared_axes(of_rows, basis):
