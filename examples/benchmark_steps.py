@@ -12,7 +12,7 @@ import optax
 from jax import lax
 
 import mem_aop_jax as aop
-from mem_aop_jax.cost import input_gradient_flops, weight_gradient_flops
+from mem_aop_jax.flops import input_gradient_flops, weight_gradient_flops
 
 PASSES = ("both", "forward", "backward")
 

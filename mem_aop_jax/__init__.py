@@ -4,10 +4,13 @@ from mem_aop_jax import linen, nnx
 from mem_aop_jax.allocate import Allocation, allocate
 from mem_aop_jax.config import InputGrad, MemAOP
 from mem_aop_jax.controller import Controller, Decision
+from mem_aop_jax.cost import Cost, cost
 from mem_aop_jax.dense import dense, dot_general
 from mem_aop_jax.diagnostics import Diagnostics, diagnostics
 from mem_aop_jax.memory import Measured, Memory, Probe, Subspace, init_memory
+from mem_aop_jax.plan import Plan, Planned, plan
 from mem_aop_jax.policies import Selection
+from mem_aop_jax.rates import Rates, device_rates
 from mem_aop_jax.transform import (
     carry_memory,
     get_memory,
@@ -19,18 +22,24 @@ from mem_aop_jax.transform import (
 __all__ = [
     "Allocation",
     "Controller",
+    "Cost",
     "Decision",
     "Diagnostics",
     "InputGrad",
     "Measured",
     "MemAOP",
     "Memory",
+    "Plan",
+    "Planned",
     "Probe",
+    "Rates",
     "Selection",
     "Subspace",
     "allocate",
     "carry_memory",
+    "cost",
     "dense",
+    "device_rates",
     "diagnostics",
     "dot_general",
     "get_memory",
@@ -38,6 +47,7 @@ __all__ = [
     "linen",
     "mem_aop_sgd",
     "nnx",
+    "plan",
     "replace_memory",
     "state_shardings",
 ]

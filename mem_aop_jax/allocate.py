@@ -27,8 +27,8 @@ import numpy as np
 
 from mem_aop_jax import linen, passes
 from mem_aop_jax.config import InputGrad, MemAOP
-from mem_aop_jax.cost import exact_flops, relative_cost
 from mem_aop_jax.diagnostics import markdown
+from mem_aop_jax.flops import exact_flops, relative_cost
 from mem_aop_jax.memory import Norms, Probe, is_memory
 from mem_aop_jax.rules import Rules
 

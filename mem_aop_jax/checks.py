@@ -21,6 +21,16 @@ def config(name, given):
         )
 
 
+def min_speedup(name, given):
+    """A positive number, or None."""
+    if given is None or (isinstance(given, int | float) and 0 < given < float("inf")):
+        return
+    raise ValueError(
+        f"{name}: got min_speedup={given!r}; it must be a positive number, for instance 1.05, or "
+        "None."
+    )
+
+
 def shapes(name, x, kernel):
     """x `(..., in_features)` and kernel `(in_features, out_features)`."""
     if kernel.ndim != 2:

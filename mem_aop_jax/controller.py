@@ -12,8 +12,8 @@ import numpy as np
 
 from mem_aop_jax import linen, passes
 from mem_aop_jax.config import MemAOP
-from mem_aop_jax.cost import model_flops_left_out
 from mem_aop_jax.diagnostics import markdown
+from mem_aop_jax.flops import model_flops_left_out
 from mem_aop_jax.memory import Memory, Subspace, is_memory
 from mem_aop_jax.rules import as_rules, config_for
 

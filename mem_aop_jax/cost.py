@@ -1,99 +1,150 @@
-"""FLOPs of a dense layer's step, exact and approximate."""
+"""What a dense layer's step costs, exact and approximate: FLOPs, bytes, memory, time."""
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
+import chex
 import jax
+import jax.numpy as jnp
 
+from mem_aop_jax import checks
 from mem_aop_jax.config import MemAOP
-from mem_aop_jax.rules import Layer, Rules, config_for
+from mem_aop_jax.flops import relative_cost
+from mem_aop_jax.memory import init_memory
+from mem_aop_jax.rates import Rates, device_rates
 
 
-def counted_flops(function: jax.stages.Wrapped, *args) -> float:
-    """FLOPs of a jitted function of such arguments, as XLA counts them; 0 where it does not.
+class Cost(NamedTuple):
+    """Of one layer's step: outputs, gradient of the inputs, gradient of the kernel.
 
-    Of what it compiles for CPUs where the arguments are on a GPU: products are calls into
-    libraries there, which count nothing.
+    Attributes:
+      flops: of the approximate layer, mean over the steps.
+      exact_flops: of the exact one.
+      bytes: that the approximate one reads and writes if every pass over an array is one.
+      exact_bytes: the same of the exact one.
+      memory: bytes that are held from step to step.
+      speedup: predicted, the exact layer's time over the approximate one's.
     """
-    if jax.default_backend() != "gpu":
-        return _flops(function.lower(*args))
-    try:
-        device = jax.devices("cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves it out
-        return 0.0
-    args = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if _is_array(a) else a, args
-    )
-    with jax.default_device(device):
-        return _flops(function.lower(*args))
+
+    flops: float
+    exact_flops: float
+    bytes: float
+    exact_bytes: float
+    memory: int
+    speedup: float
 
 
-def _flops(lowered):
-    return (lowered.compile().cost_analysis() or {}).get("flops", 0.0)
+def cost(
+    config: MemAOP | None,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    dtype: chex.ArrayDType = jnp.float32,
+    *,
+    rates: Rates | None = None,
+) -> Cost:
+    """What a layer's step costs, and how much faster than the exact one it will be.
 
+    FLOPs are the formula's; the time is the sum of that of the products, each bound by arithmetic
+    or by its bytes, of the passes over the rows, and of the selection.
 
-def _is_array(a):
-    return hasattr(a, "shape") and hasattr(a, "dtype")
+    Args:
+      config: of the layer; None is exact.
+      rows: of a batch on one device.
+      in_features: of the layer.
+      out_features: of the layer.
+      dtype: of the inputs.
+      rates: of the device; None is the default device: from a table, or measured in a few seconds
+        the first time.
 
+    Raises:
+      TypeError: no configuration.
+      ValueError: sizes below 1, or a configuration that chooses more rows than there are.
 
-def exact_flops(rows: int, in_features: int, out_features: int) -> int:
-    """FLOPs of an exact layer's step: forward, gradient of the inputs, gradient of the kernel."""
-    return 6 * rows * in_features * out_features
-
-
-def relative_cost(config: MemAOP, rows: int, in_features: int, out_features: int) -> float:
-    """FLOPs of one layer's step, relative to those of the exact layer."""
+    Example:
+      >>> import mem_aop_jax as aop
+      >>> fast = aop.Rates("some", 1e12, 1e12, 1e12, row=0, layer=0, subspace=0)
+      >>> config = aop.MemAOP(ratio=0.125, memory=None)
+      >>> found = aop.cost(config, 4096, 2048, 2048, rates=fast)
+      >>> round(found.flops / found.exact_flops, 2), round(found.speedup, 2)
+      (0.71, 1.41)
+    """
     sizes = rows, in_features, out_features
-    estimate = weight_gradient_flops(config, *sizes) + input_gradient_flops(config, *sizes)
-    return 1 / 3 + estimate / exact_flops(*sizes)
-
-
-def weight_gradient_flops(config: MemAOP, rows: int, in_features: int, out_features: int) -> float:
-    """FLOPs of the kernel's gradient, mean over the steps: of its products and the rows' norms."""
-    k = config.selected_rows(rows)
-    norms = 6 * rows * (in_features + out_features)  # three squares, three sums
-    if config.memory_kind != "subspace":
-        return 2 * k * in_features * out_features + norms
-    of_inputs, of_cotangents = config.ranks(in_features, out_features)
-    rank = of_inputs + of_cotangents
-    products = 2 * (k + rank) * in_features * out_features
-    residuals = 2 * k * (in_features * of_inputs + out_features * of_cotangents)
-    coordinates = 2 * rows * rank * (in_features + out_features)  # X V, X^T B; G U, G^T A
-    coordinates += 2 * (rows + in_features) * of_inputs * of_cotangents  # V (A^T B)
-    refresh = _refresh_flops(config, rows, in_features, out_features)
-    return products + residuals + coordinates + refresh / config.refresh + norms
-
-
-def input_gradient_flops(config: MemAOP, rows: int, in_features: int, out_features: int) -> float:
-    """FLOPs of the inputs' gradient, beside those of the kernel's that it shares."""
-    drawn = config.input_rows(rows)
-    if drawn == rows:
-        return 2 * rows * in_features * out_features
-    rank = min(config.input_grad.rank, out_features)
-    of_kernel = config.ranks(in_features, out_features)[1] if rank else 0
-    inside = 2 * rank * (rows + out_features) * in_features  # (G U) (W U)^T
-    inside += 2 * rows * out_features * max(0, rank - of_kernel)  # G U
-    return 2 * drawn * out_features * (in_features + rank) + inside
-
-
-def flops_left_out(config: MemAOP, rows: int, in_features: int, out_features: int) -> float:
-    """FLOPs that a compiler counts in each step and most steps leave out, mean over the steps.
-
-    Of a branch it counts the more costly side: a refresh.
-    """
-    if config.memory_kind != "subspace":
-        return 0.0
-    refresh = _refresh_flops(config, rows, in_features, out_features)
-    return (1 - 1 / config.refresh) * refresh
-
-
-def model_flops_left_out(rules: Rules, layers: Sequence[Layer]) -> float:
-    """The same of the layers of a model that was wrapped with these rules."""
-    return sum(flops_left_out(config_for(rules, layer.path), *layer[1:4]) for layer in layers)
-
-
-def _refresh_flops(config, rows, in_features, out_features):
-    ranks = config.held_ranks(in_features, out_features)
-    return sum(
-        2 * rows * features * rank + 12 * features * rank**2  # and Cholesky-QR, three times
-        for features, rank in zip((in_features, out_features), ranks, strict=True)
+    if config is not None:
+        checks.config("cost", config)
+    if min(sizes) < 1:
+        raise ValueError(f"cost: got the sizes {sizes}; rows and features must be at least 1.")
+    size = jnp.dtype(dtype).itemsize
+    exact = _products(size, *sizes)
+    exact_flops, exact_bytes = (sum(part[i] for part in exact) for i in range(2))
+    if config is None:
+        return Cost(exact_flops, exact_flops, exact_bytes, exact_bytes, 0, 1.0)
+    parts = [*_products(size, *sizes, config), *_passes(size, *sizes, config)]
+    memory = jax.eval_shape(lambda: init_memory(config, *sizes, dtype))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory))
+    rates = rates or device_rates()
+    selections = 1 + (config.input_rows(rows) < rows)
+    seconds = _seconds(parts, size, rates) + rates.layer + selections * rows * rates.row
+    if config.memory_kind == "subspace":
+        seconds += rates.subspace
+    return Cost(
+        flops=exact_flops * relative_cost(config, *sizes),
+        exact_flops=exact_flops,
+        bytes=sum(part[1] for part in parts),
+        exact_bytes=exact_bytes,
+        memory=held,
+        speedup=_seconds(exact, size, rates) / seconds,
     )
+
+
+# ---- FLOPs, bytes, and speed relative to that of products, of what a step does in turn
+
+
+def _seconds(parts, size, rates):
+    speed = rates.half_flops if size < 4 else rates.flops
+    kernel = {"kernel": rates.kernel}
+    return rates.step + sum(
+        max(flops / (speed * kernel.get(kind, 1)), moved / rates.bytes)
+        for flops, moved, kind in parts
+    )
+
+
+def _products(size, rows, in_features, out_features, config=None):
+    """Of the outputs, of the gradient of the inputs and of that of the kernel."""
+
+    def product(m, n, p, kind=""):
+        return 2 * m * n * p, (m * n + n * p + m * p) * size, kind
+
+    drawn = rows if config is None else config.input_rows(rows)
+    summed = rows
+    if config is not None:
+        rank = config.ranks(in_features, out_features) if config.memory_kind == "subspace" else ()
+        summed = config.selected_rows(rows) + sum(rank)
+    return [
+        product(rows, in_features, out_features),
+        product(drawn, out_features, in_features),
+        product(in_features, summed, out_features, "kernel"),
+    ]
+
+
+def _passes(size, rows, in_features, out_features, config):
+    """Of all else that an approximate layer does."""
+    features, k = in_features + out_features, config.selected_rows(rows)
+    moved = [rows * features * size, 2 * k * features * size]  # for norms; rows that are gathered
+    if config.memory_kind == "rows":
+        held = jnp.dtype(config.memory_dtype).itemsize if config.memory_dtype else size
+        kept = config.memory_slots or rows
+        moved.append(features * (rows * size + 3 * kept * held))  # for norms, and what waits
+    passes = [(0, number, "") for number in moved]
+    if config.memory_kind == "subspace":
+        ranks = config.ranks(in_features, out_features)
+        for count, rank in zip((in_features, out_features), ranks, strict=True):
+            along = 2 * rows * count * rank, rows * count * size, ""
+            passes += [along, along, (along[0] / config.refresh, 0, "")]  # X V, X^T B, X^T A
+            passes.append((2 * k * count * rank, 0, ""))  # the rest of the chosen rows
+    drawn = config.input_rows(rows)
+    if drawn < rows:
+        rank = min(config.input_grad.rank, out_features)
+        passes.append((0, 2 * drawn * features * size, ""))
+        passes.append((2 * rows * rank * in_features, rows * in_features * size, ""))
+        passes.append((2 * rows * rank * out_features, 0, ""))
+    return passes

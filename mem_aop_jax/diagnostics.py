@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mem_aop_jax.cost import counted_flops
+from mem_aop_jax.flops import counted_flops
 from mem_aop_jax.memory import Measured, Probe, is_memory
 from mem_aop_jax.policies import over
 from mem_aop_jax.probe import variance_of_draws

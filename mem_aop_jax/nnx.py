@@ -17,8 +17,9 @@ from mem_aop_jax.carry import carried, rate_factor
 from mem_aop_jax.compat import get_value, set_value
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.contractions import contraction_sizes, why_exact
+from mem_aop_jax.cost import cost
 from mem_aop_jax.dense import dot_general
-from mem_aop_jax.rules import Layer, as_rules, check_all_used, config_for
+from mem_aop_jax.rules import Layer, Rules, as_rules, check_all_used, config_for
 
 RNG = "mem_aop"  # nnx.Rngs(mem_aop=...), for the random policies; else the default stream
 
@@ -151,6 +152,7 @@ def wrap(
     config_or_rules: MemAOP | Sequence[tuple[str, MemAOP | None]],
     *example_inputs,
     rngs: nnx.Rngs | None = None,
+    min_speedup: float | None = None,
     **kwargs,
 ) -> nnx.Module:
     """Makes the `nnx.Linear` and `nnx.LinearGeneral` layers of a model approximate, in place.
@@ -166,6 +168,8 @@ def wrap(
         for an exact layer. The first match wins; a layer without one is exact.
       *example_inputs: inputs of the model, a batch of the training size. Nothing is computed.
       rngs: where the random policies take their keys from, as in `Linear`.
+      min_speedup: a layer stays exact, too, unless `aop.cost` predicts that a step of one of its
+        calls is so many times faster on the default device; as in `aop.linen.wrap`.
       **kwargs: further arguments of the model.
 
     Returns:
@@ -191,6 +195,7 @@ def wrap(
     if not isinstance(model, nnx.Module):
         raise TypeError(f"wrap: model is of type {type(model).__name__}, not an NNX module.")
     rules = as_rules("wrap", config_or_rules)
+    checks.min_speedup("wrap", min_speedup)
     calls = _calls(model, example_inputs, kwargs)
     check_all_used("wrap", rules, list(calls))
     products = []
@@ -198,11 +203,12 @@ def wrap(
         config = config_for(rules, path) if path in calls else None
         if config is None:
             continue
-        sizes = [
-            Layer(path, *call.sizes, config.selected_rows(call.sizes[0], path))
-            for call in calls[path]
-        ]
+        sizes = _sized(path, config, calls[path])
         _, dtype, kernel_ndim = calls[path][0]
+        if min_speedup is not None:
+            costs = [cost(config, *call.sizes, call.dtype) for call in calls[path]]
+            if max(of_call.speedup for of_call in costs) < min_speedup:
+                continue
         stack = layer.kernel.shape[: len(layer.kernel.shape) - kernel_ndim]
         product = DotGeneral(config, sizes, dtype, _key(config, rngs, path), stack)
         products.append((layer, product))
@@ -218,6 +224,20 @@ def layers(model: nnx.Module) -> list[Layer]:
         for path, node in nnx.iter_graph(model)
         if isinstance(node, DotGeneral)
         for layer in node.layers
+    ]
+
+
+def sized_layers(
+    caller: str, model: nnx.Module, rules: Rules, args: tuple
+) -> list[tuple[Layer, jnp.dtype]]:
+    """The layers of a model that rules make approximate, each with the dtype of its inputs."""
+    calls = _calls(model, args, {})
+    check_all_used(caller, rules, list(calls))
+    return [
+        (layer, calls[path][0].dtype)
+        for path, _ in _stock_layers(model)
+        if path in calls and config_for(rules, path) is not None
+        for layer in _sized(path, config_for(rules, path), calls[path])
     ]
 
 
@@ -310,6 +330,10 @@ def _calls(model, args, kwargs):
 
     jax.eval_shape(run, state)
     return {path: list(of_layer.values()) for path, of_layer in calls.items()}
+
+
+def _sized(path, config, calls):
+    return [Layer(path, *call.sizes, config.selected_rows(call.sizes[0], path)) for call in calls]
 
 
 def _stock_layers(model):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mem_aop_jax.config import MemAOP
-from mem_aop_jax.cost import counted_flops
+from mem_aop_jax.flops import counted_flops
 from mem_aop_jax.linen import COLLECTION, wrap
 from mem_aop_jax.memory import Norms, Probe, Subspace, is_memory, wide
 from mem_aop_jax.policies import over

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from mem_aop_jax.contractions import as_inputs, as_kernel, as_matrix, as_rows, first_free_size
-from mem_aop_jax.cost import exact_flops, relative_cost
 from mem_aop_jax.estimate import Layer, approximates_inputs, estimate
+from mem_aop_jax.flops import exact_flops, relative_cost
 from mem_aop_jax.memory import Measured, Norms, Probe, Subspace, wide
 from mem_aop_jax.policies import over, row_scores
 from mem_aop_jax.subspace import orthonormal

@@ -11,7 +11,7 @@ import pytest
 
 import mem_aop_jax as aop
 from mem_aop_jax.allocate import RATIOS, _variance
-from mem_aop_jax.cost import exact_flops, relative_cost
+from mem_aop_jax.flops import exact_flops, relative_cost
 from mem_aop_jax.policies import priority
 
 ROWS, FEATURES, CLASSES = 256, 48, 8

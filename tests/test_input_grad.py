@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_subspace import ROWS, M, N, P, exact_gradient, rows_near_a_subspace
 
 import mem_aop_jax as aop
-from mem_aop_jax.cost import flops_left_out, relative_cost
+from mem_aop_jax.flops import flops_left_out, relative_cost
 from mem_aop_jax.memory import Probe
 
 SUBSPACE = aop.MemAOP(k=6, policy="priority", memory="subspace", rank=(3, 2))

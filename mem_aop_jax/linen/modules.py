@@ -117,6 +117,13 @@ def layers(module: nn.Module, rngs: chex.ArrayTree, *args, **kwargs) -> list[Lay
       *args: as in `module.init`, for a batch of the training size.
       **kwargs: as in `module.init`.
     """
+    return [layer for layer, _ in sized_layers(module, rngs, *args, **kwargs)]
+
+
+def sized_layers(
+    module: nn.Module, rngs: chex.ArrayTree, *args, **kwargs
+) -> list[tuple[Layer, jnp.dtype]]:
+    """The same, each with the dtype of its inputs."""
     recorded = {}
     token = _recorded.set(recorded)
     try:
@@ -206,8 +213,13 @@ _probing = contextvars.ContextVar("whether layers without a memory get a probe",
 _recorded = contextvars.ContextVar("the layers of a call, by path and memory", default=None)
 
 
-def product_of(module, config, lhs, rhs, dimension_numbers, *args, lend=False, **options):
-    """`dot_general` with the memory, the key and the name of a module."""
+def product_of(
+    module, config, lhs, rhs, dimension_numbers, *args, lend=False, gains=None, **options
+):
+    """`dot_general` with the memory, the key and the name of a module.
+
+    Exact where `gains(config, sizes, dtype)` says that nothing is gained.
+    """
     memory = key = None
     owner = module.parent if isinstance(module, DotGeneral) else module
     kernel = owner.get_variable("params", "kernel") if isinstance(owner, nn.Module) else None
@@ -219,6 +231,9 @@ def product_of(module, config, lhs, rhs, dimension_numbers, *args, lend=False, *
     if config is not None:
         checks.floating(_name(module), lhs, rhs)
         sizes = contraction_sizes(lhs, rhs, dimension_numbers)
+        if gains is not None and not gains(config, sizes, lhs.dtype):
+            config = None
+    if config is not None:
         memory, key = _memory_of_this_call(module, config, sizes, lhs.dtype, lend)
     return dot_general(
         lhs,
@@ -249,7 +264,7 @@ def _memory_of_this_call(module, config, sizes, dtype, lend):
     recorded = _recorded.get()
     if recorded is not None:
         k = config.selected_rows(sizes[0], _name(module))
-        recorded[(*module.path, name)] = Layer("/".join(module.path), *sizes, k)
+        recorded[(*module.path, name)] = Layer("/".join(module.path), *sizes, k), dtype
 
     lent = module.get_variable("params", LENT + name, Lent(None, None))
     if lent.memory is not None and jnp.ndim(lent.memory.uses):  # the parameters are shared

@@ -7,7 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mem_aop_jax import checks
 from mem_aop_jax.config import MemAOP
+from mem_aop_jax.cost import cost
 from mem_aop_jax.linen.modules import (
     COLLECTION,
     LENT,
@@ -20,11 +22,15 @@ from mem_aop_jax.linen.modules import (
     trace_anew,
 )
 from mem_aop_jax.memory import is_memory
+from mem_aop_jax.rates import Rates, device_rates
 from mem_aop_jax.rules import Rules, as_rules, check_all_used, config_for
 
 
 def wrap(
-    module: nn.Module, config_or_rules: MemAOP | Sequence[tuple[str, MemAOP | None]]
+    module: nn.Module,
+    config_or_rules: MemAOP | Sequence[tuple[str, MemAOP | None]],
+    *,
+    min_speedup: float | None = None,
 ) -> nn.Module:
     """Any Linen model, unedited, with its `nn.Dense` and `nn.DenseGeneral` layers made approximate.
 
@@ -44,13 +50,18 @@ def wrap(
       config_or_rules: a configuration for all dense layers, or rules: pairs of a regular
         expression on the whole path of a layer ("encoder/mlp/Dense_0"), and a configuration or
         None for an exact layer. The first match wins; a layer without one is exact.
+      min_speedup: a layer stays exact, too, unless `aop.cost` predicts for its batch that a step
+        is so many times faster on the default device. That is measured where the device is not
+        known, and may differ from process to process: a run that shall go on elsewhere takes the
+        rules of `aop.plan`.
 
     Returns:
       A module to use in place of the model. `layers` lists what it approximates.
 
     Raises:
       TypeError: no module, or no configuration or rules.
-      ValueError: a bad regular expression, a wrapped model; from `init`: a rule that decides about
+      ValueError: a bad regular expression, a wrapped model, a `min_speedup` that is no positive
+        number; from `init`: a rule that decides about
         no layer, or a layer whose parameters are shared by the calls of a lifted transform.
 
     Example:
@@ -67,7 +78,9 @@ def wrap(
     if not isinstance(module, nn.Module):
         raise TypeError(f"wrap: module is of type {type(module).__name__}, not a Linen module.")
     _not_wrapped(module)
-    return Wrapped(module, as_rules("wrap", config_or_rules))
+    checks.min_speedup("wrap", min_speedup)
+    rates = None if min_speedup is None else device_rates()
+    return Wrapped(module, as_rules("wrap", config_or_rules), min_speedup, rates)
 
 
 class Wrapped(nn.Module):
@@ -75,6 +88,8 @@ class Wrapped(nn.Module):
 
     mem_aop_model: nn.Module  # the model has this scope, too, and may call a submodule "model"
     rules: Rules
+    min_speedup: float | None = None
+    rates: Rates | None = None
 
     def setup(self):
         nn.share_scope(self, self.mem_aop_model)
@@ -84,7 +99,8 @@ class Wrapped(nn.Module):
         key = self.make_rng(RNG) if self.has_rng(RNG) else None
         paths = {}  # ordered
         lend = self.is_mutable_collection(COLLECTION)
-        with_product = functools.partial(_intercept, self.rules, len(self.path), lend, paths)
+        gains = self.min_speedup and functools.partial(_gains, self.min_speedup, self.rates)
+        with_product = functools.partial(_intercept, self.rules, len(self.path), lend, gains, paths)
 
         def intercept(call, args, kwargs, context):
             _not_wrapped(context.module)
@@ -110,6 +126,10 @@ class Wrapped(nn.Module):
         return y
 
 
+def _gains(min_speedup, rates, config, sizes, dtype):
+    return cost(config, *sizes, dtype, rates=rates).speedup >= min_speedup
+
+
 def _not_wrapped(module):
     if isinstance(module, Wrapped):
         raise ValueError(
@@ -117,7 +137,7 @@ def _not_wrapped(module):
         )
 
 
-def _intercept(rules, depth, lend, paths, call, args, kwargs, context):
+def _intercept(rules, depth, lend, gains, paths, call, args, kwargs, context):
     """Calls a method of a module; a stock dense layer gets the product that its rule asks for."""
     module = context.module
     stock = isinstance(module, nn.Dense | nn.DenseGeneral) and not isinstance(module, Dense)
@@ -130,7 +150,7 @@ def _intercept(rules, depth, lend, paths, call, args, kwargs, context):
     config = config_for(rules, path)
     if config is None:
         return call(*args, **kwargs)
-    product = functools.partial(product_of, module, config, lend=lend)
+    product = functools.partial(product_of, module, config, lend=lend, gains=gains)
     # The fields of a module are frozen; the layer reads this one during this call alone.
     object.__setattr__(module, "dot_general", product)
     try:
