@@ -21,6 +21,7 @@ import os
 import pathlib
 import platform
 import re
+import sys
 import time
 
 TPU = {  # describes one to its compiler, before JAX starts
@@ -30,8 +31,8 @@ TPU = {  # describes one to its compiler, before JAX starts
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-for name, value in TPU.items():
-    os.environ.setdefault(name, value)
+if sys.argv[1:2] == ["tpu-compile"]:
+    os.environ.update(TPU | {"JAX_PLATFORMS": "cpu"})
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

@@ -259,23 +259,14 @@ def _bad_columns(lost, x, g):
     """`(groups, 1, in_features)` and `(groups, 1, out_features)`: where a lost row is not finite.
 
     A row that only grew too large for the memory's dtype when it was added up is bad throughout,
-    as is a slot.
+    as is a slot. Nearly always no row is lost: then the loop over blocks of rows reads nothing, and
+    compilers, which count what a loop does once, count one block.
     """
     axes = axes_of(lost, x, g)
     lost, *rows = (vary(a, axes) for a in (lost, lax.stop_gradient(x), lax.stop_gradient(g)))
     number = x.shape[1]
-    lost, slots = lost[:, :number], jnp.any(lost[:, number:], axis=1)[:, None, None]
-    look = _bad_in_one_pass if jax.default_backend() == "gpu" else _bad_in_a_loop
-    return look(lost, slots, rows)
-
-
-def _bad_in_a_loop(lost, slots, rows):
-    """Nearly always no row is lost: then the loop over blocks of rows reads nothing.
-
-    Compilers, which count what a loop does once, count one block.
-    """
-    number = lost.shape[1]
     size = -(-number // ROW_BLOCKS)
+    lost, slots = lost[:, :number], jnp.any(lost[:, number:], axis=1)[:, None, None]
     bad = [jnp.broadcast_to(slots, (len(a), 1, a.shape[-1])) for a in rows]
 
     def look(state):
@@ -291,18 +282,6 @@ def _bad_in_a_loop(lost, slots, rows):
         return (state[0] < ROW_BLOCKS) & jnp.any(lost)
 
     return lax.while_loop(more, look, (0, bad))[1]
-
-
-def _bad_in_one_pass(lost, slots, rows):
-    """Without a loop, for which a GPU would wait for the host in each layer.
-
-    It reads all rows. An outgrown row beside one that is not finite goes unnoticed.
-    """
-    odd = [jnp.any(~jnp.isfinite(a), axis=1, keepdims=True) for a in rows]
-    outgrown = jnp.any(lost, axis=1)[:, None, None]
-    for a in odd:
-        outgrown &= ~jnp.any(a, axis=-1, keepdims=True)
-    return [a | outgrown | slots for a in odd]
 
 
 def _misused(memory):

@@ -42,7 +42,7 @@ class Rates(NamedTuple):
 
 
 # The vendors' peaks of products (of float32: as JAX computes them by default) and of memory.
-_TPU, _GPU = (1.0, 1e-9, 0.0, 1e-5, 5e-5), (1.0, 4e-9, 0.0, 4e-5, 2.5e-4)
+_TPU, _GPU = (1.0, 1e-9, 0.0, 1e-5, 5e-5), (1.0, 4e-9, 0.0, 1.2e-4, 4.5e-4)
 KNOWN = {
     rates.device: rates
     for rates in (
@@ -70,14 +70,18 @@ def device_rates() -> Rates:
 def measured_rates(device: str) -> Rates:
     """Of the default device, whatever the table says."""
     rows, features = 2048, 1024
-    full, _ = _products(rows, features, jnp.float32)
-    half, _ = _products(rows, features, jnp.bfloat16)
-    other, kernel = _products(rows, features // 2, jnp.float32)
-    kernel = min(1.0, kernel / other)
+    flops = 2 * rows * features**2
+    full, half = (
+        flops / min(_together(_products(rows, features, dtype))[0])
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    ratios = np.divide(*_together(_products(rows, features // 2, jnp.float32)))
+    kernel = min(1.0, float(np.median(ratios)))
     many = jnp.ones((8 * rows, features), jnp.float32)
-    read = many.nbytes / _seconds(row_norms, many)
     scores = jnp.asarray(np.random.default_rng(0).random(4 * rows), jnp.float32)
-    row = _seconds(lambda scores: jax.lax.top_k(scores, rows), scores) / scores.size
+    selection = functools.partial(jax.lax.top_k, k=rows)
+    read, chosen = map(min, _together([(row_norms, many), (selection, scores)]))
+    read, row = many.nbytes / read, chosen / scores.size
 
     size = 256  # of a layer whose arithmetic takes little time
     product, norms = 2 * size**3 / full, 8 * size**2 / read
@@ -86,28 +90,26 @@ def measured_rates(device: str) -> Rates:
         MemAOP(ratio=0.5, memory=None),
         MemAOP(ratio=0.5, policy="priority", memory="subspace", rank=16),
     )
-    exact, alone, beside = (_layer_seconds(config, size) for config in configs)
+    steps = [_layer_step(config, size) for config in configs]
+    exact, alone, beside = map(min, _together(steps))
     step = max(0.0, exact - (2 + 1 / kernel) * product)
     layer = max(0.0, alone - step - (2 + 0.5 / kernel) * product - norms)
     return Rates(device, full, half, read, kernel, row, step, layer, max(0.0, beside - alone))
 
 
 def _products(rows, features, dtype):
-    """FLOPs per second of a layer's products with a kernel, and of the kernel's gradient."""
-    x, g = jnp.ones((rows, features), dtype), jnp.ones((rows, features), dtype)
-    kernel = jnp.ones((features, features), dtype)
-    flops = 2 * rows * features**2
-    seconds = [
-        _seconds(
-            functools.partial(jax.lax.dot_general, dimension_numbers=((dims, dims), ((), ()))), *of
-        )
-        for dims, of in (((1,), (g, kernel)), ((0,), (x, g)))
-    ]
-    return tuple(flops / taken for taken in seconds)
+    """Functions with arguments: of a layer's product with the kernel, and its gradient."""
+    x, kernel = jnp.ones((rows, features), dtype), jnp.ones((features, features), dtype)
+
+    def product(of, a, b):
+        return jax.lax.dot_general(a, b, ((of, of), ((), ())))
+
+    along = functools.partial(product, (1,)), x, kernel
+    return [along, (functools.partial(product, (0,)), x, x)]
 
 
-def _layer_seconds(config, size):
-    """Of a step of a layer with so many rows and features."""
+def _layer_step(config, size):
+    """The same of a step of a layer with so many rows and features."""
     x, kernel = jnp.ones((size, size), jnp.float32), jnp.ones((size, size), jnp.float32)
     memory = config and init_memory(config, size, size, size)
 
@@ -117,20 +119,28 @@ def _layer_seconds(config, size):
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2))(x, kernel, memory)
 
-    return _seconds(step, x, kernel, memory, jax.random.key(0))
+    return step, x, kernel, memory, jax.random.key(0)
 
 
-def _seconds(function, *args, rounds=9, shortest=0.01):
-    """The median of so many rounds, each of calls one after the other for so many seconds."""
-    compiled = jax.jit(function).lower(*args).compile()
+def _together(calls, rounds=15, shortest=0.005):
+    """Seconds of each of some functions with arguments, in each of so many rounds of all.
 
-    def taken(calls):
+    A round calls each of them again and again for so many seconds.
+    """
+    compiled = [(jax.jit(function).lower(*args).compile(), args) for function, *args in calls]
+
+    def taken(function, args, times):
         start = time.perf_counter()
-        for _ in range(calls):
-            results = compiled(*args)
+        for _ in range(times):
+            results = function(*args)
         jax.block_until_ready(results)
-        return (time.perf_counter() - start) / calls
+        return (time.perf_counter() - start) / times
 
-    taken(1)
-    calls = max(1, math.ceil(shortest / taken(1)))
-    return float(np.median([taken(calls) for _ in range(rounds)]))
+    for call in compiled:
+        taken(*call, 1)
+    times = [max(1, math.ceil(shortest / taken(*call, 1))) for call in compiled]
+    seconds = [
+        [taken(*call, number) for call, number in zip(compiled, times, strict=True)]
+        for _ in range(rounds)
+    ]
+    return list(zip(*seconds, strict=True))

@@ -144,14 +144,6 @@ def test_weights_of_a_custom_policy():
         np.testing.assert_allclose(dw, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture(params=["loop", "one pass"])
-def lost_rows(request, monkeypatch):
-    """How they are looked for: on a GPU without a loop."""
-    if request.param == "one pass":
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-
-
-@pytest.mark.usefixtures("lost_rows")
 @pytest.mark.parametrize("chosen", [range(4), range(4, 8)], ids=["bad chosen", "bad left out"])
 @pytest.mark.parametrize("kind", ["rows", None])
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
@@ -174,7 +166,6 @@ def test_rows_that_are_not_finite_show_in_the_gradient_and_never_wait(bad, kind,
             assert jnp.any(memory.inputs != 0, axis=1).nonzero()[0].tolist() == waiting
 
 
-@pytest.mark.usefixtures("lost_rows")
 @pytest.mark.parametrize("side", ["inputs", "cotangents"])
 def test_a_row_that_outgrows_float16_shows_in_the_gradient_and_does_not_wait(side):
     def last(key, scores, k):
@@ -495,7 +486,6 @@ def test_lost_rows_are_looked_for_without_a_pass_over_all():
     assert counted < 3.6 * 4 * m * (n + p)
 
 
-@pytest.mark.usefixtures("lost_rows")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_many_lost_rows_all_show(groups):
     """Each in an entry of its own, more of them than are looked at together."""
