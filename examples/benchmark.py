@@ -13,8 +13,8 @@ the estimate's own FLOPs.
 """
 
 import argparse
-import contextlib
 import csv
+import importlib.util
 import itertools
 import math
 import os
@@ -403,9 +403,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
 
 def main(arguments=None) -> None:
     options = parse_arguments(arguments)
-    if options.peers:
-        with contextlib.suppress(ModuleNotFoundError):
-            import torch  # noqa: F401
+    if options.peers and importlib.util.find_spec("torch") is None:
+        raise SystemExit("peers: there is no PyTorch. pip install torch")
     command = {"model": model, "tpu-compile": tpu_compile}.get(options.command, layer)
     with tqdm(desc=options.command, unit="round") as progress:
         rows = command(options, progress)

@@ -55,7 +55,7 @@ class Plan(NamedTuple):
                 (
                     layer.path or ".",
                     *map(str, layer[1:]),
-                    f"{1 - found.flops / found.exact_flops:.0%}",
+                    f"{round(100 * (1 - found.flops / found.exact_flops))}%",
                     f"{found.memory / 1e6:.3g} MB",
                     f"{found.speedup:.2f}",
                     "approximate" if gains else "exact",

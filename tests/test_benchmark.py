@@ -1,0 +1,134 @@
+"""The benchmark measures what it says, in a table, a CSV and a figure."""
+
+import csv
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import benchmark
+import benchmark_steps as steps
+import jax
+import numpy as np
+import pytest
+
+import mem_aop_jax as aop
+
+EXAMPLES = pathlib.Path(benchmark.__file__).parent
+
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def rows_of(folder, command):
+    assert (folder / f"{command}.png").stat().st_size > 1000
+    with (folder / f"{command}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_layers(tmp_path, capsys):
+    sizes = "--rows 64 128 --in-features 32 --out-features 16 --ratio 1/4 1/8 --rounds 2"
+    benchmark.main(["layer", *sizes.split(), "--out", str(tmp_path)])
+    rows = rows_of(tmp_path, "layer")
+    assert len(rows) == 2 * (1 + 2 * len(benchmark.LAYER_RUNS))
+    exact, *others = rows[: len(rows) // 2]
+    assert exact["run"] == "exact"
+    assert float(exact["speed"]) == 1
+    assert exact["ceiling"] == ""
+    for row in others:
+        ratio = float(row["speed"]) / float(row["ceiling"])
+        assert ratio == pytest.approx(float(row["of it"]))
+        assert float(row["ms"]) > 0
+        of_rows = "memory=rows" in row["run"]
+        assert (float(row["MB of memory"]) > 0) == (of_rows or "subspace" in row["run"])
+    printed = capsys.readouterr().out
+    assert "| run | rows | ms |" in printed
+    assert "in_features 32, out_features 16" in printed
+
+
+@pytest.mark.parametrize("which", steps.PASSES)
+def test_a_layer_step_is_the_layers(which):
+    sizes = steps.Sizes(64, 32, 16, "float32")
+    (exact, _), (products, _) = (
+        (step.function(*step.args, step.state)[1], None)
+        for step in (steps.layer(None, sizes, which), steps.products(64, 64, sizes, which))
+    )
+    for a, b in zip(exact, products, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-10)
+    assert len(exact) == {"both": 3, "forward": 1, "backward": 2}[which]
+
+
+def test_own_flops_are_those_beside_the_chosen_rows():
+    sizes = steps.Sizes(4096, 2048, 2048, "float32")
+    none = steps.own_share(aop.MemAOP(ratio=1 / 8, memory=None), sizes)
+    beside = steps.own_share(
+        aop.MemAOP(ratio=1 / 8, policy="priority", memory="subspace", rank=16), sizes
+    )
+    assert 0 <= none < 0.002 < beside < 0.05
+
+
+def test_models(tmp_path):
+    sizes = "--width 16 --layers 1 --heads 2 --sequence 8 --batch 2 --images 16 --rounds 2"
+    run = ["--run", "topk:ratio=1/4", "--min-speedup", "100"]
+    benchmark.main(["model", *sizes.split(), *run, "--out", str(tmp_path)])
+    rows = rows_of(tmp_path, "model")
+    assert [row["approximate layers"] for row in rows] == ["0", "5", "0", "0", "3", "0"]
+    assert all(float(row["speed"]) > 0 for row in rows)
+
+
+def test_torch_peers_compute_what_jax_does():
+    torch = pytest.importorskip("torch")
+    sizes = steps.Sizes(64, 32, 16, "float32")
+    for run in steps.torch_layers(sizes, 8).values():
+        run()
+    assert torch.get_num_threads() > 0
+
+
+def test_bad_options(tmp_path, capsys):
+    for arguments, message in (
+        (["layer", "--run", "topk:speed=2"], "'speed'"),
+        (["layer", "--ratio", "much"], "ratio"),
+        (["model", "--min-speedup", "-1"], "not between"),
+        ([], "required"),
+    ):
+        with pytest.raises(SystemExit):
+            benchmark.main([*arguments, "--out", str(tmp_path)] if arguments else [])
+        assert message in capsys.readouterr().err
+    if importlib.util.find_spec("torch") is None:
+        with pytest.raises(SystemExit, match="pip install torch"):
+            benchmark.main(["peers", "--out", str(tmp_path)])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='the TPU compiler is not installed: pip install "jax[tpu]"',
+)
+def test_what_the_compiler_for_tpus_says(tmp_path):
+    """On a layer large enough for the products to decide."""
+    root = str(EXAMPLES.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    runs = ["--run", "topk:memory=none", "--run", "priority:memory=subspace"]
+    process = subprocess.run(
+        [sys.executable, EXAMPLES / "benchmark.py", "tpu-compile", "--rows", "4096",
+         "--in-features", "2048", "--out-features", "2048", *runs, "--out", tmp_path],
+        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout + process.stderr
+    exact, alone, beside = rows_of(tmp_path, "tpu-compile")
+    assert exact["chip"] == "v5e"
+    assert float(exact["FLOPs"]) == 1
+    for row in (alone, beside):
+        assert 0.7 < float(row["FLOPs"]) < 0.76
+        assert 0.5 < float(row["speed"]) < 1.5
+
+
+def test_state_is_handed_on_and_donated():
+    sizes = steps.Sizes(64, 32, 16, "float32")
+    step = steps.layer(aop.MemAOP(ratio=1 / 4), sizes)
+    function, _ = benchmark.compiled(step)
+    timed = benchmark.Timed(function, step)
+    assert timed(3) > 0
+    assert float(timed.state.uses) == 1
+    assert float(step.state.uses) == 0
+    assert jax.tree.all(jax.tree.map(lambda a: not a.is_deleted(), step.state))

@@ -1,0 +1,203 @@
+"""What a layer costs, and which layers of a model would gain."""
+
+import importlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mem_aop_jax as aop
+from mem_aop_jax import rates
+
+ARITHMETIC = aop.Rates("nothing but arithmetic counts", 1e12, 1e12, 1e30)
+BALANCED = aop.Rates("some", 1e12, 2e12, 1e11)
+SIZES = 4096, 1024, 2048
+
+
+@pytest.mark.parametrize("ratio", [1 / 2, 1 / 8])
+def test_where_arithmetic_is_all_the_ceiling_is_reached(ratio):
+    of_kernel = aop.MemAOP(ratio=ratio, memory=None)
+    of_both = aop.MemAOP(ratio=ratio, policy="priority", input_grad=aop.InputGrad(ratio, 0))
+    for config, ceiling in ((of_kernel, 3 / (2 + ratio)), (of_both, 3 / (1 + 2 * ratio))):
+        found = aop.cost(config, *SIZES, rates=ARITHMETIC)
+        assert found.speedup == pytest.approx(ceiling, rel=1e-6)
+        assert found.exact_flops == 6 * np.prod(SIZES)
+        assert found.flops / found.exact_flops == pytest.approx(1 / ceiling, rel=0.01)
+
+
+def test_an_exact_layer():
+    found = aop.cost(None, *SIZES, rates=BALANCED)
+    assert found.speedup == 1
+    assert found.flops == found.exact_flops
+    assert found.memory == 0
+    assert found.bytes == found.exact_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        aop.MemAOP(ratio=1 / 4),
+        aop.MemAOP(ratio=1 / 4, memory_dtype="bfloat16"),
+        aop.MemAOP(ratio=1 / 4, memory_slots=64),
+        aop.MemAOP(ratio=1 / 4, memory=None),
+        aop.MemAOP(ratio=1 / 4, policy="priority", memory="subspace", rank=(8, 4)),
+    ],
+    ids=lambda config: f"{config.memory_kind} {config.memory_dtype} {config.memory_slots}",
+)
+def test_memory_is_what_is_held_and_costs_time(config):
+    found = aop.cost(config, *SIZES, jnp.bfloat16, rates=BALANCED)
+    held = jax.tree.leaves(aop.init_memory(config, *SIZES, jnp.bfloat16))
+    assert found.memory == sum(leaf.nbytes for leaf in held)
+    if config.memory_kind is not None:
+        alone = aop.cost(aop.MemAOP(ratio=1 / 4, memory=None), *SIZES, jnp.bfloat16, rates=BALANCED)
+        assert found.bytes > alone.bytes
+        assert found.speedup < alone.speedup
+
+
+def test_wider_layers_gain_more_and_slow_memory_takes_it_away():
+    config = aop.MemAOP(ratio=1 / 8)
+    wide, narrow = (aop.cost(config, 4096, n, n, rates=BALANCED).speedup for n in (2048, 64))
+    slow = aop.cost(config, *SIZES, rates=BALANCED._replace(bytes=1e9)).speedup
+    late = aop.cost(config, *SIZES, rates=BALANCED._replace(layer=1.0)).speedup
+    assert wide > 1.2
+    assert narrow < 1
+    assert slow < 1
+    assert late < 1
+
+
+def test_half_precision_has_its_own_rate():
+    config = aop.MemAOP(ratio=1 / 8, memory=None)
+    none = BALANCED._replace(
+        bytes=1e13, half_flops=1e30
+    )  # then only bytes count, and there are more
+    assert aop.cost(config, *SIZES, jnp.float32, rates=none).speedup > 1.4
+    assert aop.cost(config, *SIZES, jnp.bfloat16, rates=none).speedup <= 1
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match="cost: config is of type str"):
+        aop.cost("topk", *SIZES)
+    with pytest.raises(ValueError, match=r"cost: got the sizes \(0, 1024, 2048\)"):
+        aop.cost(None, 0, *SIZES[1:])
+    with pytest.raises(ValueError, match="k=5000"):
+        aop.cost(aop.MemAOP(k=5000), *SIZES)
+
+
+# ---- devices
+
+
+def test_known_devices_are_not_measured(monkeypatch):
+    class Device:
+        device_kind = "TPU v5 lite"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    monkeypatch.setattr(rates, "measured_rates", None)
+    assert aop.device_rates() is rates.KNOWN["TPU v5 lite"]
+
+
+def test_other_devices_are_measured_once():
+    found = aop.device_rates()
+    assert all(np.isfinite(rate) and rate >= 0 for rate in found[1:])
+    assert min(found.flops, found.half_flops, found.bytes) > 1e8
+    assert 0 < found.kernel <= 1
+    assert aop.device_rates() is found
+
+
+# ---- models
+
+
+MODEL = nn.Sequential([nn.Dense(1024), nn.relu, nn.Dense(4, name="head")])
+X = jnp.ones((4096, 512), jnp.float32)
+CONFIG = aop.MemAOP(ratio=1 / 4)
+
+
+@pytest.fixture
+def balanced(monkeypatch):
+    for module in ("cost", "plan", "linen.wrapping"):
+        module = importlib.import_module(f"mem_aop_jax.{module}")
+        monkeypatch.setattr(module, "device_rates", lambda: BALANCED)
+
+
+@pytest.mark.usefixtures("balanced")
+def test_a_plan_leaves_exact_what_would_not_gain():
+    plan = aop.plan(MODEL, CONFIG, X)
+    first, head = plan.layers
+    assert first.layer == aop.linen.layers(aop.linen.wrap(MODEL, CONFIG), jax.random.key(0), X)[0]
+    assert first.cost == aop.cost(CONFIG, 4096, 512, 1024, rates=BALANCED)
+    assert (first.gains, head.gains) == (True, False)
+    assert "| layers_0 | 4096 | 512 | 1024 | 1024 | 25% | 25.2 MB |" in str(plan)
+    assert str(plan).splitlines()[-1].endswith("| exact |")
+
+    planned = aop.linen.wrap(MODEL, plan.rules)
+    gains = aop.linen.wrap(MODEL, CONFIG, min_speedup=1.05)
+    for model in (planned, gains):
+        layers = aop.linen.layers(model, jax.random.key(0), X)
+        assert [layer.path for layer in layers] == ["layers_0"]
+        variables = jax.eval_shape(model.init, jax.random.key(0), X)
+        assert set(variables[aop.linen.COLLECTION]) == {"layers_0"}
+
+
+@pytest.mark.usefixtures("balanced")
+def test_where_nothing_gains_the_model_is_exact():
+    plan = aop.plan(MODEL, CONFIG, X, min_speedup=3)
+    assert not any(planned.gains for planned in plan.layers)
+    loss = lambda model, variables: jnp.sum(model.apply(variables, X[:64]) ** 2)  # noqa: E731
+    for model in (
+        aop.linen.wrap(MODEL, plan.rules),
+        aop.linen.wrap(MODEL, CONFIG, min_speedup=3),
+    ):
+        variables = model.init(jax.random.key(0), X[:64])
+        assert set(variables) == {"params"}
+        grads = [jax.grad(loss, argnums=1)(m, variables) for m in (model, MODEL)]
+        jax.tree.map(np.testing.assert_array_equal, *grads)
+
+
+def test_rules_and_stacked_layers_and_several_arguments():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x, y):
+            stack = nn.scan(
+                lambda layer, x, _: (layer(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=3,
+            )
+            x, _ = stack(nn.Dense(1024, name="stack"), x, None)
+            return x + nn.Dense(1024, name="beside")(y)
+
+    args = tuple(jnp.ones((4096, features), jnp.float32) for features in (1024, 8))
+    rules = [("beside", aop.MemAOP(k=8)), (".*", CONFIG)]
+    plan = aop.plan(Two(), rules, args, rates=BALANCED)
+    assert [planned.layer.path for planned in plan.layers] == ["stack", "beside"]
+    assert plan.rules == (("stack", CONFIG),)
+    assert len(aop.linen.layers(aop.linen.wrap(Two(), plan.rules), jax.random.key(0), *args)) == 1
+
+
+@pytest.mark.usefixtures("balanced")
+def test_nnx():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(512, 1024, rngs=rngs), nnx.Linear(1024, 4, rngs=rngs))
+    plan = aop.plan(model, CONFIG, X)
+    assert plan.rules == (("layers/0", CONFIG),)
+    assert len(plan.layers) == 2
+    assert aop.nnx.layers(model) == []  # not wrapped by that
+    wrapped = aop.nnx.wrap(nnx.clone(model), CONFIG, X, min_speedup=1.05)
+    planned = aop.nnx.wrap(model, plan.rules, X)
+    assert aop.nnx.layers(wrapped) == aop.nnx.layers(planned) == [plan.layers[0].layer]
+
+
+def test_bad_plans():
+    with pytest.raises(TypeError, match="plan: model is of type int"):
+        aop.plan(3, CONFIG, X, rates=BALANCED)
+    with pytest.raises(TypeError, match="plan: got 'topk'"):
+        aop.plan(MODEL, "topk", X, rates=BALANCED)
+    with pytest.raises(ValueError, match="matches no dense layer"):
+        aop.plan(MODEL, [("tail", CONFIG)], X, rates=BALANCED)
+    for bad in (0, -1.0, float("nan"), "fast"):
+        with pytest.raises(ValueError, match="got min_speedup="):
+            aop.plan(MODEL, CONFIG, X, min_speedup=bad, rates=BALANCED)
+        with pytest.raises(ValueError, match="wrap: got min_speedup="):
+            aop.linen.wrap(MODEL, CONFIG, min_speedup=bad)
