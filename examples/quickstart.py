@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 import mem_aop_jax as aop
+from mem_aop_jax.flops import counted_flops
 
 try:
     import matplotlib
@@ -130,8 +131,7 @@ class Trainer:
         """FLOPs of one training step of one seed, as XLA counts them."""
         state = jax.eval_shape(self.init, jax.random.key(0))
         batch = self.example, self.digits.train_y[: self.batch_size]
-        compiled = jax.jit(self.step).lower(state, batch, jax.random.key(0)).compile()
-        return compiled.cost_analysis()["flops"]
+        return counted_flops(jax.jit(self.step), state, batch, jax.random.key(0))
 
 
 class Result(NamedTuple):

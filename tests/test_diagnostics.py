@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import mem_aop_jax as aop
-from mem_aop_jax import cost
+from mem_aop_jax import flops
 
 M, N, P = 32, 6, 5
 COLLECTION = aop.linen.COLLECTION
@@ -319,10 +319,10 @@ def test_the_cost_is_the_compilers(rank, refresh):
         return lowered.compile().cost_analysis()["flops"]
 
     with_memory = (0, 1, 2) if rank else (0, 1)
-    whole = step(with_memory) - cost.flops_left_out(config, rows, features, features)
-    ours = cost.weight_gradient_flops(config, rows, features, features)
+    whole = step(with_memory) - flops.flops_left_out(config, rows, features, features)
+    ours = flops.weight_gradient_flops(config, rows, features, features)
     assert ours == pytest.approx(whole - step(1), rel=0.1)
-    relative = cost.relative_cost(config, rows, features, features)
+    relative = flops.relative_cost(config, rows, features, features)
     assert relative == pytest.approx(whole / (6 * rows * features**2), rel=0.03)
 
 
