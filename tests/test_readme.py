@@ -48,7 +48,8 @@ def test_the_code_runs(number):
         "assert set(found.layers) == {'layers_0', 'layers_2'} and 0 < log['v'] < 1",
         "assert found.c <= 0.7 and found.v < 1 and len(found.rules) == 3",
         "assert len(controller.log) == 2 and 0 < controller.log[-1].v['narrow'] < 1",
-        "assert flops < 0.72 * exact_flops",
+        "assert [p.layer.path for p in plan.layers] == ['layers_0', 'layers_2', 'layers_4']\n"
+        "assert not plan.layers[2].gains",
     ][number]
     run(BLOCKS[number] + check)
 
