@@ -70,6 +70,7 @@ MODEL_RUNS = (
     "priority:ratio=1/8,memory=subspace,refresh=8",
 )
 TOPOLOGIES = {"v5e": "v5e:2x2x1", "v6e": "v6e:2x2x1"}
+DTYPES = ("float32", "bfloat16", "float16")
 SHORTEST = 0.02  # seconds of a measurement: so many steps, one after the other
 
 
@@ -192,16 +193,17 @@ def layer(options, progress) -> list[dict]:
             functions[name] = Timed(function, step)
             of_compiler[name] = counted(function) | {"compile s": seconds}
             held[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(step.state)) / 1e6
-        if options.peers:
-            k = max(1, round(float(runs.parse_value(options.ratio[0])) * sizes.rows))
-            functions |= {name: timed(run) for name, run in steps.torch_layers(sizes, k).items()}
+        for ratio in options.ratio if options.peers else ():
+            k = max(1, round(float(runs.parse_value(ratio)) * sizes.rows))
+            for name, run in steps.torch_layers(sizes, k).items():
+                functions[f"{name}:ratio={ratio}" if "topk" in name else name] = timed(run)
         seconds = interleaved(functions, options.rounds, progress)
         exact = seconds["exact"]
         for name in [name for name in functions if isinstance(name, str)]:
             row = sizes._asdict() | {"run": name} | figures(seconds[name], exact)
             if name in cases:
                 config, of_rows = cases[name]
-                own = steps.own_share(config, sizes) * (options.passes != "forward")
+                own = steps.own_share(config, sizes, options.passes)
                 ceiling = 1 / (1 / speed(exact, seconds[of_rows]) + own)
                 row |= {"ceiling": ceiling, "of it": row["speed"] / ceiling}
             if name in built:
@@ -385,8 +387,12 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
                 command.add_argument(
                     f"--{option}", type=runs.count, nargs="+", default=[size], help=f"({size})"
                 )
-            command.add_argument("--dtype", nargs="+", default=[dtypes], help=f"({dtypes})")
-            command.add_argument("--passes", choices=steps.PASSES, default="both")
+            command.add_argument(
+                "--dtype", nargs="+", choices=DTYPES, default=[dtypes], help=f"({dtypes})"
+            )
+            command.set_defaults(passes="both")
+        if name in ("layer", "tpu-compile"):
+            command.add_argument("--passes", choices=steps.PASSES)
         if of_tpu:
             command.add_argument("--chip", nargs="+", choices=TOPOLOGIES, default=["v5e"])
         command.set_defaults(peers=name == "peers", default_run=default)
@@ -397,6 +403,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
             of_ratio(text, ratio)
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --run: {error}")
+    if options.command == "model" and options.width % options.heads:
+        parser.error(f"--heads {options.heads}: do not divide --width {options.width}")
     runs.make_out(parser, options)
     return options
 
@@ -406,8 +414,18 @@ def main(arguments=None) -> None:
     if options.peers and importlib.util.find_spec("torch") is None:
         raise SystemExit("peers: there is no PyTorch. pip install torch")
     command = {"model": model, "tpu-compile": tpu_compile}.get(options.command, layer)
-    with tqdm(desc=options.command, unit="round") as progress:
-        rows = command(options, progress)
+    if options.command == "model":
+        total = 2 * options.rounds
+    elif options.command == "tpu-compile":
+        runs_of_sizes = 1 + len(options.ratio) * len(options.run)
+        total = len(options.chip) * len(all_sizes(options)) * runs_of_sizes
+    else:
+        total = len(all_sizes(options)) * options.rounds
+    with tqdm(total=total, desc=options.command, unit="round") as progress:
+        try:
+            rows = command(options, progress)
+        except ValueError as error:  # a configuration that does not fit the sizes
+            raise SystemExit(f"{options.command}: {error}") from None
     print("\n" + write(rows, options))
 
 

@@ -88,13 +88,14 @@ def _passes(product, which, x, kernel, g, key, memory):
     return memory, (dx, dw) if which == "backward" else (y, dx, dw)
 
 
-def own_share(config: aop.MemAOP, sizes: Sizes) -> float:
-    """FLOPs of an estimate beside its two products of chosen rows; exact ones of a step are 1."""
+def own_share(config: aop.MemAOP, sizes: Sizes, which: str = "both") -> float:
+    """FLOPs of an estimate beside its two products of chosen rows; the exact passes are 1."""
     rows, in_features, out_features, _ = sizes
-    step = 6 * rows * in_features * out_features
+    product = 2 * rows * in_features * out_features
     both = weight_gradient_flops(config, *sizes[:3]) + input_gradient_flops(config, *sizes[:3])
-    chosen = config.selected_rows(rows) + config.input_rows(rows)
-    return max(0.0, both / step - chosen / (3 * rows))
+    chosen = (config.selected_rows(rows) + config.input_rows(rows)) / rows
+    beside = max(0.0, both / product - chosen)
+    return {"both": beside / 3, "backward": beside / 2, "forward": 0.0}[which]
 
 
 # ---- whole models

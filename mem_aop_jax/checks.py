@@ -3,6 +3,8 @@
 Every function takes the layer's name first.
 """
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 
@@ -23,7 +25,8 @@ def config(name, given):
 
 def min_speedup(name, given):
     """A positive number, or None."""
-    if given is None or (isinstance(given, int | float) and 0 < given < float("inf")):
+    number = isinstance(given, numbers.Real) and not isinstance(given, bool)
+    if given is None or (number and 0 < given < float("inf")):
         return
     raise ValueError(
         f"{name}: got min_speedup={given!r}; it must be a positive number, for instance 1.05, or "

@@ -1,5 +1,6 @@
 """What a dense layer's step costs, exact and approximate: FLOPs, bytes, memory, time."""
 
+import operator
 from typing import NamedTuple
 
 import chex
@@ -57,7 +58,7 @@ def cost(
         the first time.
 
     Raises:
-      TypeError: no configuration.
+      TypeError: no configuration, or sizes that are no whole numbers.
       ValueError: sizes below 1, or a configuration that chooses more rows than there are.
 
     Example:
@@ -68,6 +69,7 @@ def cost(
       >>> round(found.flops / found.exact_flops, 2), round(found.speedup, 2)
       (0.71, 1.41)
     """
+    rows, in_features, out_features = map(operator.index, (rows, in_features, out_features))
     sizes = rows, in_features, out_features
     if config is not None:
         checks.config("cost", config)

@@ -82,7 +82,8 @@ def plan(
       config: what `wrap` takes: a configuration, or rules.
       example_input: what the model takes, of the training size (on one device); a tuple for several
         arguments.
-      min_speedup: a layer stays exact unless its step is predicted to be so many times faster.
+      min_speedup: a layer stays exact unless its step is predicted to be so many times faster; None
+        leaves none exact.
       rates: of the device to train on, as in `aop.cost`.
 
     Raises:
@@ -107,7 +108,8 @@ def plan(
     if isinstance(model, flax_nnx.Module):
         sized = nnx.sized_layers("plan", model, rules, args)
     elif isinstance(model, nn.Module):
-        sized = sized_layers(linen.wrap(model, rules), jax.random.key(0), *args)
+        found = sized_layers(linen.wrap(model, rules), jax.random.key(0), *args)
+        sized = [(layer, dtype) for layer, dtype, wrapped in found if wrapped]
     else:
         raise TypeError(
             f"plan: model is of type {type(model).__name__}, neither a Linen nor an NNX module."
@@ -115,7 +117,7 @@ def plan(
     planned = []
     for layer, dtype in sized:
         found = cost(config_for(rules, layer.path), *layer[1:4], dtype, rates=rates)
-        planned.append(Planned(layer, found, found.speedup >= min_speedup))
+        planned.append(Planned(layer, found, found.speedup >= (min_speedup or 0)))
     gaining = dict.fromkeys(layer.path for layer, _, gains in planned if gains)
     of_path = tuple((re.escape(path), config_for(rules, path)) for path in gaining)
     return Plan(of_path or ((r".*", None),), planned)

@@ -112,6 +112,7 @@ def row_scores(
     return jnp.square(_over_largest(relative[0] * relative[1])), finite
 
 
+@jax.jit  # also where the caller is not: what depends on the platform is compiled each time
 def row_norms(rows: chex.Array) -> chex.Array:
     """Euclidean norms of rows of any finite size, in units of 256, without under- or overflow.
 
@@ -127,7 +128,7 @@ def _row_norms(rows, blocks=1):
     if blocks > 1:
         missing = [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % blocks)]
         rows = jnp.pad(rows, missing)
-        rows = rows.reshape(*rows.shape[:-1], blocks, -1)
+        rows = rows.reshape(*rows.shape[:-1], blocks, rows.shape[-1] // blocks)
     sums = tuple(jnp.square(rows * scale) for scale in scales)
     for axis in range(-1 - (blocks > 1), 0):
         sums = _sums(sums, axis)

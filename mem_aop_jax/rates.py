@@ -62,13 +62,19 @@ KNOWN = {
 
 def device_rates() -> Rates:
     """Of the default device. Measured once in a process where the device is not in the table."""
-    kind = jax.devices()[0].device_kind
-    return KNOWN.get(kind) or measured_rates(kind)
+    default = jax.config.jax_default_device
+    device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
+    return KNOWN.get(device.device_kind) or measured_rates(device.device_kind)
 
 
 @functools.cache
 def measured_rates(device: str) -> Rates:
-    """Of the default device, whatever the table says."""
+    """Of the default device, whatever the table says; also inside of `jit`."""
+    with jax.ensure_compile_time_eval(), jax.disable_jit(False), jax.transfer_guard("allow"):
+        return _measured(device)
+
+
+def _measured(device):
     rows, features = 2048, 1024
     flops = 2 * rows * features**2
     full, half = (

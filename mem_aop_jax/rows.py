@@ -145,13 +145,17 @@ def take(rows: chex.Array, chosen: chex.Array) -> chex.Array:
 def _after(first, then):
     """The candidates and which of them wait, in a computation that has to wait for `first`."""
     candidates, waiting, first = lax.optimization_barrier((*then, first))
+    return candidates, _waiting_after(waiting, first)
 
+
+@jax.jit  # also where the caller is not: what depends on the platform is compiled each time
+def _waiting_after(waiting, first):
     def on_cpu(waiting, first):  # where barriers are gone before operations are put in order
         some = jnp.max(first[:1, :1], initial=0)
         never = (some != some) & (some > 0)
         return waiting & ~never
 
-    return candidates, lax.platform_dependent(
+    return lax.platform_dependent(
         waiting, first, cpu=on_cpu, default=lambda waiting, first: waiting
     )
 

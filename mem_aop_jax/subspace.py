@@ -16,6 +16,7 @@ import math
 from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -171,6 +172,7 @@ class Residuals(NamedTuple):
         return left, right, Subspace(*bases, memory.uses)
 
 
+@jax.jit
 def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:
     """Orthonormal columns that span `columns`, and directions of `old` where these have too few.
 

@@ -90,11 +90,15 @@ def test_bad_options(tmp_path, capsys):
         (["layer", "--run", "topk:speed=2"], "'speed'"),
         (["layer", "--ratio", "much"], "ratio"),
         (["model", "--min-speedup", "-1"], "not between"),
+        (["model", "--width", "10", "--heads", "3"], "do not divide"),
+        (["layer", "--dtype", "float64"], "invalid choice"),
         ([], "required"),
     ):
         with pytest.raises(SystemExit):
             benchmark.main([*arguments, "--out", str(tmp_path)] if arguments else [])
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="k=64"):
+        benchmark.main(["layer", "--run", "topk:k=64", "--rows", "32", "--out", str(tmp_path)])
     if importlib.util.find_spec("torch") is None:
         with pytest.raises(SystemExit, match="pip install torch"):
             benchmark.main(["peers", "--out", str(tmp_path)])

@@ -82,6 +82,9 @@ def test_bad_input():
         aop.cost("topk", *SIZES)
     with pytest.raises(ValueError, match=r"cost: got the sizes \(0, 1024, 2048\)"):
         aop.cost(None, 0, *SIZES[1:])
+    with pytest.raises(TypeError, match="float"):
+        aop.cost(None, 256.5, *SIZES[1:])
+    assert aop.cost(None, *np.int32([32768, 16384, 16384])).flops == 6 * 32768 * 16384**2
     with pytest.raises(ValueError, match="k=5000"):
         aop.cost(aop.MemAOP(k=5000), *SIZES)
 
@@ -93,7 +96,7 @@ def test_known_devices_are_not_measured(monkeypatch):
     class Device:
         device_kind = "TPU v5 lite"
 
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    monkeypatch.setattr(jax, "devices", lambda *_: [Device()])
     monkeypatch.setattr(rates, "measured_rates", None)
     assert aop.device_rates() is rates.KNOWN["TPU v5 lite"]
 
@@ -104,6 +107,11 @@ def test_other_devices_are_measured_once():
     assert min(found.flops, found.half_flops, found.bytes) > 1e8
     assert 0 < found.kernel <= 1
     assert aop.device_rates() is found
+
+
+def test_rates_are_measured_inside_of_jit():
+    measure = rates.measured_rates.__wrapped__
+    assert jax.jit(lambda x: x * measure("some").flops)(1.0) > 1e8
 
 
 # ---- models
@@ -155,6 +163,42 @@ def test_where_nothing_gains_the_model_is_exact():
         jax.tree.map(np.testing.assert_array_equal, *grads)
 
 
+@pytest.mark.usefixtures("balanced")
+def test_a_memory_is_kept_in_a_batch_too_small_to_gain(standard_promotion):
+    config = aop.MemAOP(ratio=1 / 8, policy="priority", memory="subspace", rank=4)
+    model = aop.linen.wrap(nn.Dense(1024), config, min_speedup=1.05)
+    variables = model.init(jax.random.key(0), X)
+    assert aop.cost(config, 8, 512, 1024, rates=BALANCED).speedup < 1.05
+
+    def loss(variables, x):
+        return jnp.sum(model.apply(variables, x, rngs={aop.linen.RNG: jax.random.key(1)}) ** 2)
+
+    memory = jax.grad(loss)(variables, X[:8])[aop.linen.COLLECTION]["memory"]
+    assert memory.uses == 1
+    np.testing.assert_allclose(jnp.linalg.norm(memory.inputs, axis=0), 1, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("balanced")
+@pytest.mark.parametrize(
+    "config", [aop.MemAOP(k=64, memory=None), aop.MemAOP(k=64), aop.MemAOP(ratio=1 / 8, groups=8)]
+)
+def test_it_is_evaluated_at_any_batch_size(config):
+    model = aop.linen.wrap(nn.Dense(1024), config, min_speedup=1.05)
+    params = model.init(jax.random.key(0), X)["params"]
+    for rows in (0, 7):
+        y = model.apply({"params": params}, X[:rows])
+        np.testing.assert_array_equal(y, nn.Dense(1024).apply({"params": params}, X[:rows]))
+
+
+def test_layers_that_are_approximate_by_themselves_are_not_planned():
+    own = aop.linen.Dense(1024, config=aop.MemAOP(k=64), name="own")
+    model = nn.Sequential([nn.Dense(1024, name="stock"), own])
+    plan = aop.plan(model, CONFIG, X, rates=BALANCED)
+    assert [planned.layer.path for planned in plan.layers] == ["layers_0"]
+    layers = aop.linen.layers(aop.linen.wrap(model, plan.rules), jax.random.key(0), X)
+    assert [(layer.path, layer.k) for layer in layers] == [("layers_0", 1024), ("layers_1", 64)]
+
+
 def test_rules_and_stacked_layers_and_several_arguments():
     class Two(nn.Module):
         @nn.compact
@@ -196,7 +240,9 @@ def test_bad_plans():
         aop.plan(MODEL, "topk", X, rates=BALANCED)
     with pytest.raises(ValueError, match="matches no dense layer"):
         aop.plan(MODEL, [("tail", CONFIG)], X, rates=BALANCED)
-    for bad in (0, -1.0, float("nan"), "fast"):
+    assert all(p.gains for p in aop.plan(MODEL, CONFIG, X, min_speedup=None, rates=BALANCED).layers)
+    aop.plan(MODEL, CONFIG, X, min_speedup=np.float32(1.2), rates=BALANCED)
+    for bad in (0, -1.0, float("nan"), "fast", True):
         with pytest.raises(ValueError, match="got min_speedup="):
             aop.plan(MODEL, CONFIG, X, min_speedup=bad, rates=BALANCED)
         with pytest.raises(ValueError, match="wrap: got min_speedup="):

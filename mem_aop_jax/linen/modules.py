@@ -117,13 +117,19 @@ def layers(module: nn.Module, rngs: chex.ArrayTree, *args, **kwargs) -> list[Lay
       *args: as in `module.init`, for a batch of the training size.
       **kwargs: as in `module.init`.
     """
-    return [layer for layer, _ in sized_layers(module, rngs, *args, **kwargs)]
+    return [sized.layer for sized in sized_layers(module, rngs, *args, **kwargs)]
 
 
-def sized_layers(
-    module: nn.Module, rngs: chex.ArrayTree, *args, **kwargs
-) -> list[tuple[Layer, jnp.dtype]]:
-    """The same, each with the dtype of its inputs."""
+class Sized(NamedTuple):
+    """A layer, the dtype of its inputs, and whether it is approximate by a wrapper."""
+
+    layer: Layer
+    dtype: jnp.dtype
+    wrapped: bool
+
+
+def sized_layers(module: nn.Module, rngs: chex.ArrayTree, *args, **kwargs) -> list[Sized]:
+    """The same, with more of each."""
     recorded = {}
     token = _recorded.set(recorded)
     try:
@@ -218,7 +224,8 @@ def product_of(
 ):
     """`dot_general` with the memory, the key and the name of a module.
 
-    Exact where `gains(config, sizes, dtype)` says that nothing is gained.
+    A wrapper says in `gains(config, sizes, dtype)` whether a layer without a memory so far is
+    worth it.
     """
     memory = key = None
     owner = module.parent if isinstance(module, DotGeneral) else module
@@ -231,10 +238,7 @@ def product_of(
     if config is not None:
         checks.floating(_name(module), lhs, rhs)
         sizes = contraction_sizes(lhs, rhs, dimension_numbers)
-        if gains is not None and not gains(config, sizes, lhs.dtype):
-            config = None
-    if config is not None:
-        memory, key = _memory_of_this_call(module, config, sizes, lhs.dtype, lend)
+        config, memory, key = _memory_of_this_call(module, config, sizes, lhs.dtype, lend, gains)
     return dot_general(
         lhs,
         rhs,
@@ -256,21 +260,23 @@ def count_calls_together(scope: Scope, inner: Scope) -> None:
     _calls[inner.root] = _calls.setdefault(scope.root, collections.Counter())
 
 
-def _memory_of_this_call(module, config, sizes, dtype, lend):
-    """The memory for the n-th call of a module in this forward pass, and a key; None without."""
+def _memory_of_this_call(module, config, sizes, dtype, lend, gains):
+    """The configuration, memory and key for the n-th call of a module in this forward pass."""
     calls = _calls.setdefault(module.scope.root, collections.Counter())
     name = memory_name(calls[module.path])
     calls[module.path] += 1
-    recorded = _recorded.get()
-    if recorded is not None:
-        k = config.selected_rows(sizes[0], _name(module))
-        recorded[(*module.path, name)] = Layer("/".join(module.path), *sizes, k), dtype
-
     lent = module.get_variable("params", LENT + name, Lent(None, None))
     if lent.memory is not None and jnp.ndim(lent.memory.uses):  # the parameters are shared
         lent = Lent(None, None)
-    key = module.make_rng(RNG) if module.has_rng(RNG) else lent.key
     memory = module.get_variable(COLLECTION, name, lent.memory)
+    if memory is None and gains is not None and not gains(config, sizes, dtype):
+        return None, None, None
+    recorded = _recorded.get()
+    if recorded is not None:
+        k = config.selected_rows(sizes[0], _name(module))
+        layer = Layer("/".join(module.path), *sizes, k)
+        recorded[(*module.path, name)] = Sized(layer, dtype, gains is not None)
+    key = module.make_rng(RNG) if module.has_rng(RNG) else lent.key
     wanted = config.memory_kind is not None or _probing.get()
     if module.is_initializing() and memory is None and wanted:
         config.selected_rows(sizes[0], _name(module))
@@ -279,7 +285,7 @@ def _memory_of_this_call(module, config, sizes, dtype, lend):
             module.put_variable(COLLECTION, name, new)
         elif lend:
             module.put_variable("params", LENT + name, Lent(new, None))
-    return memory, key
+    return config, memory, key
 
 
 def _name(module: nn.Module) -> str:

@@ -50,8 +50,9 @@ def wrap(
       config_or_rules: a configuration for all dense layers, or rules: pairs of a regular
         expression on the whole path of a layer ("encoder/mlp/Dense_0"), and a configuration or
         None for an exact layer. The first match wins; a layer without one is exact.
-      min_speedup: a layer stays exact, too, unless `aop.cost` predicts for its batch that a step
-        is so many times faster on the default device. That is measured where the device is not
+      min_speedup: a layer stays exact, too, unless `aop.cost` predicts for the batch of `init` (for
+        each batch, where it has no memory) that a step is so many times faster on the default
+        device. That is measured where the device is not
         known, and may differ from process to process: a run that shall go on elsewhere takes the
         rules of `aop.plan`.
 
@@ -99,7 +100,7 @@ class Wrapped(nn.Module):
         key = self.make_rng(RNG) if self.has_rng(RNG) else None
         paths = {}  # ordered
         lend = self.is_mutable_collection(COLLECTION)
-        gains = self.min_speedup and functools.partial(_gains, self.min_speedup, self.rates)
+        gains = functools.partial(_gains, self.min_speedup, self.rates)
         with_product = functools.partial(_intercept, self.rules, len(self.path), lend, gains, paths)
 
         def intercept(call, args, kwargs, context):
@@ -127,6 +128,10 @@ class Wrapped(nn.Module):
 
 
 def _gains(min_speedup, rates, config, sizes, dtype):
+    rows = sizes[0]
+    evaluated = rows == 0 or rows % config.groups or (config.k is not None and config.k > rows)
+    if min_speedup is None or evaluated:  # there it is exact anyway
+        return True
     return cost(config, *sizes, dtype, rates=rates).speedup >= min_speedup
 
 
