@@ -21,31 +21,19 @@ import os
 import pathlib
 import platform
 import re
-import sys
 import time
 
-TPU = {  # describes one to its compiler, before JAX starts
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-if sys.argv[1:2] == ["tpu-compile"]:
-    os.environ.update(TPU | {"JAX_PLATFORMS": "cpu"})
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-
-import mem_aop_jax as aop  # noqa: E402
-from mem_aop_jax.diagnostics import markdown  # noqa: E402
+import mem_aop_jax as aop
+from mem_aop_jax.diagnostics import markdown
 
 try:
     import benchmark_steps as steps
     import deep_mlp
     import language_training
-    import matplotlib
     import runs
     from benchmark_steps import Sizes
     from matplotlib.figure import Figure
@@ -55,8 +43,6 @@ except ImportError as error:
         f"{error}. Install the examples' packages: pip install '.[examples]'"
     ) from None
 
-matplotlib.use("Agg")
-
 LAYER_RUNS = (
     "topk:memory=none",
     "topk:memory=rows",
@@ -65,10 +51,17 @@ LAYER_RUNS = (
     "priority:memory=subspace,input_ratio=ratio,input_rank=32",
 )
 MODEL_RUNS = (
-    "topk:ratio=1/8,memory=none",
-    "topk:ratio=1/8",
-    "priority:ratio=1/8,memory=subspace,refresh=8",
+    "topk:memory=none",
+    "topk",
+    "priority:memory=subspace,refresh=8",
 )
+TPU = {  # describes one to its compiler
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 TOPOLOGIES = {"v5e": "v5e:2x2x1", "v6e": "v6e:2x2x1"}
 DTYPES = ("float32", "bfloat16", "float16")
 SHORTEST = 0.02  # seconds of a measurement: so many steps, one after the other
@@ -86,42 +79,46 @@ def compiled(step: steps.Step) -> tuple[jax.stages.Compiled, float]:
 
 
 class Timed:
-    """A compiled step and its state; a call runs it so many times and returns the seconds."""
+    """A compiled step and its state; a call runs it once and does not wait for it."""
 
     def __init__(self, function, step: steps.Step):
         self.function, self.args = function, step.args
         self.state = jax.tree.map(jnp.copy, step.state)
 
-    def __call__(self, times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            self.state, results = self.function(*self.args, self.state)
-        jax.block_until_ready((results, self.state))
-        return (time.perf_counter() - start) / times
+    def __call__(self):
+        self.state, results = self.function(*self.args, self.state)
+        return self.state, results
 
 
-def timed(run):
-    """The same for a function without arguments that returns when it is done."""
+def prepared(built: dict[str, steps.Step]) -> tuple[dict, dict]:
+    """Of each step what can be timed, and what its compilation says."""
+    functions, found = {}, {}
+    for name, step in built.items():
+        function, seconds = compiled(step)
+        functions[name] = Timed(function, step)
+        found[name] = counted(function) | {"compile s": seconds}
+    return functions, found
 
-    def call(times):
-        start = time.perf_counter()
-        for _ in range(times):
-            run()
-        return (time.perf_counter() - start) / times
 
-    return call
+def taken(case, times: int) -> float:
+    """Seconds of a call, of so many one after the other."""
+    start = time.perf_counter()
+    for _ in range(times):
+        results = case()
+    jax.block_until_ready(results)
+    return (time.perf_counter() - start) / times
 
 
 def interleaved(cases: dict, rounds: int, progress: tqdm) -> dict[str, np.ndarray]:
     """Seconds of a step, `(rounds,)` for each case: in each round, all of them once."""
     times = {}
     for name, case in cases.items():
-        case(1)
-        times[name] = max(1, math.ceil(SHORTEST / case(1)))
+        taken(case, 1)
+        times[name] = max(1, math.ceil(SHORTEST / taken(case, 1)))
     seconds = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
-            seconds[name].append(case(times[name]))
+            seconds[name].append(taken(case, times[name]))
         progress.update()
     return {name: np.array(of_case) for name, of_case in seconds.items()}
 
@@ -183,20 +180,19 @@ def layer(options, progress) -> list[dict]:
     rows = []
     for sizes in all_sizes(options):
         cases = layer_cases(options, sizes)
-        built = {"exact": steps.layer(None, sizes, options.passes)}
-        built |= {name: steps.layer(case[0], sizes, options.passes) for name, case in cases.items()}
+        inputs = steps.layer_inputs(sizes)
+        configs = {"exact": None} | {name: config for name, (config, _) in cases.items()}
+        built = {
+            name: steps.layer(config, sizes, inputs, options.passes)
+            for name, config in configs.items()
+        }
         for of_rows in {case[1] for case in cases.values()}:
-            built[of_rows] = steps.products(*of_rows, sizes, options.passes)
-        functions, of_compiler, held = {}, {}, {}
-        for name, step in built.items():
-            function, seconds = compiled(step)
-            functions[name] = Timed(function, step)
-            of_compiler[name] = counted(function) | {"compile s": seconds}
-            held[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(step.state)) / 1e6
+            built[of_rows] = steps.products(*of_rows, inputs, options.passes)
+        functions, of_compiler = prepared(built)
         for ratio in options.ratio if options.peers else ():
             k = max(1, round(float(runs.parse_value(ratio)) * sizes.rows))
-            for name, run in steps.torch_layers(sizes, k).items():
-                functions[f"{name}:ratio={ratio}" if "topk" in name else name] = timed(run)
+            for name, run in steps.torch_layers(sizes, inputs, k).items():
+                functions[f"{name}:ratio={ratio}" if "topk" in name else name] = run
         seconds = interleaved(functions, options.rounds, progress)
         exact = seconds["exact"]
         for name in [name for name in functions if isinstance(name, str)]:
@@ -207,7 +203,8 @@ def layer(options, progress) -> list[dict]:
                 ceiling = 1 / (1 / speed(exact, seconds[of_rows]) + own)
                 row |= {"ceiling": ceiling, "of it": row["speed"] / ceiling}
             if name in built:
-                row |= of_compiler[name] | {"MB of memory": held[name]}
+                held = sum(leaf.nbytes for leaf in jax.tree.leaves(built[name].state))
+                row |= of_compiler[name] | {"MB of memory": held / 1e6}
             rows.append(row)
     return rows
 
@@ -240,12 +237,9 @@ def model(options, progress) -> list[dict]:
             wrapped[run.name] = aop.linen.wrap(exact, run.config)
             gains = aop.linen.wrap(exact, run.config, min_speedup=options.min_speedup)
             wrapped[f"{run.name} where it gains"] = gains
-        functions, of_compiler = {}, {}
-        for name, of_run in wrapped.items():
-            step = steps.model_step(of_run, loss, batch, inputs)
-            function, seconds = compiled(step)
-            functions[name] = Timed(function, step)
-            of_compiler[name] = counted(function) | {"compile s": seconds}
+        functions, of_compiler = prepared(
+            {name: steps.model_step(run, loss, batch, inputs) for name, run in wrapped.items()}
+        )
         seconds = interleaved(functions, options.rounds, progress)
         for name, of_run in wrapped.items():
             layers = [] if name == "exact" else aop.linen.layers(of_run, jax.random.key(0), *inputs)
@@ -260,6 +254,8 @@ def model(options, progress) -> list[dict]:
 def tpu_compile(options, progress) -> list[dict]:
     from jax.experimental import topologies
 
+    os.environ.update(TPU)
+    jax.config.update("jax_platforms", "cpu")
     rows = []
     for chip in options.chip:
         try:
@@ -270,15 +266,16 @@ def tpu_compile(options, progress) -> list[dict]:
             ) from None
         one = jax.sharding.SingleDeviceSharding(topology.devices[0])
         for sizes in all_sizes(options):
+            inputs = jax.eval_shape(lambda sizes=sizes: steps.layer_inputs(sizes))
             cases = {"exact": None} | {
                 name: case[0] for name, case in layer_cases(options, sizes).items()
             }
             exact = None
             for name, config in cases.items():
-                step = steps.layer(config, sizes, options.passes)
-                shapes = jax.eval_shape(lambda step=step: (*step.args, step.state))
-                function = jax.jit(step.function, in_shardings=one, donate_argnums=len(step.args))
-                function = function.lower(*shapes).compile()
+                step = steps.layer(config, sizes, inputs, options.passes)
+                state = jax.eval_shape(lambda step=step: step.state)
+                function = jax.jit(step.function, in_shardings=one, donate_argnums=len(inputs))
+                function = function.lower(*inputs, state).compile()
                 cost, found = function.cost_analysis(), counted(function)
                 seconds = cost["optimal_seconds"] % 1  # each op without an estimate counts as -1
                 cycles = re.findall(r'"estimated_cycles":"(\d+)"', function.as_text())

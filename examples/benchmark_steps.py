@@ -56,17 +56,17 @@ def layer_inputs(sizes: Sizes) -> tuple:
     return *(a.astype(sizes.dtype) for a in arrays), jax.random.key(1)
 
 
-def layer(config: aop.MemAOP | None, sizes: Sizes, which: str = "both") -> Step:
-    """Y, dX and dW of one layer with its cotangents given; None is exact."""
+def layer(config: aop.MemAOP | None, sizes: Sizes, inputs: tuple, which: str = "both") -> Step:
+    """Y, dX and dW of one layer with its `layer_inputs`; None is exact."""
 
     def product(x, kernel, memory, key):
         return aop.dense(x, kernel, memory, config=config, key=key)
 
     memory = config and aop.init_memory(config, *sizes)
-    return Step(functools.partial(_passes, product, which), layer_inputs(sizes), memory)
+    return Step(functools.partial(_passes, product, which), inputs, memory)
 
 
-def products(rows_of_dw: int, rows_of_dx: int, sizes: Sizes, which: str = "both") -> Step:
+def products(rows_of_dw: int, rows_of_dx: int, inputs: tuple, which: str = "both") -> Step:
     """The same with dW of the first rows and dX of the first rows alone: what no layer beats."""
 
     def step(x, kernel, g, key, state):
@@ -77,7 +77,7 @@ def products(rows_of_dw: int, rows_of_dx: int, sizes: Sizes, which: str = "both"
         results = {"forward": (x @ kernel,), "backward": (dx, dw)}
         return state, results.get(which) or (x @ kernel, dx, dw)
 
-    return Step(step, layer_inputs(sizes), None)
+    return Step(step, inputs, None)
 
 
 def _passes(product, which, x, kernel, g, key, memory):
@@ -131,7 +131,7 @@ def model_step(model: nn.Module, loss: Callable, batch, inputs: tuple) -> Step:
 # ---- PyTorch
 
 
-def torch_layers(sizes: Sizes, k: int) -> dict[str, Callable[[], None]]:
+def torch_layers(sizes: Sizes, inputs: tuple, k: int) -> dict[str, Callable[[], None]]:
     """A step of the layer in PyTorch: exact, and with the k largest rows, by hand.
 
     The memory is updated in place.
@@ -145,7 +145,7 @@ def torch_layers(sizes: Sizes, k: int) -> dict[str, Callable[[], None]]:
         a = torch.from_numpy(np.array(a.astype(jnp.float32)))
         return a.to(device=device, dtype=dtype)
 
-    x, kernel, g = map(tensor, layer_inputs(sizes)[:3])
+    x, kernel, g = map(tensor, inputs[:3])
     x.requires_grad_()
     kernel.requires_grad_()
 

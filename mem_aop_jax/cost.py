@@ -98,23 +98,22 @@ def cost(
     )
 
 
-# ---- FLOPs, bytes, and speed relative to that of products, of what a step does in turn
+# ---- FLOPs, bytes, and whether it is the kernel's gradient, of what a step does in turn
 
 
 def _seconds(parts, size, rates):
     speed = rates.half_flops if size < 4 else rates.flops
-    kernel = {"kernel": rates.kernel}
     return rates.step + sum(
-        max(flops / (speed * kernel.get(kind, 1)), moved / rates.bytes)
-        for flops, moved, kind in parts
+        max(flops / (speed * (rates.kernel if of_kernel else 1)), moved / rates.bytes)
+        for flops, moved, of_kernel in parts
     )
 
 
 def _products(size, rows, in_features, out_features, config=None):
     """Of the outputs, of the gradient of the inputs and of that of the kernel."""
 
-    def product(m, n, p, kind=""):
-        return 2 * m * n * p, (m * n + n * p + m * p) * size, kind
+    def product(m, n, p, of_kernel=False):
+        return 2 * m * n * p, (m * n + n * p + m * p) * size, of_kernel
 
     drawn = rows if config is None else config.input_rows(rows)
     summed = rows
@@ -124,7 +123,7 @@ def _products(size, rows, in_features, out_features, config=None):
     return [
         product(rows, in_features, out_features),
         product(drawn, out_features, in_features),
-        product(in_features, summed, out_features, "kernel"),
+        product(in_features, summed, out_features, of_kernel=True),
     ]
 
 
@@ -136,17 +135,17 @@ def _passes(size, rows, in_features, out_features, config):
         held = jnp.dtype(config.memory_dtype).itemsize if config.memory_dtype else size
         kept = config.memory_slots or rows
         moved.append(features * (rows * size + 3 * kept * held))  # for norms, and what waits
-    passes = [(0, number, "") for number in moved]
+    passes = [(0, number, False) for number in moved]
     if config.memory_kind == "subspace":
         ranks = config.ranks(in_features, out_features)
         for count, rank in zip((in_features, out_features), ranks, strict=True):
-            along = 2 * rows * count * rank, rows * count * size, ""
-            passes += [along, along, (along[0] / config.refresh, 0, "")]  # X V, X^T B, X^T A
-            passes.append((2 * k * count * rank, 0, ""))  # the rest of the chosen rows
+            along = 2 * rows * count * rank, rows * count * size, False
+            passes += [along, along, (along[0] / config.refresh, 0, False)]  # X V, X^T B, X^T A
+            passes.append((2 * k * count * rank, 0, False))  # the rest of the chosen rows
     drawn = config.input_rows(rows)
     if drawn < rows:
         rank = min(config.input_grad.rank, out_features)
-        passes.append((0, 2 * drawn * features * size, ""))
-        passes.append((2 * rows * rank * in_features, rows * in_features * size, ""))
-        passes.append((2 * rows * rank * out_features, 0, ""))
+        passes.append((0, 2 * drawn * features * size, False))
+        passes.append((2 * rows * rank * in_features, rows * in_features * size, False))
+        passes.append((2 * rows * rank * out_features, 0, False))
     return passes

@@ -205,10 +205,10 @@ def wrap(
             continue
         sizes = _sized(path, config, calls[path])
         _, dtype, kernel_ndim = calls[path][0]
-        if min_speedup is not None:
-            costs = [cost(config, *call.sizes, call.dtype) for call in calls[path]]
-            if max(of_call.speedup for of_call in costs) < min_speedup:
-                continue
+        if min_speedup is not None and not any(
+            cost(config, *call.sizes, call.dtype).speedup >= min_speedup for call in calls[path]
+        ):
+            continue
         stack = layer.kernel.shape[: len(layer.kernel.shape) - kernel_ndim]
         product = DotGeneral(config, sizes, dtype, _key(config, rngs, path), stack)
         products.append((layer, product))
