@@ -179,7 +179,7 @@ def record(entry: dict, trained: Trained) -> None:
         entry.setdefault("controller", str(trained.controller))  # of the first seed
     entry["losses"].append(trained.losses)
     entry["flops"].append(trained.flops)
-    entry["seconds"].append(round(trained.seconds, 2))
+    entry["seconds"].append([round(seconds, 2) for seconds in trained.seconds])
     entry["mean"], entry["sd"] = runs.summary([losses[-1] for losses in entry["losses"]])
 
 
@@ -230,6 +230,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of the first seed of each approximate run, early and late: v, c, the batch's noise",
     )  # fmt: skip
     parser.add_argument(
+        "--loss", type=runs.rate,
+        help="show when each run's validation loss was that low: seconds and FLOPs",
+    )  # fmt: skip
+    parser.add_argument(
         "--text", type=pathlib.Path, metavar="FILE",
         help=f"instead of the standard library; its first {language_text.TEXT_LIMIT:,} characters",
     )  # fmt: skip
@@ -269,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"text: {text.name}, {len(text.train):,} characters to train on. Approximate: "
         f"{', '.join(options.approximate) or 'nothing'}."
     )
-    print("\n" + language_report.write(results, options.out, description))
+    print("\n" + language_report.write(results, options.out, description, options.loss))
 
 
 if __name__ == "__main__":

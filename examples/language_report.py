@@ -12,16 +12,19 @@ from mem_aop_jax.diagnostics import markdown
 matplotlib.use("Agg")
 
 
-def write(results: dict[str, dict], folder: pathlib.Path, description: str) -> str:
+def write(
+    results: dict[str, dict], folder: pathlib.Path, description: str, loss: float | None = None
+) -> str:
     """Writes `results.md` and `results.png`; the table, the description, and where they are.
 
     Args:
       results: runs by name, as in results.json.
       folder: for the files.
       description: what stands below the table.
+      loss: as `table` takes it.
     """
     paths = [folder / "results.md", folder / "results.png"]
-    text = f"{table(results)}\n\n{description}"
+    text = f"{table(results, loss)}\n\n{description}"
     layers = [
         f"{name}, after {step} steps\n\n{found['table']}\n"
         for name, entry in results.items()
@@ -42,14 +45,17 @@ def write(results: dict[str, dict], folder: pathlib.Path, description: str) -> s
     return "\n".join([text, "", *map(str, paths)])
 
 
-def table(results: dict[str, dict]) -> str:
+def table(results: dict[str, dict], loss: float | None = None) -> str:
     """Markdown.
 
     c: FLOPs of a step, relative to those of an exact step of the same batch. "of the reference":
     FLOPs of the whole run, relative to those of the exact run with --batch and --steps. Seconds:
-    of all steps of a seed, without compilation and evaluation.
+    of a seed, without compilation and evaluation. With a loss, also what each run had spent when
+    its validation loss was as low, straight between two evaluations.
     """
-    header = ("run", "batch", "steps", "FLOPs of a step", "c", "of the reference", "s", "loss")
+    header = ["run", "batch", "steps", "FLOPs of a step", "c", "of the reference", "s", "loss"]
+    if loss is not None:
+        header += [f"s to {loss:g}", f"FLOPs to {loss:g}"]
     rows = [
         (
             f"`{name}`",
@@ -58,12 +64,31 @@ def table(results: dict[str, dict]) -> str:
             f"{entry['step_flops'] / 1e9:.3g} G",
             f"{entry['c']:.3f}",
             f"{entry['of_reference']:.3f}",
-            f"{np.mean(entry['seconds']):.1f}",
+            f"{np.mean(entry['seconds'], axis=0)[-1]:.1f}",
             runs.shown([losses[-1] for losses in entry["losses"]]),
+            *([] if loss is None else [reached(entry, of, loss) for of in ("seconds", "flops")]),
         )
         for name, entry in results.items()
     ]
     return markdown(header, rows)
+
+
+def reached(entry: dict, of: str, loss: float) -> str:
+    """Seconds or FLOPs that a run had spent when its loss was that low: mean ± sd of the seeds."""
+
+    def spent_by(losses, spent):
+        i = next((i for i, reached in enumerate(losses) if reached <= loss), None)
+        if i is None:
+            return None
+        if i == 0:
+            return spent[0]
+        share = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])
+        return spent[i - 1] + share * (spent[i] - spent[i - 1])
+
+    spent = [spent_by(*seed) for seed in zip(entry["losses"], entry[of], strict=True)]
+    if None in spent:
+        return "never"
+    return " ± ".join(f"{x:.4g}" for x in runs.summary(spent) if x is not None)
 
 
 def diagnosed(results: dict[str, dict]) -> str:

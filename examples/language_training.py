@@ -114,7 +114,8 @@ class Trained(NamedTuple):
     Attributes:
       losses: of the validation, at the evaluated steps.
       flops: spent so far, at the same steps.
-      seconds: of all steps, without compilation.
+      seconds: spent so far, at the same steps: on steps and a controller's measurements, without
+        compilation and evaluation.
       diagnostics: by step.
       controller: None where there is none.
       params: after the last step.
@@ -122,7 +123,7 @@ class Trained(NamedTuple):
 
     losses: list[float]
     flops: list[float]
-    seconds: float
+    seconds: list[float]
     diagnostics: dict[int, aop.Diagnostics]
     controller: aop.Controller | None
     params: Any
@@ -242,32 +243,60 @@ class Trainer:
         controlled = Controlled(self) if self.every else None
         evaluated = evaluated_steps(self.steps)
         decided = decided_steps(self.steps, self.every) if self.every else []
-        losses, spent, seconds, found = [], [], 0.0, {}
-        done, flops, compiled = 0, 0.0, None
+        losses, spent, seconds, found = [], [], [], {}
+        done, flops, stopwatch = 0, 0.0, Stopwatch()
         for step in sorted({*evaluated, *decided}):
-            if model is not compiled:
-                state = self.advance(model, state, tokens, *keys, done, done)
-                compiled = model
-            start = time.perf_counter()
-            state = jax.block_until_ready(self.advance(model, state, tokens, *keys, done, step))
-            seconds += time.perf_counter() - start
+            with stopwatch:
+                state = jax.block_until_ready(self.advance(model, state, tokens, *keys, done, step))
             flops += (step - done) * self.step_flops(model)
             done = step
             key = jax.random.fold_in(keys[1], self.steps + step)  # of no step
             if step in evaluated:
                 losses.append(float(validation_loss(self.exact, state[0], validation)))
                 spent.append(flops)
+                seconds.append(stopwatch.seconds)
                 progress.update()
             if step in diagnosed and model is not self.exact:
                 windows = self.windows(tokens, keys[0], step)
                 found[step] = self.diagnose(model, state, windows, key)
             if step in decided:
                 batches = [self.windows(tokens, keys[0], step + i) for i in range(2)]
-                state, of_decision = controlled.decide(step, state, batches, key)
+                with stopwatch:
+                    state, of_decision = controlled.decide(step, state, batches, key)
                 model = controlled.controller.model
                 flops += of_decision
         controller = controlled and controlled.controller
         return Trained(losses, spent, seconds, found, controller, state[0])
+
+
+class Stopwatch:
+    """The seconds inside of its `with` blocks, but for those in which JAX compiled."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        compiling = sum(end - start for start, end in COMPILING if start > self.start)
+        self.seconds += time.perf_counter() - self.start - compiling
+
+
+COMPILING: list[tuple[float, float]] = []  # when JAX traced, lowered and compiled, from and to
+
+
+def note_compilation(event: str, seconds: float, **_) -> None:
+    """A listener of `jax.monitoring`, called after what took so long."""
+    if event.startswith("/jax/core/compile/"):
+        end = time.perf_counter()
+        start = end - seconds
+        while COMPILING and COMPILING[-1][0] > start:  # it was part of this
+            COMPILING.pop()
+        COMPILING.append((start, end))
+
+
+jax.monitoring.register_event_duration_secs_listener(note_compilation)
 
 
 def decided_steps(steps: int, every: int) -> list[int]:

@@ -1,13 +1,19 @@
 """Rows and ranks for each layer: what is predicted is what is measured, and better than uniform."""
 
+import dataclasses
 import functools
+import tempfile
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import language_model
+import language_text
+import language_training
 import numpy as np
 import optax
 import pytest
+from tqdm import tqdm
 
 import mem_aop_jax as aop
 from mem_aop_jax.allocate import RATIOS, _variance
@@ -74,22 +80,26 @@ def allocate(config, budget=None, model=None, params=None, **options):
     )
 
 
-def measured(rules, model=None, params=None, draws=200, metric=None):
-    """v of all parameters, on a batch that the directions do not come from."""
+def measured(
+    rules, model=None, params=None, draws=200, metric=None, *, loss=loss, batches=batch_of,
+    example=None, steps=20,
+):  # fmt: skip
+    """v of all parameters, on batches that the directions do not come from."""
     model, params = model or MLP(), trained() if params is None else params
     wrapped = aop.linen.wrap(model, rules)
-    memory = wrapped.init(jax.random.key(0), batch_of(0)[0]).get(COLLECTION, {})
+    example = batches(0)[0] if example is None else example
+    memory = wrapped.init(jax.random.key(0), example).get(COLLECTION, {})
 
     def loss_of(params, memory, batch, key):
         return loss(wrapped, {"params": params, COLLECTION: memory}, batch, key)
 
     refresh = jax.jit(jax.grad(loss_of, argnums=1))
-    for i in range(20):
-        memory = refresh(params, memory, batch_of(200 + i), jax.random.key(i))
+    for i in range(steps):
+        memory = refresh(params, memory, batches(200 + i), jax.random.key(i))
     keys = jax.random.split(jax.random.key(2), draws)
     found = []
     for i in (300, 301, 302):
-        batch = batch_of(i)
+        batch = batches(i)
         gradient = jax.jit(lambda key, batch=batch: jax.grad(loss_of)(params, memory, batch, key))
         draws = jax.lax.map(gradient, keys)
         exact = jax.grad(lambda p, batch=batch: loss(model, {"params": p}, batch, KEY))(params)
@@ -214,6 +224,66 @@ def test_predicted_in_the_metric_of_adam_is_measured():
     ]
     v = np.mean([measured(rules, metric=adam()) for rules in {of.rules for of in found}])
     assert np.mean([of.v for of in found]) == pytest.approx(v, rel=0.25)
+
+
+@functools.cache
+def language_model_after(steps):
+    """The example's at its default sizes: parameters, windows by number, a batch's tokens."""
+    with tempfile.TemporaryDirectory() as out:
+        arguments = ["--run", "exact", "--steps", str(steps), "--out", out]
+        options = language_model.parse_arguments(arguments)
+    trainer = language_training.Trainer(options.run[0], steps, options)
+    text = language_text.load(options)
+    tokens = jnp.asarray(text.train)
+    params = trainer.train(0, tokens, jnp.asarray(text.validation), tqdm(disable=True)).params
+    key = jax.random.key(5)
+    return trainer, params, jax.jit(lambda i: trainer.windows(tokens, key, i))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [100, 1200])  # early and late
+@pytest.mark.parametrize(
+    ("config", "budget"),
+    [(language_training.ALLOCATED, 0.84), (language_training.WITH_INPUTS, 0.77)],
+)
+def test_of_a_language_model(config, budget, steps, standard_promotion):
+    """At width 192 with 2,048 rows: as predicted, and better than the best of all layers alike."""
+    trainer, params, windows = language_model_after(steps)
+    of = {"loss": language_training.loss, "example": trainer.example}
+    batches = [windows(100 + i) for i in range(3)]
+    options = {"batches": batches, "key": jax.random.key(1), "layers": "block.*"}
+    found = aop.allocate(
+        trainer.exact, config, of["example"], of["loss"], budget, params=params, **options
+    )
+    assert found.c <= budget
+    measure = functools.partial(
+        measured, model=trainer.exact, params=params, draws=20, batches=windows, steps=60, **of
+    )
+    v = measure(found.rules)
+
+    layers = aop.linen.layers(trainer.wrapped(config), jax.random.key(0), trainer.example)
+    sizes = [(layer.rows, layer.in_features, layer.out_features) for layer in layers]
+
+    def cost(config):
+        exact = [exact_flops(*size) for size in sizes]
+        costs = [relative_cost(config, *size) for size in sizes]
+        return np.average(costs, weights=exact)
+
+    uniform = [
+        dataclasses.replace(
+            config, ratio=ratio, rank=rank,
+            input_grad=input_ratio and aop.InputGrad(input_ratio, 32),
+        )
+        for ratio in (1 / 16, 1 / 8, 1 / 4)
+        for rank in ((8, 8), (24, 8), (16, 16), (32, 32))
+        for input_ratio in ((1 / 4, 1 / 2, 3 / 4) if config.input_grad else (None,))
+    ]  # fmt: skip
+    affordable = sorted((c for c in uniform if cost(c) <= found.c), key=cost)[-3:]
+    assert affordable
+    best = min(measure([("head", None), (".*", config)]) for config in affordable)
+    print(f"after {steps} steps, {budget}: c {found.c:.3f}, v {found.v:.4f}, {v:.4f}, {best:.4f}")
+    assert found.v == pytest.approx(v, rel=0.25)
+    assert v <= best
 
 
 def test_a_metric_says_what_counts():

@@ -1,5 +1,6 @@
 """examples/language_model.py, as a user runs it, and its parts."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -361,9 +362,49 @@ def test_the_learning_rate_has_the_same_shape_for_every_length(parse):
     assert 0 < float(short(99)) < 0.01
 
 
+def test_when_a_loss_was_reached():
+    """Straight between two evaluations; at the first where it was that low already."""
+    entry = {"batch": 4, "steps": 9, "step_flops": 2e9, "c": 0.5, "of_reference": 0.25}
+    entry |= {"losses": [[3.0, 2.5, 2.4], [2.6, 2.4, 2.4]], "flops": [[2e9, 4e9, 6e9]] * 2}
+    entry |= {"seconds": [[1.0, 3.0, 5.0], [2.0, 4.0, 6.0]]}
+
+    def of(loss):
+        return language_report.table({"exact": entry}, loss).splitlines()[-1].split(" | ")[-2:]
+
+    assert of(2.5) == ["3 ± 0", "3.5e+09 ± 7.071e+08 |"]
+    assert of(2.6) == ["2.3 ± 0.4243", "2.8e+09 ± 1.131e+09 |"]
+    assert of(2.3) == ["never", "never |"]
+    head = language_report.table({"exact": entry}, 2.5).splitlines()[0]
+    assert head.endswith("| loss | s to 2.5 | FLOPs to 2.5 |")
+
+
+def test_seconds_are_those_without_compilation(monkeypatch):
+    monkeypatch.setattr(language_training, "COMPILING", [])
+    clock = iter((10.0, 12.0, 13.0, 16.0, 20.0, 30.0, 31.0))
+    monkeypatch.setattr(language_training.time, "perf_counter", lambda: next(clock))
+    stopwatch = language_training.Stopwatch()
+    with stopwatch:  # from 10
+        language_training.note_compilation("/jax/core/compile/inner", 1.0)  # until 12
+        language_training.note_compilation("/jax/core/compile/outer", 2.5)  # until 13, and the same
+        language_training.note_compilation("/jax/core/compile/next", 1.0)  # until 16
+        language_training.note_compilation("/jax/another", 4.0)
+    assert stopwatch.seconds == 10 - 3.5
+    with stopwatch:  # another second
+        pass
+    assert stopwatch.seconds == 7.5
+
+
+def test_jax_says_when_it_compiles(monkeypatch):
+    monkeypatch.setattr(language_training, "COMPILING", [])
+    jax.jit(lambda x: jnp.sin(jnp.cos(x)))(jnp.ones(3))
+    spans = language_training.COMPILING
+    assert spans
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))  # none twice
+
+
 def test_a_table_of_one_seed_has_no_standard_deviation():
     entry = {"batch": 4, "steps": 9, "step_flops": 2e9, "c": 0.5, "of_reference": 0.25}
-    entry |= {"losses": [[3.0, 2.5]], "seconds": [1.25]}
+    entry |= {"losses": [[3.0, 2.5]], "seconds": [[0.5, 1.25]]}
     assert runs.summary([2.5]) == (2.5, None)
     row = language_report.table({"topk:k=3": entry}).splitlines()[-1]
     assert row == "| `topk:k=3` | 4 | 9 | 2 G | 0.500 | 0.250 | 1.2 | 2.5000 |"
