@@ -114,7 +114,8 @@ def allocate(
       config: what the layers have in common: the policy, "priority", `groups` and `refresh`. Unless
         its memory is "subspace" none gets one, and with `input_grad=None` gradients of inputs stay
         exact; else both are chosen for each layer, as rows and ranks are, whatever they are here.
-      example_input: what `model.init` takes, of the training size; a tuple for several arguments.
+      example_input: what `model.init` takes, of the training size, arrays or
+        `jax.ShapeDtypeStruct`s; a tuple for several arguments.
       loss: `loss(model, variables, batch, key)`: of a model that it is given, the scalar that is
         trained. For instance `model.apply(variables, batch, rngs={aop.linen.RNG: key}).mean()`.
         `variables` are "params" and the memories; other collections are for it to add.

@@ -63,7 +63,7 @@ class Controller:
         fields, no lists.
       choices: by name, what `aop.linen.wrap` takes: a configuration or rules, for instance those of
         `aop.allocate`. "exact" is always there, and comes first.
-      example_input: what `model.init` takes, of the training size; a tuple for several arguments.
+      example_input: as in `aop.allocate`.
       loss: as in `aop.allocate`: `loss(model, variables, batch, key)`, of a model that it is given.
       costs: for each name the cost of a step, in any unit, for instance measured times; None counts
         the FLOPs of the loss's gradient as the compiler does, without the refreshes that most steps

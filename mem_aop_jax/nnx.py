@@ -20,6 +20,7 @@ from mem_aop_jax.contractions import contraction_sizes, why_exact
 from mem_aop_jax.cost import cost
 from mem_aop_jax.dense import dot_general
 from mem_aop_jax.rules import Layer, Rules, as_rules, check_all_used, config_for
+from mem_aop_jax.shapes import eval_shape
 
 RNG = "mem_aop"  # nnx.Rngs(mem_aop=...), for the random policies; else the default stream
 
@@ -166,7 +167,8 @@ def wrap(
       config_or_rules: a configuration for all dense layers, or rules: pairs of a regular
         expression on the whole path of a layer ("encoder/mlp/linear"), and a configuration or None
         for an exact layer. The first match wins; a layer without one is exact.
-      *example_inputs: inputs of the model, a batch of the training size. Nothing is computed.
+      *example_inputs: inputs of the model, a batch of the training size, or its
+        `jax.ShapeDtypeStruct`s. Nothing is computed.
       rngs: where the random policies take their keys from, as in `Linear`.
       min_speedup: a layer stays exact, too, unless `aop.cost` predicts that a step of one of its
         calls is so many times faster on the default device; as in `aop.linen.wrap`.
@@ -322,13 +324,13 @@ def _calls(model, args, kwargs):
 
     graph, state = nnx.split(model)
 
-    def run(state):
+    def run(state, *args, **kwargs):
         copy = nnx.merge(graph, state)
         for path, layer in _stock_layers(copy):
             layer.dot_general = nnx.data(_Recorder(functools.partial(record, path)))
         copy(*args, **kwargs)
 
-    jax.eval_shape(run, state)
+    eval_shape(run, jax.eval_shape(lambda state: state, state), *args, **kwargs)
     return {path: list(of_layer.values()) for path, of_layer in calls.items()}
 
 

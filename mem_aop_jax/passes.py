@@ -20,6 +20,7 @@ from mem_aop_jax.flops import counted_flops
 from mem_aop_jax.linen import COLLECTION, wrap
 from mem_aop_jax.memory import Norms, Probe, Subspace, is_memory, wide
 from mem_aop_jax.policies import over
+from mem_aop_jax.shapes import eval_shape
 from mem_aop_jax.transform import carry_memory
 
 
@@ -108,7 +109,7 @@ def first_memory(model: nn.Module, *args: chex.ArrayTree) -> dict:
 
 def memory_shapes(model: nn.Module, *args: chex.ArrayTree) -> dict:
     """Those of the memories of a wrapped model."""
-    return jax.eval_shape(lambda key: model.init(key, *args), jax.random.key(0)).get(COLLECTION, {})
+    return eval_shape(model.init, jax.random.key(0), *args).get(COLLECTION, {})
 
 
 def each_memory(tree: chex.ArrayTree, change: Callable, path: tuple[str, ...] = ()) -> dict:

@@ -80,8 +80,8 @@ def plan(
     Args:
       model: a Linen or NNX model, not wrapped.
       config: what `wrap` takes: a configuration, or rules.
-      example_input: what the model takes, of the training size (on one device); a tuple for several
-        arguments.
+      example_input: what the model takes, of the training size (on one device), arrays or
+        `jax.ShapeDtypeStruct`s; a tuple for several arguments.
       min_speedup: a layer stays exact unless its step is predicted to be so many times faster; None
         leaves none exact.
       rates: of the device to train on, as in `aop.cost`.

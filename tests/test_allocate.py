@@ -75,9 +75,8 @@ def trained(steps=60):
 def allocate(config, budget=None, model=None, params=None, **options):
     options = {"batches": [batch_of(100 + i) for i in range(3)], "key": jax.random.key(1)} | options
     params = trained() if params is None else params
-    return aop.allocate(
-        model or MLP(), config, batch_of(0)[0], loss, budget, params=params, **options
-    )
+    example = jax.eval_shape(lambda: batch_of(0)[0])
+    return aop.allocate(model or MLP(), config, example, loss, budget, params=params, **options)
 
 
 def measured(

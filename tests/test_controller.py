@@ -33,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def controller(choices=None, model=None, example=None, loss=loss, **options):
-    example = batch_of(0)[0] if example is None else example
+    if example is None:
+        example = jax.eval_shape(lambda: batch_of(0)[0])
     return aop.Controller(model or MLP(), choices or CHOICES, example, loss, **options)
 
 

@@ -233,6 +233,32 @@ def test_nnx():
     assert aop.nnx.layers(wrapped) == aop.nnx.layers(planned) == [plan.layers[0].layer]
 
 
+class Branches(nn.Module):
+    @nn.compact
+    def __call__(self, x, wide):
+        return nn.Dense(512 if wide else 4)(x)
+
+
+def test_shapes_in_place_of_arrays():
+    """Nothing of the size of a batch is needed; what is no array still decides."""
+    shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    for wide in (True, False):
+        of_shape, of_array = (
+            aop.plan(Branches(), CONFIG, (x, wide), rates=BALANCED) for x in (shape, X)
+        )
+        assert of_shape == of_array
+        assert of_shape.layers[0].layer.out_features == (512 if wide else 4)
+    model = aop.linen.wrap(Branches(), CONFIG)
+    (layer,) = aop.linen.layers(model, jax.random.key(0), shape, wide=True)
+    assert layer == of_shape.layers[0].layer._replace(out_features=512)
+
+    linear = nnx.Linear(512, 4, rngs=nnx.Rngs(0))
+    of_shape, of_array = (aop.plan(linear, CONFIG, x, rates=BALANCED) for x in (shape, X))
+    assert of_shape == of_array
+    wrapped = aop.nnx.wrap(linear, aop.MemAOP(ratio=0.25), shape)
+    assert nnx.grad(lambda linear: jnp.sum(linear(X)))(wrapped).kernel[...].shape == (512, 4)
+
+
 def test_bad_plans():
     with pytest.raises(TypeError, match="plan: model is of type int"):
         aop.plan(3, CONFIG, X, rates=BALANCED)

@@ -2,6 +2,7 @@
 
 import collections
 import contextvars
+import functools
 import itertools
 import weakref
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from mem_aop_jax.contractions import contraction_sizes, warn_once, why_exact
 from mem_aop_jax.dense import dot_general
 from mem_aop_jax.memory import Memory, Probe, Subspace, init_memory, is_memory, memory_name
 from mem_aop_jax.rules import Layer
+from mem_aop_jax.shapes import eval_shape
 
 COLLECTION = OVERWRITE_WITH_GRADIENT  # TrainState replaces its variables by their gradients
 RNG = "mem_aop"  # apply(..., rngs={RNG: key}), for the random policies
@@ -114,7 +116,8 @@ def layers(module: nn.Module, rngs: chex.ArrayTree, *args, **kwargs) -> list[Lay
     Args:
       module: a model with `Dense`, `DotGeneral` or `wrap` in it.
       rngs: as in `module.init`; nothing is computed.
-      *args: as in `module.init`, for a batch of the training size.
+      *args: as in `module.init`, for a batch of the training size; arrays of it may be
+        `jax.ShapeDtypeStruct`s.
       **kwargs: as in `module.init`.
     """
     return [sized.layer for sized in sized_layers(module, rngs, *args, **kwargs)]
@@ -150,7 +153,8 @@ def probes(
       module: as in `layers`.
       memory: the collection `COLLECTION` of the model, empty where no layer has a memory.
       rngs: as in `module.init`; nothing is computed.
-      *args: as in `module.init`, for a batch of the training size.
+      *args: as in `module.init`, for a batch of the training size; arrays of it may be
+        `jax.ShapeDtypeStruct`s.
       **kwargs: as in `module.init`.
     """
     token = _probing.set(True)
@@ -180,7 +184,7 @@ def _traced_init(module, rngs, args, kwargs):
         function = getattr(type(bound), method) if isinstance(method, str) else method
         return getattr(function, "__func__", function)(bound, *args, **kwargs)
 
-    return jax.eval_shape(lambda: module.init(rngs, *args, **kwargs, method=call))
+    return eval_shape(functools.partial(module.init, rngs, method=call), *args, **kwargs)
 
 
 def trace_anew(*scopes: Scope) -> None:
