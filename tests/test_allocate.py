@@ -176,6 +176,7 @@ def test_predicted_is_measured_and_better_than_uniform(budget):
     assert v < min(measured(config) for config in dearest)
 
 
+@pytest.mark.slow
 def test_with_gradients_of_inputs_too():
     """What is wrong with them is predicted, with what the layers below make of it."""
     found = allocate(WITH_INPUTS, 0.75, draws=100)

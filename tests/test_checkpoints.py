@@ -219,7 +219,9 @@ def last_checkpoint(directory, memory):
         return manager.restore(STEPS, args=ocp.args.StandardRestore(target))
 
 
-@pytest.mark.parametrize("memory", ["rows", "subspace", "inputs"])
+@pytest.mark.parametrize(
+    "memory", [pytest.param("rows", marks=pytest.mark.slow), "subspace", "inputs"]
+)
 def test_a_run_that_is_killed_ends_as_if_it_were_not(tmp_path, memory):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     wanted = run_in_a_process(whole, memory)

@@ -88,6 +88,7 @@ def test_shard_map(policy, kind):
     chex.assert_trees_all_close(ours, shard_by_shard(policy, kind), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_eager_shard_map():
     config, kernel, memory, x, key = setup("weightedk", "rows")
     sharded = in_shard_map(functools.partial(grad_fn, config=config), memory)

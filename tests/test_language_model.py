@@ -435,7 +435,13 @@ def test_estimates_are_diagnosed_early_and_late(tmp_path, monkeypatch, standard_
     assert capsys.readouterr().out == printed
 
 
-@pytest.mark.parametrize("spelled", ["control:every=100", "control:every=100,inputs=true"])
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "control:every=100",
+        pytest.param("control:every=100,inputs=true", marks=pytest.mark.slow),
+    ],
+)
 def test_a_controlled_run(spelled, tmp_path, monkeypatch, standard_promotion, capsys):
     """Exact until the first decision, then as it decided; all that it measured is counted."""
     monkeypatch.chdir(tmp_path)
