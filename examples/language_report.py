@@ -77,7 +77,7 @@ def reached(entry: dict, of: str, loss: float) -> str:
     """Seconds or FLOPs that a run had spent when its loss was that low: mean ± sd of the seeds."""
 
     def spent_by(losses, spent):
-        i = next((i for i, reached in enumerate(losses) if reached <= loss), None)
+        i = next((i for i, x in enumerate(losses) if x <= loss), None)
         if i is None:
             return None
         if i == 0:

@@ -117,11 +117,12 @@ def measured(
 SIZES = [(ROWS, *sizes) for sizes in ((FEATURES, 96), (96, 128), (128, 64), (64, CLASSES))]
 
 
-def cost_of(config):
-    """Of one configuration for all layers, of which the first has no gradient of its inputs."""
-    exact = [exact_flops(*sizes) for sizes in SIZES]
-    flops = [relative_cost(config, *sizes) * exact_flops(*sizes) for sizes in SIZES]
-    return (sum(flops) - exact[0] / 3) / (sum(exact) - exact[0] / 3)
+def cost_of(config, sizes=SIZES, unasked=1):
+    """Of one configuration for all layers; nobody asks for the first ones' gradients of inputs."""
+    exact = [exact_flops(*of_layer) for of_layer in sizes]
+    costs = [relative_cost(config, *of_layer) for of_layer in sizes]
+    unspent = sum(exact[:unasked]) / 3
+    return (np.dot(costs, exact) - unspent) / (sum(exact) - unspent)
 
 
 @pytest.mark.parametrize("k", [7, 20, 40])
@@ -231,7 +232,7 @@ def test_predicted_in_the_metric_of_adam_is_measured():
 
 @functools.cache
 def language_model_after(steps):
-    """The example's at its default sizes: parameters, windows by number, a batch's tokens."""
+    """The example's at its default sizes: its trainer, the parameters, windows by their number."""
     with tempfile.TemporaryDirectory() as out:
         arguments = ["--run", "exact", "--steps", str(steps), "--out", out]
         options = language_model.parse_arguments(arguments)
@@ -269,13 +270,7 @@ def test_of_a_language_model(config, budget, steps, standard_promotion):
     v = measure(found.rules)
 
     layers = aop.linen.layers(trainer.wrapped(config), jax.random.key(0), trainer.example)
-    sizes = [(layer.rows, layer.in_features, layer.out_features) for layer in layers]
-
-    def cost(config):
-        exact = [exact_flops(*size) for size in sizes]
-        costs = [relative_cost(config, *size) for size in sizes]
-        return np.average(costs, weights=exact)
-
+    cost = functools.partial(cost_of, sizes=[layer[1:4] for layer in layers], unasked=0)
     uniform = [
         dataclasses.replace(
             config, ratio=ratio, rank=rank,
