@@ -60,7 +60,7 @@ TPU = {  # describes one to its compiler
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # in several processes at a time
 }
 TOPOLOGIES = {"v5e": "v5e:2x2x1", "v6e": "v6e:2x2x1"}
 DTYPES = ("float32", "bfloat16", "float16")

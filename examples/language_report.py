@@ -2,14 +2,11 @@
 
 import pathlib
 
-import matplotlib
 import numpy as np
 import runs
 from matplotlib.figure import Figure
 
 from mem_aop_jax.diagnostics import markdown
-
-matplotlib.use("Agg")
 
 
 def write(

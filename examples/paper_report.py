@@ -4,12 +4,9 @@ import itertools
 import pathlib
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
-
-matplotlib.use("Agg")
 
 PUBLISHED_RUNS = 10
 

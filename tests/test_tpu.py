@@ -16,20 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from benchmark import TPU
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import mem_aop_jax as aop
 
 DEVICES, ROWS, WIDTH, SHARE = 4, 4096, 512, 1 / 8
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # one process for each test that runs at a time
-}
 
 
 @pytest.mark.skipif(
@@ -40,10 +33,11 @@ ENVIRONMENT = {
 def test_a_sharded_training_step_for_tpu(partitioning):
     """Every device chooses K/4 of its own M/4 rows, automatically by a group for each."""
     root = pathlib.Path(__file__).parents[1]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    path = [str(root), str(root / "examples"), os.environ.get("PYTHONPATH")]
+    environment = TPU | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, path))}
     process = subprocess.run(
         [sys.executable, __file__, partitioning],
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )
