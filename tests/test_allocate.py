@@ -2,18 +2,15 @@
 
 import dataclasses
 import functools
-import tempfile
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import language_model
-import language_text
 import language_training
 import numpy as np
 import optax
 import pytest
-from tqdm import tqdm
+import trained_language_model
 
 import mem_aop_jax as aop
 from mem_aop_jax.allocate import RATIOS, _variance
@@ -230,20 +227,6 @@ def test_predicted_in_the_metric_of_adam_is_measured():
     assert np.mean([of.v for of in found]) == pytest.approx(v, rel=0.25)
 
 
-@functools.cache
-def language_model_after(steps):
-    """The example's at its default sizes: its trainer, the parameters, windows by their number."""
-    with tempfile.TemporaryDirectory() as out:
-        arguments = ["--run", "exact", "--steps", str(steps), "--out", out]
-        options = language_model.parse_arguments(arguments)
-    trainer = language_training.Trainer(options.run[0], steps, options)
-    text = language_text.load(options)
-    tokens = jnp.asarray(text.train)
-    params = trainer.train(0, tokens, jnp.asarray(text.validation), tqdm(disable=True)).params
-    key = jax.random.key(5)
-    return trainer, params, jax.jit(lambda i: trainer.windows(tokens, key, i))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [100, 1200])  # early and late
 @pytest.mark.parametrize(
@@ -256,7 +239,7 @@ def test_of_a_language_model(config, budget, steps, standard_promotion):
     Early, gradients of batches differ by more than a factor of 2, and v with them: it is measured
     on those of which it was predicted, but with directions of other batches.
     """
-    trainer, params, windows = language_model_after(steps)
+    trainer, params, windows = trained_language_model.after(steps)
     of = {"loss": language_training.loss, "example": trainer.example}
     batches = [windows(i) for i in (299, *MEASURED)]  # the first is for directions alone
     options = {"batches": batches, "key": jax.random.key(1), "layers": "block.*"}

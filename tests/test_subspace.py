@@ -6,9 +6,11 @@ import warnings
 import chex
 import jax
 import jax.numpy as jnp
+import language_training
 import numpy as np
 import optax
 import pytest
+import trained_language_model
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from one_layer import weight_gradient
@@ -255,6 +257,33 @@ def test_directions_are_orthonormal_after_ten_thousand_steps(dtype):
     memory, _ = jax.lax.scan(step, memory, jax.random.split(jax.random.key(0), 10_000))
     for basis in memory[:2]:
         np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_directions_of_a_trained_language_model(standard_promotion):
+    """Those that followed other batches, one iteration each, are nearly as good as the batch's own.
+
+    After 1,200 steps, with q = 16 and K = M/4: v of a layer, its mean over the layers.
+    """
+    trainer, params, windows = trained_language_model.after(1200)
+    model = trainer.wrapped(aop.MemAOP(ratio=1 / 4, policy="priority", memory="subspace"))
+    memory = model.init(jax.random.key(0), trainer.example)[aop.linen.COLLECTION]
+    loss = functools.partial(language_training.training_loss, model)
+    refresh = jax.jit(jax.grad(loss, argnums=1))
+
+    def follow(memory, batches):
+        for i in batches:
+            memory = refresh(params, memory, windows(i), jax.random.key(i))
+        return memory
+
+    followed = follow(memory, range(20))
+    measured = []
+    for memory in (followed, follow(followed, [300] * 20)):
+        args = params, memory, windows(300), jax.random.key(1)
+        found = aop.diagnostics(loss, *args, count_flops=False)
+        measured.append(np.mean([of.v for of in found.layers.values()]))
+    print(f"v {measured[0]:.3f}, with the best directions for the batch {measured[1]:.3f}")
+    assert measured[0] < 1.3 * measured[1]
 
 
 def test_columns_that_are_not_finite_change_no_direction():
