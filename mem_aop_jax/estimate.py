@@ -133,19 +133,21 @@ def _input_gradient(layer, g, kernel, key, dtype):
 
     norms = g.residual_norms()
     scores, finite = row_scores(jnp.ones_like(norms), norms)
-    drawn = layer.config.input_rows(norms.size)
+    drawn = layer.config.input_rows(norms.size) // len(norms)
+    scores = jnp.where(finite, scores, jnp.inf)  # drawn before all others, to show in their rows
 
     def draw(key, scores):
-        return priority(key, scores, drawn // len(norms))
+        return priority(key, scores, drawn)
 
     chosen, weights = _in_groups(draw, jax.random.fold_in(key, _INPUTS), scores)
     held, rest = g.split(chosen, layer.precision)
     sampled = times(held + weights[..., None].astype(rest.dtype) * rest, kernel.T).astype(dtype)
-    bad = jnp.where(finite, 0, jnp.nan).astype(g.coordinates.dtype)[..., None]  # rows, throughout
+    too_many = jnp.sum(~finite, axis=1, dtype=jnp.int32)[:, None, None] > drawn
+    dx = jnp.where(too_many, jnp.nan, 0).astype(g.coordinates.dtype)
     if g.basis.shape[1]:
-        dx = times(g.coordinates + bad, times(g.basis.T, kernel.T))
+        dx = times(g.coordinates + dx, times(g.basis.T, kernel.T))
     else:
-        dx = jnp.broadcast_to(bad, (*norms.shape, len(kernel)))
+        dx = jnp.broadcast_to(dx, (*norms.shape, len(kernel)))
     dx = dx.astype(dtype)  # before the rows are set: no copy of it in float32
     return jax.vmap(lambda dx, at, rows: dx.at[at].set(rows, unique_indices=True))(
         dx, chosen, sampled
