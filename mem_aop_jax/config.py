@@ -21,7 +21,9 @@ class InputGrad:
 
     The product of the cotangents with the kernel is computed for some of the rows, drawn by
     "priority" sampling and weighted; of all rows, exactly, for the part of the cotangents in the
-    span of their leading directions, which a `Subspace` keeps.
+    span of their leading directions, which a `Subspace` keeps. Rows with a NaN or infinity are
+    drawn before all others, and are what they are in the exact layer; if there are more of them
+    than are drawn, all rows (of their group) are NaN.
 
     Attributes:
       ratio: fraction of the rows to draw, in (0, 1]: at least one of each group; 1 is exact.
