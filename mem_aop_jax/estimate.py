@@ -143,11 +143,11 @@ def _input_gradient(layer, g, kernel, key, dtype):
     held, rest = g.split(chosen, layer.precision)
     sampled = times(held + weights[..., None].astype(rest.dtype) * rest, kernel.T).astype(dtype)
     too_many = jnp.sum(~finite, axis=1, dtype=jnp.int32)[:, None, None] > drawn
-    dx = jnp.where(too_many, jnp.nan, 0).astype(g.coordinates.dtype)
+    nothing = jnp.where(too_many, jnp.nan, 0).astype(g.coordinates.dtype)  # of rows not drawn
     if g.basis.shape[1]:
-        dx = times(g.coordinates + dx, times(g.basis.T, kernel.T))
+        dx = times(g.coordinates + nothing, times(g.basis.T, kernel.T))
     else:
-        dx = jnp.broadcast_to(dx, (*norms.shape, len(kernel)))
+        dx = jnp.broadcast_to(nothing, (*norms.shape, len(kernel)))
     dx = dx.astype(dtype)  # before the rows are set: no copy of it in float32
     return jax.vmap(lambda dx, at, rows: dx.at[at].set(rows, unique_indices=True))(
         dx, chosen, sampled

@@ -213,6 +213,16 @@ def test_rows_that_are_not_finite_show_as_without(rank, bad, number):
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_too_many_rows_that_are_not_finite_show_in_their_group(rank):
+    config = with_inputs(0.25, rank, dataclasses.replace(SUBSPACE, groups=2))
+    x, g, kernel = normal(M, N), normal(M, P, seed=1).at[:7].set(jnp.nan), normal(N, P, seed=2)
+    memory = aop.init_memory(config, M, N, P)
+    dx, _, _ = gradients(config, x, g, kernel, memory, jax.random.key(0))
+    finite = np.repeat([False, True], M // 2)  # 6 of each are drawn
+    np.testing.assert_array_equal(np.isfinite(dx), finite[:, None] & np.ones(N, bool))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float64])
 def test_dtypes(dtype):
     config = with_inputs(0.25, 4)
