@@ -21,6 +21,15 @@ def vary(x, axes: frozenset[str]):
     return jax.lax.pvary(x, new)  # jax < 0.9
 
 
+def shape_like(shape: tuple[int, ...], dtype, arrays) -> jax.ShapeDtypeStruct:
+    """That of a result which differs over the mesh axes over which any of the arrays does."""
+    axes = frozenset().union(*map(varying_axes, arrays))
+    if hasattr(jax.typeof(arrays[0]), "vma"):  # jax < 0.10
+        return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
+    kind = jax.typeof(arrays[0]).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=type(kind)(varying=axes))
+
+
 def get_value(variable):
     """What an NNX variable holds, a pytree."""
     return variable.get_value() if hasattr(variable, "get_value") else variable.value  # flax < 0.12

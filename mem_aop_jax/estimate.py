@@ -18,7 +18,7 @@ from mem_aop_jax.contractions import as_inputs, as_kernel, as_matrix, as_rows
 from mem_aop_jax.memory import Memory, Subspace, wide, wider
 from mem_aop_jax.policies import POLICIES, priority, row_scores
 from mem_aop_jax.rows import Rows, Slots
-from mem_aop_jax.subspace import Residuals, side
+from mem_aop_jax.subspace import Residuals, side, sides
 
 ROW_BLOCKS = 16  # in which lost rows are looked for
 _SIGNS, _REFRESH, _INPUTS = range(2**31, 2**31 + 3)  # what keys are for, beside those of the groups
@@ -75,22 +75,23 @@ def estimate(
     shape = x.shape
     x, g = (vary(a, axes_of(x, g, memory, key)) for a in (x, g))  # one batch for many memories
     x, g = as_rows(layer.dimension_numbers, layer.config.groups, x, g)
-    directions = memory.cotangents if isinstance(memory, Subspace) else None
     rank = layer.config.ranks(x.shape[-1], g.shape[-1])[1]
-    if directions is not None and not of_inputs:
-        directions = directions[:, :rank]
-    of_g = side(g, directions, layer.precision)
+    if isinstance(memory, Subspace):
+        directions = memory.cotangents
+        if directions is not None and not of_inputs:
+            directions = directions[:, :rank]
+        due = _refresh_is_due(layer, memory, key)
+        of_x, of_g = sides(x, g, (memory.inputs, directions), rank, due, layer.precision)
+        candidates = Residuals(of_x, of_g.first(rank), memory, due, layer.precision)
+    else:
+        of_g = side(g, None, layer.precision)
+        candidates = _rows(layer, x, g, memory)
     dx = None
     if of_inputs:
         matrix = as_matrix(layer.dimension_numbers, kernel)
         dx = _input_gradient(layer, of_g.first(layer.config.input_grad.rank), matrix, key, x.dtype)
         dx = as_inputs(layer.dimension_numbers, dx, shape)
 
-    if isinstance(memory, Subspace):
-        of_x = side(x, memory.inputs, layer.precision)
-        candidates = Residuals(of_x, of_g.first(rank), of_g, memory, layer.precision)
-    else:
-        candidates = _rows(layer, x, g, memory)
     dw, *others = _kernel_gradient(layer, candidates, x, g, memory, key)
     dw = as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape)
     return Estimate(dx, dw, *others)
@@ -176,7 +177,7 @@ def _kernel_gradient(layer, candidates, x, g, memory, key):
     xs, gs = (a.reshape(-1, a.shape[-1]) for a in _weigh(xs, gs, weights))
     dtypes = x.dtype, g.dtype
     if isinstance(memory, Subspace):
-        left, right, new_memory = candidates.whole(_refresh_is_due(layer, memory, key))
+        left, right, new_memory = candidates.whole()
         xs, gs = jnp.concatenate([xs, left]), jnp.concatenate([gs, right])
         dtypes = (wider(*dtypes),) * 2  # rounded to neither
     # In float16 a sum of rows could overflow, or a row with its weight.

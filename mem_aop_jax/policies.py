@@ -6,7 +6,7 @@ choose, so that the expectation of the weighted sum is the sum over all rows.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import chex
@@ -112,6 +112,9 @@ def row_scores(
     return jnp.square(_over_largest(relative[0] * relative[1])), finite
 
 
+SCALES = (2.0**80, 1.0, 2.0**-80)  # one of which fits any row's squares
+
+
 @jax.jit  # also where the caller is not: what depends on the platform is compiled each time
 def row_norms(rows: chex.Array) -> chex.Array:
     """Euclidean norms of rows of any finite size, in units of 256, without under- or overflow.
@@ -124,16 +127,20 @@ def row_norms(rows: chex.Array) -> chex.Array:
 
 def _row_norms(rows, blocks=1):
     """With the columns in so many blocks, which CPUs add up faster than those of a row."""
-    scales = (2.0**80, 1.0, 2.0**-80)
     if blocks > 1:
         missing = [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % blocks)]
         rows = jnp.pad(rows, missing)
         rows = rows.reshape(*rows.shape[:-1], blocks, rows.shape[-1] // blocks)
-    sums = tuple(jnp.square(rows * scale) for scale in scales)
+    sums = tuple(jnp.square(rows * scale) for scale in SCALES)
     for axis in range(-1 - (blocks > 1), 0):
         sums = _sums(sums, axis)
+    return norms_of_sums(sums)
+
+
+def norms_of_sums(sums: Sequence[chex.Array]) -> chex.Array:
+    """As `row_norms`, of sums of squares of rows times each of `SCALES`."""
     small, medium, large = (
-        jnp.sqrt(total) * (2.0**-8 / scale) for total, scale in zip(sums, scales, strict=True)
+        jnp.sqrt(total) * (2.0**-8 / scale) for total, scale in zip(sums, SCALES, strict=True)
     )
     return jnp.where(sums[0] < jnp.inf, small, jnp.where(sums[1] < jnp.inf, medium, large))
 

@@ -12,7 +12,6 @@ U <- orth(G^T B). Nothing of the size of X or G is formed beside them, and of th
 Gr only the chosen rows.
 """
 
-import math
 from typing import NamedTuple
 
 import chex
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mem_aop_jax.all_rows import add_up, largest, of_all_rows, of_side, over_rows
 from mem_aop_jax.compat import vary, varying_axes
 from mem_aop_jax.memory import Subspace, wide, wider
 from mem_aop_jax.policies import over, row_norms
@@ -34,12 +34,18 @@ class Side(NamedTuple):
       basis: `(features, q)`, in the dtype of products.
       coordinates: `(groups, rows, q)`; 0 in place of what is not finite.
       norms: `(groups, rows)`, of the rows, in the units of `row_norms`.
+      own: as in `OfRows`, of all directions, for the next basis; None where there is none.
+      other: as in `OfRows`.
+      unit: `()`, of `own`.
     """
 
     rows: chex.Array
     basis: chex.Array
     coordinates: chex.Array
     norms: chex.Array
+    own: chex.Array | None = None
+    other: chex.Array | None = None
+    unit: chex.Array | None = None
 
     def first(self, rank: int) -> "Side":
         """What the first directions of the basis hold."""
@@ -63,15 +69,43 @@ class Side(NamedTuple):
 
 def side(rows: chex.Array, basis: chex.Array | None, precision: lax.PrecisionLike) -> Side:
     """What a basis `(features, q)` holds of rows `(groups, rows, features)`; None holds nothing."""
+    basis = _of_products(rows, basis)
+    return Side(rows, basis, *of_side(rows, basis, precision))
+
+
+def sides(
+    x: chex.Array,
+    g: chex.Array,
+    bases: tuple[chex.Array | None, chex.Array | None],
+    rank: int,
+    due: chex.Array | None,
+    precision: lax.PrecisionLike,
+) -> tuple[Side, Side]:
+    """As `side`, of the inputs and of the cotangents, with what `Residuals` needs of all rows.
+
+    Args:
+      x: `(groups, rows, in_features)`.
+      g: `(groups, rows, out_features)`.
+      bases: of the inputs and of the cotangents.
+      rank: how many directions of the cotangents the kernel's gradient takes out.
+      due: `()` bool, whether this step refreshes the subspaces (on a CPU or GPU in a pass of its
+        own over X and G); None is always (in the same pass).
+      precision: of products.
+    """
+    bases = [_of_products(rows, basis) for rows, basis in zip((x, g), bases, strict=True)]
+    found = of_all_rows(x, g, *bases, due, rank, precision)
+    return tuple(
+        Side(rows, basis, *of, largest(of.coordinates))
+        for rows, basis, of in zip((x, g), bases, found, strict=True)
+    )
+
+
+def _of_products(rows, basis):
+    """The basis in the dtype of products with rows."""
     dtype = jnp.float32 if rows.dtype == jnp.float16 else rows.dtype  # in which sums could overflow
     if basis is None:
         basis = jnp.zeros((rows.shape[-1], 0), dtype)
-    basis = vary(basis, varying_axes(rows)).astype(dtype)
-    coordinates = jnp.matmul(
-        rows.astype(dtype), basis, precision=precision, preferred_element_type=wide(dtype)
-    )
-    coordinates = jnp.where(jnp.isfinite(coordinates), coordinates, 0).astype(dtype)
-    return Side(rows, basis, coordinates, row_norms(rows.astype(wide(rows.dtype))))
+    return vary(basis, varying_axes(rows)).astype(dtype)
 
 
 class Residuals(NamedTuple):
@@ -79,18 +113,18 @@ class Residuals(NamedTuple):
 
     Attributes:
       x: the inputs.
-      g: the cotangents.
-      followed: the cotangents, with all directions that are refreshed: those of `g`, and more where
-        the gradient of the inputs takes out more. What the memory holds beyond them stays, but for
-        what makes it orthogonal to them.
+      g: the cotangents, with the directions that the kernel's gradient takes out. Others, which the
+        gradient of the inputs takes out besides, are refreshed with them; what the memory holds
+        beyond all of them stays, but for what makes it orthogonal to them.
       memory: the subspaces.
+      due: as in `sides`.
       precision: of products.
     """
 
     x: Side
     g: Side
-    followed: Side
     memory: Subspace
+    due: chex.Array | None
     precision: lax.PrecisionLike
 
     @property
@@ -110,63 +144,33 @@ class Residuals(NamedTuple):
         """As in `Rows`."""
         return tuple(of.split(chosen, self.precision)[1] for of in (self.x, self.g))
 
-    def whole(self, due: chex.Array | None) -> tuple[chex.Array, chex.Array, Subspace]:
-        """What is computed of all rows, in one pass over X and one over G.
-
-        Args:
-          due: `()` bool, whether this step refreshes the subspaces (in a pass of its own over X and
-            G); None is always (in the same pass).
+    def whole(self) -> tuple[chex.Array, chex.Array, Subspace]:
+        """What is computed of all rows.
 
         Returns:
           left `(2 q, in_features)` and right `(2 q, out_features)`, whose left^T right is the part
           of dW in the subspaces; the next memory.
         """
-        x, g, followed, memory, precision = self
+        x, g, memory, due, precision = self
         dtype = wider(x.basis.dtype, g.basis.dtype)
-        a, b = x.coordinates.astype(dtype), g.coordinates.astype(dtype)
 
-        def over_rows(a, b):
-            """A^T B, as (B^T A)^T: with the few columns first it is fast on CPUs."""
-            a, b = (c.reshape(math.prod(c.shape[:2]), c.shape[2]).astype(dtype) for c in (a, b))
-            product = lax.dot_general(
-                b,
-                a,
-                (((0,), (0,)), ((), ())),
-                precision=precision,
-                preferred_element_type=wide(dtype),
-            )
-            return lax.optimization_barrier(product).T  # or XLA turns it round again
-
-        def next_basis(new, old):
-            rank = new.shape[1]
+        def next_basis(side, old):
+            rank = side.own.shape[1]
             if not rank:
                 return old
-            axes = _shared_axes(new, old)
-            new = (lax.psum(new, axes) if axes else new).astype(old.dtype)
-            return orthonormal(jnp.concatenate([new, old[:, rank:]], axis=1), old)
+            axes = _shared_axes(side.own, old)
+            new = add_up(side.own, side.unit, axes) if axes else side.own
+            new = jnp.concatenate([new.astype(old.dtype), old[:, rank:]], axis=1)
+            return orthonormal(new, old)
 
-        def refreshed(x_a, g_b):
-            return next_basis(x_a, memory.inputs), next_basis(g_b, memory.cotangents)
+        def refreshed():
+            return next_basis(x, memory.inputs), next_basis(g, memory.cotangents)
 
-        own = (
-            _unit(a, memory.inputs),
-            _unit(followed.coordinates.astype(dtype), memory.cotangents),
-        )
-        if due is None:
-            q = a.shape[-1]
-            of_x = over_rows(x.rows, jnp.concatenate([own[0], b], axis=-1))
-            of_g = over_rows(g.rows, jnp.concatenate([a, own[1]], axis=-1))
-            bases = refreshed(of_x[:, :q], of_g[:, q:])
-            x_b, g_a = of_x[:, q:], of_g[:, :q]
-        else:
-            x_b, g_a = over_rows(x.rows, b), over_rows(g.rows, a)
-            bases = lax.cond(
-                due,
-                lambda: refreshed(over_rows(x.rows, own[0]), over_rows(g.rows, own[1])),
-                lambda: tuple(memory[:2]),
-            )
+        bases = refreshed() if due is None else lax.cond(due, refreshed, lambda: tuple(memory[:2]))
+        x_b, g_a = x.other, g.other
         v, u = (of.basis.astype(x_b.dtype) for of in (x, g))
-        xr_b = x_b - jnp.matmul(v, over_rows(a, b), precision=precision)
+        a_b = over_rows(x.coordinates, g.coordinates, dtype, precision)
+        xr_b = x_b - jnp.matmul(v, a_b, precision=precision)
         left = jnp.concatenate([v, xr_b], axis=-1).T
         right = jnp.concatenate([g_a, u], axis=-1).T
         return left, right, Subspace(*bases, memory.uses)
@@ -225,13 +229,3 @@ def _inverse_in_blocks(lower):
 def _shared_axes(of_rows, basis):
     """The mesh axes (of `jax.shard_map`) over which devices share a basis, but not the rows."""
     return tuple(sorted(varying_axes(of_rows) - varying_axes(basis)))
-
-
-def _unit(coordinates, basis):
-    """Coordinates in units of the largest on all devices that share the basis.
-
-    So their products do not underflow.
-    """
-    largest = jnp.max(jnp.abs(coordinates), initial=0)
-    axes = () if basis is None else _shared_axes(coordinates, basis)
-    return over(coordinates, lax.pmax(largest, axes) if axes else largest)

@@ -69,7 +69,8 @@ def compile_step(partitioning, config):
 
     def step(params, opt_state, x):
         def loss_fn(params, memory):
-            y = model.apply({"params": params, aop.linen.COLLECTION: memory or {}}, x)
+            variables = {"params": params, aop.linen.COLLECTION: memory or {}}
+            y = model.apply(variables, x, rngs={aop.linen.RNG: jax.random.key(0)})
             return jnp.sum(jnp.square(y.astype(jnp.float32)))
 
         grads, memory = jax.grad(loss_fn, argnums=(0, 1))(params, aop.get_memory(opt_state))

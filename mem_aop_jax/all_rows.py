@@ -1,0 +1,189 @@
+"""What a step with subspaces computes of all rows of X and G: by a kernel on TPUs, or the compiler.
+
+The kernel is one device's. Where a program is partitioned automatically, which no kernel is, the
+compiler's version takes its place; nobody but the lowering knows, so it is there that one is taken.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.extend
+import jax.numpy as jnp
+from jax import lax
+from jax.interpreters import batching, mlir
+
+from mem_aop_jax import kernels
+from mem_aop_jax.memory import wide, wider
+from mem_aop_jax.policies import over, row_norms
+
+
+class OfRows(NamedTuple):
+    """What is computed of all rows of X or of G, `(..., rows, features)`.
+
+    Attributes:
+      coordinates: `(..., rows, q)`; 0 in place of what is not finite.
+      norms: `(..., rows)`, in the units of `row_norms`.
+      own: `(features, q)`: rows^T coordinates, these in units of the largest.
+      other: rows^T (coordinates of the other side): `(in_features, rank)`, `(out_features, q)`.
+    """
+
+    coordinates: chex.Array
+    norms: chex.Array
+    own: chex.Array
+    other: chex.Array
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "precision"))  # as `row_norms`
+def of_all_rows(
+    x: chex.Array,
+    g: chex.Array,
+    v: chex.Array,
+    u: chex.Array,
+    due: chex.Array | None,
+    rank: int,
+    precision: lax.PrecisionLike,
+) -> tuple[OfRows, OfRows]:
+    """Of the inputs and of the cotangents, with the directions of each.
+
+    Args:
+      x: `(groups, rows, in_features)`.
+      g: `(groups, rows, out_features)`.
+      v: `(in_features, q)`, in the dtype of products.
+      u: `(out_features, q)`.
+      due: `()` bool, whether `own` is asked for (else anything); None is always.
+      rank: of the cotangents' directions, those that `other` has.
+      precision: of products.
+    """
+    args = (x, g, v, u) if due is None else (x, g, v, u, due)
+    by_compiler = functools.partial(_by_compiler, rank=rank, precision=precision)
+    of_kernel = kernels.precision_of_products(x, g, precision)
+    if of_kernel is None:
+        return by_compiler(*args)
+    jaxpr, shapes = jax.make_jaxpr(by_compiler, return_shape=True)(*args)
+    found = _of_all_rows.bind(*args, jaxpr=jaxpr, rank=rank, precision=of_kernel)
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+
+def over_rows(a: chex.Array, b: chex.Array, dtype, precision: lax.PrecisionLike) -> chex.Array:
+    """A^T B, as (B^T A)^T: with the few columns of B first it is fast on CPUs."""
+    a, b = (c.reshape(math.prod(c.shape[:-1]), c.shape[-1]).astype(dtype) for c in (a, b))
+    product = lax.dot_general(
+        b,
+        a,
+        (((0,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=wide(dtype),
+    )
+    return lax.optimization_barrier(product).T  # or XLA turns it round again
+
+
+def of_side(
+    rows: chex.Array, basis: chex.Array, precision: lax.PrecisionLike
+) -> tuple[chex.Array, chex.Array]:
+    """The coordinates and norms of `OfRows`."""
+    dtype = basis.dtype
+    coordinates = jnp.matmul(
+        rows.astype(dtype), basis, precision=precision, preferred_element_type=wide(dtype)
+    )
+    coordinates = jnp.where(jnp.isfinite(coordinates), coordinates, 0).astype(dtype)
+    return coordinates, row_norms(rows.astype(wide(rows.dtype)))
+
+
+def _by_compiler(x, g, v, u, due=None, *, rank, precision):
+    """In one pass over X and one over G for the products, of which `own` is apart if it is due."""
+    (a, x_norms), (b, g_norms) = of_side(x, v, precision), of_side(g, u, precision)
+    others = b[..., :rank], a
+    units = [over(of, largest(of).astype(of.dtype)) for of in (a, b)]
+    times = functools.partial(over_rows, dtype=wider(v.dtype, u.dtype), precision=precision)
+    if due is None:
+        of_x, of_g = (
+            times(rows, jnp.concatenate([unit, other], axis=-1, dtype=times.keywords["dtype"]))
+            for rows, unit, other in zip((x, g), units, others, strict=True)
+        )
+        (own_x, x_b), (own_g, g_a) = (
+            jnp.split(product, [basis.shape[1]], axis=1)
+            for product, basis in ((of_x, v), (of_g, u))
+        )
+    else:
+        x_b, g_a = map(times, (x, g), others)
+        own_x, own_g = lax.cond(
+            due,
+            lambda: (times(x, units[0]), times(g, units[1])),
+            lambda: (jnp.zeros_like(x_b, shape=v.shape), jnp.zeros_like(g_a, shape=u.shape)),
+        )
+    return OfRows(a, x_norms, own_x, x_b), OfRows(b, g_norms, own_g, g_a)
+
+
+def largest(coordinates: chex.Array) -> chex.Array:
+    """`()`, in float32 or float64: the unit of `OfRows.own`."""
+    return jnp.max(jnp.abs(coordinates), initial=0).astype(wide(coordinates.dtype))
+
+
+def add_up(own: chex.Array, unit: chex.Array, axes: tuple[str, ...]) -> chex.Array:
+    """`OfRows.own`, of which each device along these mesh axes has that of its own rows."""
+    return lax.psum(own * over(unit, lax.pmax(unit, axes)).astype(own.dtype), axes)
+
+
+def _by_kernel(x, g, v, u, due=None, *, rank, block, precision):
+    """The same, but for `own`, which is computed at any rate."""
+    del due
+    groups, rows = x.shape[:2]
+    flat = (a.reshape(groups * rows, a.shape[-1]) for a in (x, g))
+    sides = kernels.one_pass(*flat, v, u, block, precision)
+    of_x, of_g = (
+        OfRows(a.reshape(groups, rows, -1), norms.reshape(groups, rows), *products)
+        for a, norms, *products in sides
+    )
+    return of_x._replace(other=of_x.other[:, :rank]), of_g
+
+
+# ---- which of the two: decided where a program is lowered
+
+
+_of_all_rows = jax.extend.core.Primitive("mem_aop_of_all_rows")
+_of_all_rows.multiple_results = True
+
+
+@_of_all_rows.def_impl
+def _run(*args, jaxpr, **_):
+    return jax.extend.core.jaxpr_as_fun(jaxpr)(*args)
+
+
+@_of_all_rows.def_abstract_eval
+def _results(*_, jaxpr, **__):
+    return jaxpr.out_avals
+
+
+def _batched(args, axes, **params):
+    found = jax.vmap(functools.partial(_run, **params), axes)(*args)
+    return found, [0] * len(found)
+
+
+def _lowered_for_tpu(context, *args, rank, precision, **params):
+    x, g, v, u, *_ = context.avals_in
+    ranks = v.shape[1], u.shape[1]
+    block = kernels.block_of_rows(math.prod(x.shape[:2]), x.shape[2], g.shape[2], ranks, x.dtype)
+    if block is None or not _is_of_one_device(context.module_context.axis_context):
+        return _lowered(context, *args, **params)
+
+    def by_kernel(*args):
+        return jax.tree.leaves(_by_kernel(*args, rank=rank, block=block, precision=precision))
+
+    return mlir.lower_fun(by_kernel)(context, *args)
+
+
+def _is_of_one_device(program):
+    """Whether each device runs it by itself. Where JAX does not say so, it is not."""
+    if hasattr(program, "manual_axes"):
+        manual = set(program.manual_axes) | set(program.mesh.manual_axes)
+        return manual == set(program.mesh.axis_names)
+    return getattr(program, "num_devices", None) == 1
+
+
+_lowered = mlir.lower_fun(_run)
+batching.primitive_batchers[_of_all_rows] = _batched
+mlir.register_lowering(_of_all_rows, _lowered)
+mlir.register_lowering(_of_all_rows, _lowered_for_tpu, platform="tpu")
