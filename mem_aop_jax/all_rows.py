@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import chex
 import jax
-import jax.extend
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 
 from mem_aop_jax import kernels
@@ -143,13 +143,13 @@ def _by_kernel(x, g, v, u, due=None, *, rank, block, precision):
 # ---- which of the two: decided where a program is lowered
 
 
-_of_all_rows = jax.extend.core.Primitive("mem_aop_of_all_rows")
+_of_all_rows = Primitive("mem_aop_of_all_rows")
 _of_all_rows.multiple_results = True
 
 
 @_of_all_rows.def_impl
 def _run(*args, jaxpr, **_):
-    return jax.extend.core.jaxpr_as_fun(jaxpr)(*args)
+    return jaxpr_as_fun(jaxpr)(*args)
 
 
 @_of_all_rows.def_abstract_eval

@@ -82,10 +82,6 @@ def one_pass(
     bases = [_padded(basis.T) for basis in (v, u)]
     columns = sum(map(len, bases))
     arrays = x, g, *bases
-    axes = x, g, v, u  # over which results differ
-
-    def out(shape, dtype):
-        return shape_like(shape, dtype, axes)
 
     def in_blocks(of_rows):
         return pl.BlockSpec((rows, of_rows.shape[1]), lambda block: (block, 0))
@@ -97,21 +93,22 @@ def one_pass(
         return pl.BlockSpec(shape, lambda block: (0, 0))
 
     outputs = [
-        *((of_block(len(basis)), out((len(basis), len(x)), x.dtype)) for basis in bases),
-        *((of_block(1), out((1, len(x)), jnp.float32)) for _ in bases),
-        *((whole(columns, a.shape[1]), out((columns, a.shape[1]), jnp.float32)) for a in (x, g)),
+        *((of_block(len(basis)), (len(basis), len(x)), x.dtype) for basis in bases),
+        *((of_block(1), (1, len(x)), jnp.float32) for _ in bases),
+        *((whole(columns, a.shape[1]), (columns, a.shape[1]), jnp.float32) for a in (x, g)),
     ]
+    shapes = [shape_like(*shape, arrays) for _, *shape in outputs]
     flops = sum(
         2 * len(x) * basis.shape[1] * (len(basis) + columns) + 2 * len(SCALES) * of.size
         for of, basis in zip((x, g), bases, strict=True)
     )
-    moved = sum(a.size * a.dtype.itemsize for a in (*arrays, *(shape for _, shape in outputs)))
+    moved = sum(a.size * a.dtype.itemsize for a in (*arrays, *shapes))
     a, b, x_norms, g_norms, of_x, of_g = pl.pallas_call(
         functools.partial(_kernel, precision=precision),
         grid=(len(x) // rows,),
         in_specs=[in_blocks(x), in_blocks(g), *(whole(*basis.shape) for basis in bases)],
-        out_specs=[spec for spec, _ in outputs],
-        out_shape=[shape for _, shape in outputs],
+        out_specs=[spec for spec, *_ in outputs],
+        out_shape=shapes,
         scratch_shapes=[
             pltpu.SMEM((2,), jnp.float32),
             pltpu.VMEM((len(SCALES), rows, LANES), jnp.float32),

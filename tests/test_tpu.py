@@ -42,11 +42,16 @@ def test_a_sharded_training_step_for_tpu(partitioning):
         text=True,
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    exact, ours = json.loads(process.stdout.splitlines()[-1])
+    exact, ours, subspace = json.loads(process.stdout.splitlines()[-1])
 
     product = 2 * ROWS / DEVICES * WIDTH**2
     assert exact["flops"] == pytest.approx(5 * product, rel=0.03)  # 2 forward, 1 dX, 2 dW
     assert ours["flops"] < 1.05 * (3 + 2 * SHARE) * product
+
+    # A kernel for each layer, where no compiler has to partition it.
+    assert [step["kernels"] for step in (exact, ours)] == [0, 0]
+    assert subspace["kernels"] == (2 if partitioning == "shard_map" else 0)
+    assert subspace["flops"] < 1.4 * (3 + 2 * SHARE) * product
 
     assert ours["memory"] == 2 * 2 * ROWS / DEVICES * WIDTH * jnp.dtype(jnp.bfloat16).itemsize
     for step in (exact, ours):
@@ -87,6 +92,7 @@ def compile_step(partitioning, config):
 
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(memory) if leaf.ndim)
     return {
+        "kernels": compiled.as_text().count("tpu_custom_call"),
         "flops": compiled.cost_analysis()["flops"],
         "aliased": compiled.memory_analysis().alias_size_in_bytes,
         "memory": held // DEVICES,
@@ -96,5 +102,7 @@ def compile_step(partitioning, config):
 
 if __name__ == "__main__":
     groups = DEVICES if sys.argv[1] == "automatic" else 1
-    configs = (None, aop.MemAOP(ratio=SHARE, groups=groups))
+    ours = aop.MemAOP(ratio=SHARE, groups=groups)
+    subspace = aop.MemAOP(ratio=SHARE, groups=groups, policy="priority", memory="subspace", rank=16)
+    configs = (None, ours, subspace)
     print(json.dumps([compile_step(sys.argv[1], config) for config in configs]))
