@@ -97,10 +97,11 @@ def _by_compiler(x, g, v, u, due=None, *, rank, precision):
     (a, x_norms), (b, g_norms) = of_side(x, v, precision), of_side(g, u, precision)
     others = b[..., :rank], a
     units = [over(of, largest(of).astype(of.dtype)) for of in (a, b)]
-    times = functools.partial(over_rows, dtype=wider(v.dtype, u.dtype), precision=precision)
+    dtype = wider(v.dtype, u.dtype)
+    times = functools.partial(over_rows, dtype=dtype, precision=precision)
     if due is None:
         of_x, of_g = (
-            times(rows, jnp.concatenate([unit, other], axis=-1, dtype=times.keywords["dtype"]))
+            times(rows, jnp.concatenate([unit, other], axis=-1, dtype=dtype))
             for rows, unit, other in zip((x, g), units, others, strict=True)
         )
         (own_x, x_b), (own_g, g_a) = (
