@@ -53,16 +53,21 @@ def assert_close(wanted, found, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "block"), [((16, 16), 256), ((3, 24), 128), ((0, 8), 128), ((8, 0), 128)]
+    ("dtype", "ranks", "block"),
+    [
+        (jnp.float32, (16, 16), 256),
+        (jnp.float32, (8, 0), 128),
+        (jnp.bfloat16, (3, 24), 128),
+        (jnp.bfloat16, (0, 8), 128),
+    ],
 )
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_as_the_compiler_computes_it(dtype, ranks, block):
     wanted, found = both(arguments(ranks, dtype), min(ranks[1], 16), block)
     for pair in zip(wanted, found, strict=True):
         assert_close(*pair, 1e-5 if dtype == jnp.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_rows_of_any_size(size):
     """Squares, and products with own coordinates, would be out of the range of float32."""
     wanted, found = both(arguments(size=size), 16)
