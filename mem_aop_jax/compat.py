@@ -11,6 +11,11 @@ def varying_axes(x) -> frozenset[str]:
     return aval.manual_axis_type.varying
 
 
+def axes_of(*trees) -> frozenset[str]:
+    """The manual mesh axes over which any of the arrays differs from device to device."""
+    return frozenset().union(*map(varying_axes, jax.tree.leaves(trees)))
+
+
 def vary(x, axes: frozenset[str]):
     """x, typed as differing over these mesh axes too. Its transpose sums over the new ones."""
     new = tuple(sorted(axes - varying_axes(x)))
@@ -23,7 +28,7 @@ def vary(x, axes: frozenset[str]):
 
 def shape_like(shape: tuple[int, ...], dtype, arrays) -> jax.ShapeDtypeStruct:
     """That of a result which differs over the mesh axes over which any of the arrays does."""
-    axes = frozenset().union(*map(varying_axes, arrays))
+    axes = axes_of(arrays)
     if hasattr(jax.typeof(arrays[0]), "vma"):  # jax < 0.10
         return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
     kind = jax.typeof(arrays[0]).manual_axis_type

@@ -23,7 +23,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import AxisType
 
 from mem_aop_jax import checks
-from mem_aop_jax.compat import vary
+from mem_aop_jax.compat import axes_of, vary
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.contractions import (
     as_static,
@@ -31,7 +31,7 @@ from mem_aop_jax.contractions import (
     warn_once,
     why_exact,
 )
-from mem_aop_jax.estimate import Layer, approximates_inputs, axes_of, estimate
+from mem_aop_jax.estimate import Layer, approximates_inputs, estimate
 from mem_aop_jax.memory import Memory, Probe, Subspace, measured_memory
 from mem_aop_jax.probe import measured
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mem_aop_jax import checks
-from mem_aop_jax.compat import vary, varying_axes
+from mem_aop_jax.compat import axes_of, vary, varying_axes
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.contractions import as_inputs, as_kernel, as_matrix, as_rows
 from mem_aop_jax.memory import Memory, Subspace, wide, wider
@@ -105,11 +105,6 @@ def approximates_inputs(config, rows, memory, key):
     if rows == 0 or rows % config.groups or (config.k is not None and config.k > rows):
         return False
     return config.input_rows(rows) < rows
-
-
-def axes_of(*trees) -> frozenset[str]:
-    """The manual mesh axes over which any of the arrays differs from device to device."""
-    return frozenset().union(*map(varying_axes, jax.tree.leaves(trees)))
 
 
 # ---- of the inputs
