@@ -65,9 +65,11 @@ class Rows(NamedTuple):
           after: the gradient, for which the last memory was read. Only after it is a donated
             memory written over, without a copy: the rows are joined anew.
         """
-        rows, waiting = _after(after, (self, waiting))
+        rows = self._replace(x=_flat(self.x), g=_flat(self.g), memory=_in_place(self.memory))
+        rows, waiting = _after(after, (rows, waiting.reshape(-1)))
+        signs = None if signs is None else signs.reshape(-1)
         kept = (_kept(a, waiting, decay, signs) for a in rows._joined())
-        return _stored(self.memory, *kept)
+        return _stored(rows.memory, *kept)
 
     def _joined(self, of=lambda rows: rows):
         memory = self.memory or (None, None)
@@ -119,21 +121,31 @@ class Slots(NamedTuple):
 
     def next_memory(self, waiting, decay, signs, after):
         """As in `Rows`."""
-        slots, waiting = _after(after, (self, waiting))
+        groups, number, _ = self.memory.inputs.shape
+        slots, waiting = _after(after, (self._replace(memory=_in_place(self.memory)), waiting))
         rows = self.x.shape[1]
 
         def added(fresh, kept):
             fresh = _kept(fresh.astype(wide(fresh.dtype)), waiting[:, :rows], decay, signs)
-            kept = _kept(kept.astype(fresh.dtype), waiting[:, rows:], decay)
-            groups, number, features = kept.shape
-            missing = -rows % number
-            fresh = jnp.pad(fresh, ((0, 0), (0, missing), (0, 0)))
-            return kept + fresh.reshape(groups, -1, number, features).sum(axis=1)
+            kept = _kept(kept.astype(fresh.dtype), waiting[:, rows:].reshape(-1), decay)
+            fresh = jnp.pad(fresh, ((0, 0), (0, -rows % number), (0, 0)))
+            of_slots = fresh.reshape(groups, -1, number, fresh.shape[-1]).sum(axis=1)
+            return kept + _flat(of_slots)
 
-        return _stored(self.memory, *(added(*side) for side in slots._sides()))
+        return _stored(slots.memory, *(added(*side) for side in slots._sides()))
 
     def _sides(self):
         return (self.x, self.memory.inputs), (self.g, self.memory.cotangents)
+
+
+def _flat(rows):
+    """The rows of all groups."""
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _in_place(memory):
+    """The memory in the shape in which layers hold it: XLA writes nothing over a reshaped one."""
+    return memory._replace(inputs=_flat(memory.inputs), cotangents=_flat(memory.cotangents))
 
 
 @jax.vmap

@@ -328,9 +328,10 @@ def test_flops_of_the_compiled_backward_pass(policy, kind):
     assert flops(config) <= 1.03 * (1 + k / m) / 2 * flops(None)
 
 
-def test_a_donated_memory_is_overwritten_in_place():
+@pytest.mark.parametrize("options", [{}, {"groups": 4, "decay": 0.5}])
+def test_a_donated_memory_is_overwritten_in_place(options):
     m, n, p, k = 2048, 512, 256, 64
-    config = aop.MemAOP(k=k)
+    config = aop.MemAOP(k=k, **options)
     memory = aop.init_memory(config, m, n, p)
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((m, n), (n, p), (m, p))]
 
@@ -341,8 +342,7 @@ def test_a_donated_memory_is_overwritten_in_place():
     stats = backward.lower(*shapes, memory).compile().memory_analysis()
     size = 4 * m * (n + p)
     assert stats.alias_size_in_bytes >= size
-    copies = 0 if jax.__version_info__ >= (0, 11) else 1  # XLA on CPU copied it first, before
-    assert stats.temp_size_in_bytes < (copies + 0.1) * size
+    assert stats.temp_size_in_bytes < 0.2 * size
 
 
 # ---- bad input
