@@ -120,12 +120,10 @@ def _input_gradient(layer, g, kernel, key, dtype):
 
     of which the rows S are one product of ((G U) U^T + w Gr)[S] with W^T.
     """
-    of_products = wider(g.basis.dtype, kernel.dtype)
+    of_products = wider(g.basis.dtype, kernel.dtype)  # and of their results
 
     def times(a, b):
-        a, b = a.astype(of_products), b.astype(of_products)
-        wanted = wide(of_products)
-        return jnp.matmul(a, b, precision=layer.precision, preferred_element_type=wanted)
+        return jnp.matmul(a.astype(of_products), b.astype(of_products), precision=layer.precision)
 
     norms = g.residual_norms()
     scores, finite = row_scores(jnp.ones_like(norms), norms)
@@ -141,11 +139,8 @@ def _input_gradient(layer, g, kernel, key, dtype):
     too_many = jnp.sum(~finite, axis=1, dtype=jnp.int32)[:, None, None] > drawn
     nothing = jnp.where(too_many, jnp.nan, 0).astype(g.coordinates.dtype)  # of rows not drawn
     if g.basis.shape[1]:
-        if wide(of_products) == of_products:  # on CPUs many times as fast as U^T W^T
-            directions = times(kernel, g.basis).T
-        else:  # XLA on CPUs has no A B^T of bfloat16
-            directions = times(g.basis.T, kernel.T)
-        dx = times(g.coordinates + nothing, directions)
+        directions = times(kernel, g.basis)  # on CPUs many times as fast as U^T W^T
+        dx = times(g.coordinates + nothing, directions.T)
     else:
         dx = jnp.broadcast_to(nothing, (*norms.shape, len(kernel)))
     dx = dx.astype(dtype)  # before the rows are set: no copy of it in float32
