@@ -9,7 +9,7 @@
 Each --run is a policy and keywords of aop.MemAOP: topk:memory=none. Without k or ratio it runs at
 every --ratio, which is also what "=ratio" stands for. "speed" is the median, over interleaved
 rounds, of exact time / time; "ceiling" is that of the layer's products alone, of so many rows, less
-the estimate's own FLOPs.
+the estimate's own FLOPs; "predicted" is what aop.cost says of the device.
 """
 
 import argparse
@@ -205,6 +205,8 @@ def layer(options, progress) -> list[dict]:
                 own = steps.own_share(config, sizes, options.passes)
                 ceiling = 1 / (1 / speed(exact, seconds[of_rows]) + own)
                 row |= {"ceiling": ceiling, "of it": row["speed"] / ceiling}
+                if options.passes == "both":
+                    row["predicted"] = aop.cost(config, *sizes).speedup
             if name in built:
                 held = sum(leaf.nbytes for leaf in jax.tree.leaves(built[name].state))
                 row |= of_compiler[name] | {"MB of memory": held / 1e6}

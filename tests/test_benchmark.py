@@ -40,6 +40,7 @@ def test_layers(tmp_path, capsys):
         ratio = float(row["speed"]) / float(row["ceiling"])
         assert ratio == pytest.approx(float(row["of it"]))
         assert float(row["ms"]) > 0
+        assert float(row["predicted"]) > 0
         of_rows = "memory=rows" in row["run"]
         assert (float(row["MB of memory"]) > 0) == (of_rows or "subspace" in row["run"])
     printed = capsys.readouterr().out
