@@ -139,7 +139,8 @@ def _input_gradient(layer, g, kernel, key, dtype):
     too_many = jnp.sum(~finite, axis=1, dtype=jnp.int32)[:, None, None] > drawn
     nothing = jnp.where(too_many, jnp.nan, 0).astype(g.coordinates.dtype)  # of rows not drawn
     if g.basis.shape[1]:
-        directions = times(kernel, g.basis)  # on CPUs many times as fast as U^T W^T
+        # On CPUs many times as fast as U^T W^T, to which XLA else turns it round.
+        directions = lax.optimization_barrier(times(kernel, g.basis))
         dx = times(g.coordinates + nothing, directions.T)
     else:
         dx = jnp.broadcast_to(nothing, (*norms.shape, len(kernel)))
