@@ -66,7 +66,11 @@ TPU = {  # describes one to its compiler
 TOPOLOGIES = {"v5e": "v5e:2x2x1", "v6e": "v6e:2x2x1"}
 DTYPES = ("float32", "bfloat16", "float16")
 # glibc: keep the memory of a step for the next one, which else waits for it, page by page.
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",  # whichever thread asks for it
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
 SHORTEST = 0.02  # seconds of a measurement: so many steps, one after the other
 
 
