@@ -13,6 +13,7 @@ from jax import lax
 
 import mem_aop_jax as aop
 from mem_aop_jax.flops import input_gradient_flops, weight_gradient_flops
+from mem_aop_jax.rows import after_on_cpu
 
 PASSES = ("both", "forward", "backward")
 
@@ -75,7 +76,7 @@ def products(rows_of_dw: int, rows_of_dx: int, inputs: tuple, which: str = "both
         if which == "forward":
             return state, (y,)
         if which == "both":
-            kernel = _after(kernel, y)
+            kernel = after_on_cpu(y, kernel)
         dw = lax.dot_general(x[:rows_of_dw], g[:rows_of_dw], (((0,), (0,)), ((), ())))
         dx = lax.dot_general(g[:rows_of_dx], kernel, (((1,), (1,)), ((), ())))
         return state, (dx, dw) if which == "backward" else (y, dx, dw)
@@ -87,25 +88,11 @@ def _passes(product, which, x, kernel, g, key, memory):
     y = product(x, kernel, memory, key)
     if which == "forward":
         return memory, (y,)
-    if which == "both":
-        kernel = _after(kernel, y)
+    if which == "both":  # in a model the backward pass waits for the forward pass
+        kernel = after_on_cpu(y, kernel)
     pull = jax.vjp(lambda *args: product(*args, key), x, kernel, memory)[1]
     dx, dw, memory = pull(g)
     return memory, (dx, dw) if which == "backward" else (y, dx, dw)
-
-
-@jax.jit
-def _after(kernel, y):
-    """The kernel as the backward pass reads it, which in a model waits for the forward pass.
-
-    On a CPU the two would run at the same time; a GPU or TPU runs one operation after the other.
-    """
-
-    def on_cpu(kernel, y):
-        some = jnp.max(y[:1, :1])
-        return jnp.where((some != some) & (some > 0), 0, kernel)  # never 0
-
-    return lax.platform_dependent(kernel, y, cpu=on_cpu, default=lambda kernel, y: kernel)
 
 
 def own_share(config: aop.MemAOP, sizes: Sizes, which: str = "both") -> float:

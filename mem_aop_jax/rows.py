@@ -157,19 +157,21 @@ def take(rows: chex.Array, chosen: chex.Array) -> chex.Array:
 def _after(first, then):
     """The candidates and which of them wait, in a computation that has to wait for `first`."""
     candidates, waiting, first = lax.optimization_barrier((*then, first))
-    return candidates, _waiting_after(waiting, first)
+    return candidates, after_on_cpu(first, waiting)
 
 
 @jax.jit  # also where the caller is not: what depends on the platform is compiled each time
-def _waiting_after(waiting, first):
-    def on_cpu(waiting, first):  # where barriers are gone before operations are put in order
-        some = jnp.max(first[:1, :1], initial=0)
-        never = (some != some) & (some > 0)
-        return waiting & ~never
+def after_on_cpu(first: chex.Array, then: chex.Array) -> chex.Array:
+    """`then`, for which a CPU has to wait until `first`, a matrix, is there.
 
-    return lax.platform_dependent(
-        waiting, first, cpu=on_cpu, default=lambda waiting, first: waiting
-    )
+    CPUs drop barriers before they put operations in order, and run some at the same time.
+    """
+
+    def on_cpu(then, first):
+        some = jnp.max(first[:1, :1], initial=0)
+        return jnp.where((some != some) & (some > 0), jnp.zeros_like(then), then)  # never 0
+
+    return lax.platform_dependent(then, first, cpu=on_cpu, default=lambda then, first: then)
 
 
 def _kept(rows, waiting, decay, signs=None):
