@@ -93,29 +93,39 @@ def of_side(
 
 
 def _by_compiler(x, g, v, u, due=None, *, rank, precision):
-    """In one pass over X and one over G for the products, of which `own` is apart if it is due."""
+    """In one pass over X and one over G for the products; on CPUs `own` is apart, if it is due."""
     (a, x_norms), (b, g_norms) = of_side(x, v, precision), of_side(g, u, precision)
-    others = b[..., :rank], a
+    others = [b[..., :rank], a]
     units = [over(of, largest(of).astype(of.dtype)) for of in (a, b)]
     dtype = wider(v.dtype, u.dtype)
     times = functools.partial(over_rows, dtype=dtype, precision=precision)
-    if due is None:
-        of_x, of_g = (
+
+    def together(x, g, units, others, due=None):
+        del due
+        products = (
             times(rows, jnp.concatenate([unit, other], axis=-1, dtype=dtype))
             for rows, unit, other in zip((x, g), units, others, strict=True)
         )
-        (own_x, x_b), (own_g, g_a) = (
-            jnp.split(product, [basis.shape[1]], axis=1)
-            for product, basis in ((of_x, v), (of_g, u))
+        return tuple(
+            jnp.split(product, [unit.shape[-1]], axis=1)
+            for product, unit in zip(products, units, strict=True)
         )
-    else:
+
+    def apart(x, g, units, others, due):
         x_b, g_a = map(times, (x, g), others)
         own_x, own_g = lax.cond(
             due,
             lambda: (times(x, units[0]), times(g, units[1])),
             lambda: (jnp.zeros_like(x_b, shape=v.shape), jnp.zeros_like(g_a, shape=u.shape)),
         )
-    return OfRows(a, x_norms, own_x, x_b), OfRows(b, g_norms, own_g, g_a)
+        return [own_x, x_b], [own_g, g_a]
+
+    args = x, g, units, others
+    if due is None:
+        of_x, of_g = together(*args)
+    else:
+        of_x, of_g = lax.platform_dependent(*args, due, cpu=apart, default=together)
+    return OfRows(a, x_norms, *of_x), OfRows(b, g_norms, *of_g)
 
 
 def largest(coordinates: chex.Array) -> chex.Array:

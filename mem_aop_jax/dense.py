@@ -132,8 +132,10 @@ def dense(
     `kernel` is the sum of k of the rows' outer products, those that `config.policy` chooses
     (weighted by an unbiased policy; of residuals, beside an exact part, with a `Subspace`); the
     "gradient" of `memory` is the next memory, to be passed in the next step. Products accumulate
-    in float32 (float64 for float64). A row with a NaN or infinity makes the same entries of the
-    kernel's gradient non-finite as in the exact layer, and never enters the memory.
+    in float32 (float64 for float64). A row with a NaN or infinity is chosen before all others: it
+    makes the same entries of the kernel's gradient non-finite as in the exact layer, and never
+    enters the memory. If there are more of them (in a group) than are chosen, or a policy of one's
+    own leaves one out, the whole gradient is NaN.
 
     Without a memory, the layer can be evaluated on a batch of any size, and differentiated with
     respect to `x`.

@@ -3,7 +3,6 @@
 Inside, all rows are `(groups, rows of a group, features)`.
 """
 
-import functools
 from typing import NamedTuple
 
 import chex
@@ -20,7 +19,6 @@ from mem_aop_jax.policies import POLICIES, priority, row_scores
 from mem_aop_jax.rows import Rows, Slots
 from mem_aop_jax.subspace import Residuals, side, sides
 
-ROW_BLOCKS = 16  # in which lost rows are looked for
 _SIGNS, _REFRESH, _INPUTS = range(2**31, 2**31 + 3)  # what keys are for, beside those of the groups
 
 
@@ -92,8 +90,8 @@ def estimate(
         dx = _input_gradient(layer, of_g.first(layer.config.input_grad.rank), matrix, key, x.dtype)
         dx = as_inputs(layer.dimension_numbers, dx, shape)
 
-    dw, *others = _kernel_gradient(layer, candidates, x, g, memory, key)
-    dw = as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape)
+    dw, *others = _kernel_gradient(layer, candidates, x, g, kernel.dtype, memory, key)
+    dw = as_kernel(layer.dimension_numbers, dw, kernel.shape)
     return Estimate(dx, dw, *others)
 
 
@@ -128,7 +126,6 @@ def _input_gradient(layer, g, kernel, key, dtype):
     norms = g.residual_norms()
     scores, finite = row_scores(jnp.ones_like(norms), norms)
     drawn = layer.config.input_rows(norms.size) // len(norms)
-    scores = jnp.where(finite, scores, jnp.inf)  # drawn before all others, to show in their rows
 
     def draw(key, scores):
         return priority(key, scores, drawn)
@@ -153,22 +150,20 @@ def _input_gradient(layer, g, kernel, key, dtype):
 # ---- of the kernel
 
 
-def _kernel_gradient(layer, candidates, x, g, memory, key):
+def _kernel_gradient(layer, candidates, x, g, dtype, memory, key):
     """dW `(in_features, out_features)`, and what else an `Estimate` has."""
     norms = candidates.norms()
-    scores, finite = row_scores(*norms)
-    finite &= candidates.fit()
+    scores, fit = row_scores(*norms, candidates.fit())
     chosen, weights = _select(layer, x.shape[0] * x.shape[1], key, scores)
     not_chosen = jax.vmap(lambda chosen, group: group.at[chosen].set(False))(
-        chosen, jnp.ones_like(finite)
+        chosen, jnp.ones_like(fit)
     )
 
     xs, gs = candidates.take(chosen)
+    wrong = _misused(memory)
     if not candidates.show_lost:
-        lost = ~finite & not_chosen  # neither chosen nor fit for the memory
-        bad_x, bad_g = _bad_columns(lost, x, g)
-        xs, gs = jnp.where(bad_x, jnp.nan, xs), jnp.where(bad_g, jnp.nan, gs)
-    gs = jnp.where(_misused(memory), jnp.nan, gs)
+        wrong |= jnp.any(~fit & not_chosen)
+    gs = jnp.where(wrong, jnp.nan, gs)
     xs, gs = (a.reshape(-1, a.shape[-1]) for a in _weigh(xs, gs, weights))
     dtypes = x.dtype, g.dtype
     if isinstance(memory, Subspace):
@@ -184,13 +179,13 @@ def _kernel_gradient(layer, candidates, x, g, memory, key):
         (((0,), (0,)), ((), ())),
         precision=layer.precision,
         preferred_element_type=max(wide(xs.dtype), wide(gs.dtype)),  # of mixed inputs, the wider
-    )
+    ).astype(dtype)
 
     if memory is None:
         return dw, None, norms, not_chosen
     if isinstance(memory, Memory):
         signs = _signs(layer, key, x)
-        waiting = finite & not_chosen
+        waiting = fit & not_chosen
         new_memory = candidates.next_memory(waiting, layer.config.decay, signs, after=dw)
     new_memory = new_memory._replace(uses=_used_once(memory.uses, new_memory.inputs))
     new_memory = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), new_memory, memory)
@@ -251,35 +246,6 @@ def _refresh_is_due(layer, memory, key):
     if axes:
         drawn = lax.psum(drawn, axes) % 1  # uniform, too
     return (drawn < 1 / layer.config.refresh) | (memory.uses == 0)
-
-
-def _bad_columns(lost, x, g):
-    """`(groups, 1, in_features)` and `(groups, 1, out_features)`: where a lost row is not finite.
-
-    A row that only grew too large for the memory's dtype when it was added up is bad throughout,
-    as is a slot. Nearly always no row is lost: then the loop over blocks of rows reads nothing, and
-    compilers, which count what a loop does once, count one block.
-    """
-    axes = axes_of(lost, x, g)
-    lost, *rows = (vary(a, axes) for a in (lost, lax.stop_gradient(x), lax.stop_gradient(g)))
-    number = x.shape[1]
-    size = -(-number // ROW_BLOCKS)
-    lost, slots = lost[:, :number], jnp.any(lost[:, number:], axis=1)[:, None, None]
-    bad = [jnp.broadcast_to(slots, (len(a), 1, a.shape[-1])) for a in rows]
-
-    def look(state):
-        block, bad = state
-        first = jnp.minimum(block * size, number - size)
-        some, *odd = (lax.dynamic_slice_in_dim(a, first, size, axis=1) for a in (lost, *rows))
-        some, odd = some[..., None], [~jnp.isfinite(a) for a in odd]
-        outgrown = ~functools.reduce(jnp.logical_or, (jnp.any(a, -1, keepdims=True) for a in odd))
-        found = [jnp.any(some & (a | outgrown), axis=1, keepdims=True) for a in odd]
-        return block + 1, [a | b for a, b in zip(bad, found, strict=True)]
-
-    def more(state):
-        return (state[0] < ROW_BLOCKS) & jnp.any(lost)
-
-    return lax.while_loop(more, look, (0, bad))[1]
 
 
 def _misused(memory):

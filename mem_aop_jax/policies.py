@@ -1,8 +1,10 @@
 """Which K of the M rows enter the gradient: row scores, the paper's policies and unbiased ones.
 
-A policy is any callable `policy(key, scores, k) -> Selection`; the named ones are in `POLICIES`.
-The paper's choose rows whose rest waits in a memory. The unbiased ones weigh the rows that they
-choose, so that the expectation of the weighted sum is the sum over all rows.
+A policy is any callable `policy(key, scores, k) -> Selection`; the named ones are in `POLICIES`. A
+row that must not be left out, as it holds a NaN or an infinity or outgrows the memory, has an
+infinite score: the named ones choose such rows before all others. The paper's choose rows whose
+rest waits in a memory. The unbiased ones weigh the rows that they choose, so that the expectation
+of the weighted sum is the sum over all rows.
 """
 
 import functools
@@ -33,7 +35,7 @@ Policy = Callable[[chex.PRNGKey | None, chex.Array, int], Selection]
 def topk(key: chex.PRNGKey | None, scores: chex.Array, k: int) -> Selection:
     """The k rows of largest score; among equals the first."""
     del key
-    return Selection(jax.lax.top_k(scores, k)[1])
+    return Selection(_top_k(scores, k))
 
 
 def weightedk(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
@@ -47,7 +49,8 @@ def weightedk(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
 
 def randk(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
     """k rows uniformly, without replacement."""
-    return topk(None, jax.random.bits(key, scores.shape, jnp.uint32), k)
+    drawn = jax.random.bits(key, scores.shape, jnp.uint32)
+    return topk(None, jnp.where(scores < jnp.inf, drawn, jnp.iinfo(drawn.dtype).max), k)
 
 
 def uniform(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
@@ -62,7 +65,8 @@ def crs(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
     """
     if k == scores.size:
         return uniform(key, scores, k)
-    norms = jnp.sqrt(scores)
+    infinite = jnp.isinf(scores)
+    norms = jnp.where(jnp.any(infinite), infinite.astype(scores.dtype), jnp.sqrt(scores))
     total = norms.sum()
     indices = jax.random.choice(key, scores.size, (k,), p=over(norms, total))
     drawn = norms[indices]  # 0 where all are
@@ -77,11 +81,36 @@ def priority(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
     """
     norms = jnp.sqrt(scores)
     priorities = norms / (1 - jax.random.uniform(key, scores.shape, scores.dtype))
-    largest, indices = jax.lax.top_k(priorities, min(k + 1, scores.size))
-    threshold = largest[k] if k < scores.size else jnp.zeros_like(largest[0])
+    indices = _top_k(priorities, min(k + 1, scores.size))
+    threshold = priorities[indices[k]] if k < scores.size else jnp.zeros_like(priorities[0])
     drawn = norms[indices[:k]]  # 0 where no more rows have a score, and then the threshold is too
     weights = jnp.maximum(1, threshold / jnp.where(drawn > 0, drawn, 1))
     return Selection(indices[:k], weights)
+
+
+COMPARED = 2**13  # rows; GPUs sort more of them faster than they compare each with each
+
+
+@functools.partial(jax.jit, static_argnums=1)  # as `row_norms`
+def _top_k(scores: chex.Array, k: int) -> chex.Array:
+    """The indices of `lax.top_k`."""
+
+    def sort(scores):
+        return jax.lax.top_k(scores, k)[1]
+
+    if scores.size > COMPARED:
+        return sort(scores)
+    compare = functools.partial(top_k_by_rank, k=k)
+    return jax.lax.platform_dependent(scores, cuda=compare, default=sort)
+
+
+def top_k_by_rank(scores: chex.Array, k: int) -> chex.Array:
+    """The indices of `lax.top_k`: of each row it counts those that come before it."""
+    number = jnp.arange(scores.size, dtype=jnp.int32)
+    (one, other), (of_one, of_other) = ((a[:, None], a[None]) for a in (scores, number))
+    before = (one > other) | ((one == other) & (of_one < of_other))
+    rank = jnp.sum(before, axis=0, dtype=jnp.int32)
+    return jnp.zeros((k,), jnp.int32).at[rank].set(number, mode="drop")
 
 
 UNBIASED_POLICIES: dict[str, Policy] = {"priority": priority, "crs": crs, "uniform": uniform}
@@ -92,7 +121,7 @@ RANDOM_POLICIES = frozenset(POLICIES) - {"topk"}  # those that cannot do without
 
 
 def row_scores(
-    input_norms: chex.Array, cotangent_norms: chex.Array
+    input_norms: chex.Array, cotangent_norms: chex.Array, fit: chex.Array | bool = True
 ) -> tuple[chex.Array, chex.Array]:
     """The score of each row, (||inputs[m]|| ||cotangents[m]||)^2, relative to the largest.
 
@@ -102,14 +131,16 @@ def row_scores(
     Args:
       input_norms: `(..., rows)`, from `row_norms`.
       cotangent_norms: `(..., rows)`, from `row_norms`.
+      fit: `(..., rows)` bool, which rows may be left out, if they are finite.
 
     Returns:
       `(..., rows)` float32 scores, the largest of each group of rows 1 (all 0 where every product
-      is 0), and `(..., rows)` bool, False for the rows with a NaN or infinity: their score is 0.
+      is 0), and `(..., rows)` bool, which rows may be left out. The others' score is infinite.
     """
     finite = jnp.isfinite(input_norms) & jnp.isfinite(cotangent_norms)
     relative = [_over_largest(jnp.where(finite, n, 0)) for n in (input_norms, cotangent_norms)]
-    return jnp.square(_over_largest(relative[0] * relative[1])), finite
+    fit &= finite
+    return jnp.where(fit, jnp.square(_over_largest(relative[0] * relative[1])), jnp.inf), fit
 
 
 SCALES = (2.0**80, 1.0, 2.0**-80)  # one of which fits any row's squares

@@ -196,34 +196,54 @@ def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:
     rank = columns.shape[1]
     identity = jnp.eye(rank, dtype=dtype)
     for shift in (rank**2 * jnp.finfo(dtype).eps, 0, 0):  # more than the rounding of the first
-        gram = jnp.matmul(columns.T, columns, precision="highest")
-        factor = jnp.linalg.cholesky(gram + shift * identity)
-        inverse = lax.platform_dependent(factor, cpu=_inverse_in_blocks, default=_inverse)
+        gram = jnp.matmul(columns.T, columns, precision="highest") + shift * identity
+        inverse = lax.platform_dependent(
+            gram, cpu=inverse_in_blocks, cuda=inverse_by_elimination, default=inverse_factor
+        )
         columns = jnp.matmul(columns, inverse.T, precision="highest")  # solving for N x q is slow
     return jnp.where(jnp.all(jnp.isfinite(columns)), columns, old)
 
 
-def _inverse(lower):
-    """Of a lower triangular matrix."""
+def inverse_factor(gram: chex.Array) -> chex.Array:
+    """That of the Cholesky factor, `(q, q)`."""
+    return _inverse_of_factor(jnp.linalg.cholesky(gram))
+
+
+def _inverse_of_factor(lower):
     identity = jnp.eye(len(lower), dtype=lower.dtype)
     return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
 
 
-def _inverse_in_blocks(lower):
+def inverse_in_blocks(gram: chex.Array) -> chex.Array:
     """The same, of blocks for which the BLAS of JAX on CPUs starts no threads of its own.
 
     They would wait for those of XLA, for milliseconds.
     """
-    half = len(lower) // 2
-    if half < 12:
-        return _inverse(lower)
-    first, last = (
-        _inverse_in_blocks(lower[part, part]) for part in (slice(half), slice(half, None))
-    )
-    below = -jnp.matmul(
-        jnp.matmul(last, lower[half:, :half], precision="highest"), first, precision="highest"
-    )
-    return jnp.block([[first, jnp.zeros_like(below.T)], [below, last]])
+
+    def of_block(lower):
+        half = len(lower) // 2
+        if half < 12:
+            return _inverse_of_factor(lower)
+        first, last = (of_block(lower[part, part]) for part in (slice(half), slice(half, None)))
+        below = -jnp.matmul(
+            jnp.matmul(last, lower[half:, :half], precision="highest"), first, precision="highest"
+        )
+        return jnp.block([[first, jnp.zeros_like(below.T)], [below, last]])
+
+    return of_block(jnp.linalg.cholesky(gram))
+
+
+def inverse_by_elimination(gram: chex.Array) -> chex.Array:
+    """The same in a few kernels of a GPU, which waits long for its libraries."""
+    rank = len(gram)
+    if rank > 64:  # so many steps
+        return inverse_factor(gram)
+    both = jnp.concatenate([gram, jnp.eye(rank, dtype=gram.dtype)], axis=1)
+    for step in range(rank):
+        below = jnp.arange(rank) > step
+        factor = jnp.where(below, both[:, step] / both[step, step], 0)
+        both -= jnp.outer(factor, both[step])
+    return both[:, rank:] / jnp.sqrt(jnp.diagonal(both))[:, None]
 
 
 def _shared_axes(of_rows, basis):

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mem_aop_jax.policies import POLICIES, UNBIASED_POLICIES, row_norms, row_scores
+from mem_aop_jax.policies import (
+    POLICIES,
+    UNBIASED_POLICIES,
+    row_norms,
+    row_scores,
+    top_k_by_rank,
+)
 
 DATA = pathlib.Path(__file__).parent / "data"
 SCORES = np.array([0.5, 3.0, 0.02, 1.0, 0.3, 1.5], np.float32)
@@ -196,11 +202,23 @@ def test_the_largest_finite_rows_are_finite():
     assert scores.tolist() == [1, 0, 1]
 
 
-def test_rows_that_are_not_finite_score_zero():
+def test_rows_that_are_not_finite_score_infinity():
     rows = jnp.asarray([[1.0, 2.0], [jnp.nan, 0.0], [1.0, jnp.inf], [0.5, 0.5]], jnp.float32)
     scores, finite = scores_of(rows, jnp.ones((4, 1), jnp.float32).at[3].set(-jnp.inf))
     assert finite.tolist() == [True, False, False, False]
-    assert scores.tolist() == [1, 0, 0, 0]
+    assert scores.tolist() == [1, np.inf, np.inf, np.inf]
     zeros, finite = scores_of(jnp.zeros((4, 2)), jnp.zeros((4, 1)))
     assert finite.all()
     assert not zeros.any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint32"])
+@pytest.mark.parametrize("k", [1, 7, 40])
+def test_the_top_k_of_gpus(k, dtype):
+    scores = jnp.asarray(np.random.default_rng(0).integers(0, 12, 40), dtype)  # many are equal
+    if dtype == "float32":
+        scores = scores.at[jnp.asarray([3, 5])].set(jnp.inf).at[7].set(-jnp.inf)
+    np.testing.assert_array_equal(top_k_by_rank(scores, k), jax.lax.top_k(scores, k)[1])
+    both = jnp.stack([scores, scores[::-1]])
+    of_each = jax.vmap(functools.partial(top_k_by_rank, k=k))(both)
+    np.testing.assert_array_equal(of_each, jax.lax.top_k(both, k)[1])

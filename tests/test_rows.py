@@ -120,12 +120,8 @@ def test_all_rows_are_the_exact_gradient_and_leave_the_slots_empty(shape):
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-@pytest.mark.parametrize("chosen", [False, True])
-def test_a_row_that_is_not_finite_shows_and_enters_no_slot(chosen, bad):
-    def policy(key, scores, k):
-        return aop.Selection(jnp.arange(k) if chosen else jnp.arange(k) + 1)
-
-    config = aop.MemAOP(k=3, policy=policy, memory_slots=SLOTS)
+def test_a_row_that_is_not_finite_shows_and_enters_no_slot(bad):
+    config = aop.MemAOP(k=3, memory_slots=SLOTS)
     x, g = numbers(M, N).at[0, 1].set(bad), numbers(M, P, seed=1)
     dw, memory = weight_gradient(config, x, g, aop.init_memory(config, M, N, P), None)
     assert np.isnan(dw).any(axis=1).tolist() == [n == 1 for n in range(N)] or np.isinf(dw[1]).all()
@@ -140,7 +136,7 @@ def test_a_slot_that_outgrows_float16_shows_in_the_next_gradient_and_is_emptied(
     assert np.isinf(memory.inputs).all()
     small = jnp.ones((M, N), jnp.float16)
     dw, memory = weight_gradient(config, small, g, memory, None)
-    assert np.isnan(dw).all()
+    assert not np.isfinite(dw).any()
     assert np.isfinite(memory.inputs).all()
 
 
@@ -220,4 +216,4 @@ def test_a_schedule_hides_no_slot_that_outgrew_float16():
     dw, memory = weight_gradient(config, x, g, memory, None)
     _, state = tx.update(dw, state, kernel, memory=memory)
     dw, _ = weight_gradient(config, jnp.ones_like(x), g, aop.get_memory(state), None)
-    assert np.isnan(dw).all()
+    assert not np.isfinite(dw).any()

@@ -17,7 +17,13 @@ from one_layer import weight_gradient
 
 import mem_aop_jax as aop
 from mem_aop_jax.policies import row_norms
-from mem_aop_jax.subspace import orthonormal, side
+from mem_aop_jax.subspace import (
+    inverse_by_elimination,
+    inverse_factor,
+    inverse_in_blocks,
+    orthonormal,
+    side,
+)
 
 M, N, P = 48, 12, 8
 POLICIES = ["priority", "crs", "uniform"]
@@ -284,6 +290,18 @@ def test_directions_of_a_trained_language_model(standard_promotion):
         measured.append(np.mean([of.v for of in found.layers.values()]))
     print(f"v {measured[0]:.3f}, with the best directions for the batch {measured[1]:.3f}")
     assert measured[0] < 1.3 * measured[1]
+
+
+@pytest.mark.parametrize("invert", [inverse_factor, inverse_in_blocks, inverse_by_elimination])
+@pytest.mark.parametrize("rank", [1, 16, 37, 70])
+def test_the_inverse_of_a_cholesky_factor_on_each_platform(invert, rank):
+    columns = np.random.default_rng(0).normal(size=(200, rank)) * np.logspace(0, 2, rank)
+    gram = columns.T @ columns
+    found = np.asarray(invert(jnp.asarray(gram)))
+    np.testing.assert_allclose(found @ gram @ found.T, np.eye(rank), atol=1e-9)
+    np.testing.assert_array_equal(found, np.tril(found))
+    singular = jnp.ones((rank, rank)).at[0, 0].set(0)
+    assert not np.isfinite(invert(singular)).all()
 
 
 def test_columns_that_are_not_finite_change_no_direction():
