@@ -50,7 +50,8 @@ def weightedk(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
 def randk(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
     """k rows uniformly, without replacement."""
     drawn = jax.random.bits(key, scores.shape, jnp.uint32)
-    return topk(None, jnp.where(scores < jnp.inf, drawn, jnp.iinfo(drawn.dtype).max), k)
+    last = jnp.full_like(drawn, jnp.iinfo(drawn.dtype).max)
+    return topk(None, jnp.where(scores < jnp.inf, drawn, last), k)
 
 
 def uniform(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
