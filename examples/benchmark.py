@@ -436,7 +436,9 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux" and not os.environ.keys() >= MALLOC.keys():
+    kept = os.environ.keys() >= MALLOC.keys() or "tpu-compile" in sys.argv
+    # Not on a GPU, whose compiler's threads would wait for each other.
+    if sys.platform == "linux" and not kept and jax.default_backend() == "cpu":
         arguments = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, arguments, os.environ | MALLOC)  # read when a process starts
     main()
