@@ -11,7 +11,7 @@ from mem_aop_jax import checks
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.flops import relative_cost
 from mem_aop_jax.memory import init_memory
-from mem_aop_jax.rates import Rates, device_rates
+from mem_aop_jax.rates import CACHED, SUBSPACE, Rates, device_rates
 
 
 class Cost(NamedTuple):
@@ -82,18 +82,19 @@ def cost(
         return Cost(exact_flops, exact_flops, exact_bytes, exact_bytes, 0, 1.0)
     parts = [*_products(size, *sizes, config), *_passes(size, *sizes, config)]
     memory = jax.eval_shape(lambda: init_memory(config, *sizes, dtype))
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory))
+    memory_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory))
     rates = rates or device_rates()
     selections = 1 + (config.input_rows(rows) < rows)
     seconds = _seconds(parts, size, rates) + rates.layer + selections * rows * rates.row
     if config.memory_kind == "subspace":
-        seconds += rates.subspace
+        held = config.held_ranks(in_features, out_features)
+        seconds += rates.subspace * sum(held) / SUBSPACE
     return Cost(
         flops=exact_flops * relative_cost(config, *sizes),
         exact_flops=exact_flops,
         bytes=sum(part[1] for part in parts),
         exact_bytes=exact_bytes,
-        memory=held,
+        memory=memory_bytes,
         speedup=_seconds(exact, size, rates) / seconds,
     )
 
@@ -103,10 +104,13 @@ def cost(
 
 def _seconds(parts, size, rates):
     speed = rates.half_flops if size < 4 else rates.flops
-    return rates.step + sum(
-        max(flops / (speed * (rates.kernel if of_kernel else 1)), moved / rates.bytes)
-        for flops, moved, of_kernel in parts
-    )
+    cached = rates.cached or rates.bytes
+
+    def of_part(flops, moved, of_kernel):
+        at = cached if moved <= CACHED else rates.bytes
+        return max(flops / (speed * (rates.kernel if of_kernel else 1)), moved / at)
+
+    return rates.step + sum(of_part(*part) for part in parts)
 
 
 def _products(size, rows, in_features, out_features, config=None):
@@ -138,14 +142,17 @@ def _passes(size, rows, in_features, out_features, config):
     passes = [(0, number, False) for number in moved]
     if config.memory_kind == "subspace":
         ranks = config.ranks(in_features, out_features)
-        for count, rank in zip((in_features, out_features), ranks, strict=True):
-            along = 2 * rows * count * rank, rows * count * size, False
-            passes += [along, along, (along[0] / config.refresh, 0, False)]  # X V, X^T B, X^T A
+        held = config.held_ranks(in_features, out_features)
+        for count, rank, all_of in zip((in_features, out_features), ranks, held, strict=True):
+            column = 2 * rows * count
+            passes.append((column * all_of, rows * count * size, False))  # X V
+            passes.append((column * rank, rows * count * size, False))  # X^T B
+            passes.append((column * all_of / config.refresh, 0, False))  # X^T A
             passes.append((2 * k * count * rank, 0, False))  # the rest of the chosen rows
     drawn = config.input_rows(rows)
     if drawn < rows:
         rank = min(config.input_grad.rank, out_features)
         passes.append((0, 2 * drawn * features * size, False))
         passes.append((2 * rows * rank * in_features, rows * in_features * size, False))
-        passes.append((2 * rows * rank * out_features, 0, False))
+        passes.append((2 * in_features * rank * out_features, 0, False))  # W U
     return passes

@@ -14,6 +14,9 @@ from mem_aop_jax.dense import dense
 from mem_aop_jax.memory import init_memory
 from mem_aop_jax.policies import row_norms
 
+SUBSPACE = 32
+CACHED = 2**22
+
 
 class Rates(NamedTuple):
     """What a device does in a second, and what a layer's step takes on it beside that.
@@ -27,7 +30,9 @@ class Rates(NamedTuple):
       row: seconds to choose from among rows, for each of them.
       step: seconds that any step takes.
       layer: seconds that one of an approximate layer takes more.
-      subspace: seconds that one with a subspace takes more than that.
+      subspace: seconds that one with a subspace takes more than that, with `SUBSPACE` directions
+        of both sides together.
+      cached: as `bytes`, in passes over no more than `CACHED` bytes; None is the same.
     """
 
     device: str
@@ -39,6 +44,7 @@ class Rates(NamedTuple):
     step: float = 0.0
     layer: float = 0.0
     subspace: float = 0.0
+    cached: float | None = None
 
 
 # The vendors' peaks of products (of float32: as JAX computes them by default) and of memory.
@@ -83,24 +89,26 @@ def _measured(device):
     )
     ratios = np.divide(*_together(_products(rows, features // 2, jnp.float32)))
     kernel = min(1.0, float(np.median(ratios)))
-    many = jnp.ones((8 * rows, features), jnp.float32)
+    many, few = (jnp.ones((number, features), jnp.float32) for number in (8 * rows, 512))
     scores = jnp.asarray(np.random.default_rng(0).random(4 * rows), jnp.float32)
     selection = functools.partial(jax.lax.top_k, k=rows)
-    read, chosen = map(min, _together([(row_norms, many), (selection, scores)]))
-    read, row = many.nbytes / read, chosen / scores.size
+    calls = (row_norms, many), (row_norms, few), (selection, scores)
+    read, cached, chosen = map(min, _together(calls))
+    read, cached, row = many.nbytes / read, few.nbytes / cached, chosen / scores.size
 
     size = 256  # of a layer whose arithmetic takes little time
-    product, norms = 2 * size**3 / full, 8 * size**2 / read
+    product, norms = 2 * size**3 / full, 8 * size**2 / cached
     configs = (
         None,
         MemAOP(ratio=0.5, memory=None),
-        MemAOP(ratio=0.5, policy="priority", memory="subspace", rank=16),
+        MemAOP(ratio=0.5, policy="priority", memory="subspace", rank=SUBSPACE // 2),
     )
     steps = [_layer_step(config, size) for config in configs]
     exact, alone, beside = map(min, _together(steps))
     step = max(0.0, exact - (2 + 1 / kernel) * product)
     layer = max(0.0, alone - step - (2 + 0.5 / kernel) * product - norms)
-    return Rates(device, full, half, read, kernel, row, step, layer, max(0.0, beside - alone))
+    subspace = max(0.0, beside - alone)
+    return Rates(device, full, half, read, kernel, row, step, layer, subspace, cached)
 
 
 def _products(rows, features, dtype):
