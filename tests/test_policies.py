@@ -222,3 +222,15 @@ def test_the_top_k_of_gpus(k, dtype):
     both = jnp.stack([scores, scores[::-1]])
     of_each = jax.vmap(functools.partial(top_k_by_rank, k=k))(both)
     np.testing.assert_array_equal(of_each, jax.lax.top_k(both, k)[1])
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_policies_without_x64(policy):
+    """As most users have it: no integer is larger than those of 32 bits."""
+    jax.config.update("jax_enable_x64", False)
+    try:
+        chosen = policy(jax.random.key(0), jnp.ones(5).at[3].set(jnp.inf), 2)
+        assert chosen.indices.dtype == jnp.int32
+        assert 3 in chosen.indices
+    finally:
+        jax.config.update("jax_enable_x64", True)
