@@ -139,7 +139,7 @@ def add_up(own: chex.Array, unit: chex.Array, axes: tuple[str, ...]) -> chex.Arr
 
 
 def _by_kernel(x, g, v, u, due=None, *, rank, block, precision):
-    """The same, but for `own`, which is computed at any rate."""
+    """The same, with `own` at any rate."""
     del due
     groups, rows = x.shape[:2]
     flat = (a.reshape(groups * rows, a.shape[-1]) for a in (x, g))

@@ -57,7 +57,8 @@ class MemAOP:
         Give exactly one of `k` and `ratio`.
       policy: which rows: "topk", "weightedk", "randk" (the three of the paper); "priority", "crs",
         "uniform" (unbiased: they weigh what they choose); or a callable
-        `policy(key, scores, k) -> Selection`.
+        `policy(key, scores, k) -> Selection`. The score of a row that must not be left out, since
+        it holds a NaN or an infinity or outgrows the memory, is infinite.
       memory: "rows" keeps each row that was not chosen and adds it to the same row of the next
         batch (the paper's memory); "subspace" keeps directions: the part of the gradient in the
         span of the leading directions of inputs and cotangents is computed exactly, and an unbiased
@@ -77,7 +78,9 @@ class MemAOP:
         as many as there are features); or a pair, with 0 for no directions of the cotangents.
       refresh: of subspace memory: the directions follow the rows in one of so many steps, at
         random. They move slowly: most of the cost of a refresh is saved for little. (Under `vmap`
-        over keys or memories nothing is saved: a branch is computed there in every step.)
+        over keys or memories nothing is saved: a branch is computed there in every step. A GPU,
+        whose passes over the rows take as long with more columns, saves what makes them
+        orthonormal.)
       groups: the rows are split into that many contiguous groups of equal size, and an equal share
         of k is chosen in each. With a multiple of the devices that share a batch under `jit`, no
         row leaves its device. Under `shard_map` and `pmap` a device selects among its own rows

@@ -143,12 +143,13 @@ def _passes(size, rows, in_features, out_features, config):
     if config.memory_kind == "subspace":
         ranks = config.ranks(in_features, out_features)
         held = config.held_ranks(in_features, out_features)
-        for count, rank, all_of in zip((in_features, out_features), ranks, held, strict=True):
-            column = 2 * rows * count
-            passes.append((column * all_of, rows * count * size, False))  # X V
-            passes.append((column * rank, rows * count * size, False))  # X^T B
+        for side, count in enumerate((in_features, out_features)):
+            own, other, all_of = ranks[side], ranks[1 - side], held[side]
+            column, all_rows = 2 * rows * count, rows * count * size
+            passes.append((column * all_of, all_rows * (all_of > 0), False))  # X V
+            passes.append((column * other, all_rows * (other > 0), False))  # X^T B
             passes.append((column * all_of / config.refresh, 0, False))  # X^T A
-            passes.append((2 * k * count * rank, 0, False))  # the rest of the chosen rows
+            passes.append((2 * k * count * own, 0, False))  # the rest of the chosen rows
     drawn = config.input_rows(rows)
     if drawn < rows:
         rank = min(config.input_grad.rank, out_features)

@@ -135,7 +135,8 @@ def dense(
     in float32 (float64 for float64). A row with a NaN or infinity is chosen before all others: it
     makes the same entries of the kernel's gradient non-finite as in the exact layer, and never
     enters the memory. If there are more of them (in a group) than are chosen, or a policy of one's
-    own leaves one out, the whole gradient is NaN.
+    own leaves one out, the whole gradient is NaN (beside a subspace of both sides, which shows all
+    rows, the same entries as in the exact layer).
 
     Without a memory, the layer can be evaluated on a batch of any size, and differentiated with
     respect to `x`.

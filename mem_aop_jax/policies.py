@@ -50,28 +50,41 @@ def weightedk(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
 def randk(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
     """k rows uniformly, without replacement."""
     drawn = jax.random.bits(key, scores.shape, jnp.uint32)
-    last = jnp.full_like(drawn, jnp.iinfo(drawn.dtype).max)
-    return topk(None, jnp.where(scores < jnp.inf, drawn, last), k)
+    largest = jnp.full_like(drawn, jnp.iinfo(drawn.dtype).max)
+    return topk(None, jnp.where(scores < jnp.inf, drawn, largest), k)
 
 
 def uniform(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
-    """k rows uniformly, without replacement, each with the weight rows / k."""
-    return Selection(randk(key, scores, k).indices, jnp.full((k,), scores.size / k, scores.dtype))
+    """k rows uniformly, without replacement, each with the weight rows / k.
+
+    (Both less the number of rows with an infinite score, whose weight is 1.)
+    """
+    indices = randk(key, scores, k).indices
+    certain = jnp.isinf(scores)
+    others = jnp.sum(certain, dtype=scores.dtype)
+    weight = (scores.size - others) / jnp.maximum(k - others, 1)
+    return Selection(indices, jnp.where(certain[indices], 1, weight))
 
 
 def crs(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
     """k rows with replacement, with probabilities p in proportion to the norm product.
 
     Their weights are 1 / (k p) (Drineas, Kannan, Mahoney 2006). With k = rows all rows, once.
+    (Rows with an infinite score come once and first, with the weight 1; the others share the rest.)
     """
     if k == scores.size:
         return uniform(key, scores, k)
-    infinite = jnp.isinf(scores)
-    norms = jnp.where(jnp.any(infinite), infinite.astype(scores.dtype), jnp.sqrt(scores))
+    certain = jnp.isinf(scores)
+    first = jnp.arange(k) < jnp.sum(certain)
+    norms = jnp.sqrt(jnp.where(certain, 0, scores))
     total = norms.sum()
     indices = jax.random.choice(key, scores.size, (k,), p=over(norms, total))
-    drawn = norms[indices]  # 0 where all are
-    return Selection(indices, jnp.where(drawn > 0, total / (k * jnp.where(drawn > 0, drawn, 1)), 1))
+    of_certain = jnp.nonzero(certain, size=k, fill_value=0)[0].astype(indices.dtype)
+    indices = jnp.where(first, of_certain, indices)
+    drawn = jnp.where(first, 0, norms[indices])  # 0 where all are
+    draws = jnp.maximum(jnp.sum(~first, dtype=scores.dtype), 1)
+    weights = total / (draws * jnp.where(drawn > 0, drawn, 1))
+    return Selection(indices, jnp.where(drawn > 0, weights, 1))
 
 
 def priority(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
@@ -86,7 +99,7 @@ def priority(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
     threshold = priorities[indices[k]] if k < scores.size else jnp.zeros_like(priorities[0])
     drawn = norms[indices[:k]]  # 0 where no more rows have a score, and then the threshold is too
     weights = jnp.maximum(1, threshold / jnp.where(drawn > 0, drawn, 1))
-    return Selection(indices[:k], weights)
+    return Selection(indices[:k], jnp.where(drawn < jnp.inf, weights, 1))
 
 
 COMPARED = 2**13  # rows; GPUs sort more of them faster than they compare each with each
@@ -106,7 +119,7 @@ def _top_k(scores: chex.Array, k: int) -> chex.Array:
 
 
 def top_k_by_rank(scores: chex.Array, k: int) -> chex.Array:
-    """The indices of `lax.top_k`: of each row it counts those that come before it."""
+    """The indices of `lax.top_k`, without NaNs: of each row it counts those that come before it."""
     number = jnp.arange(scores.size, dtype=jnp.int32)
     (one, other), (of_one, of_other) = ((a[:, None], a[None]) for a in (scores, number))
     before = (one > other) | ((one == other) & (of_one < of_other))
@@ -135,12 +148,11 @@ def row_scores(
       fit: `(..., rows)` bool, which rows may be left out, if they are finite.
 
     Returns:
-      `(..., rows)` float32 scores, the largest of each group of rows 1 (all 0 where every product
-      is 0), and `(..., rows)` bool, which rows may be left out. The others' score is infinite.
+      `(..., rows)` float32 scores, and `(..., rows)` bool, which rows may be left out. The largest
+      score of these is 1 in each group (all are 0 where every product is 0), the others' infinite.
     """
-    finite = jnp.isfinite(input_norms) & jnp.isfinite(cotangent_norms)
-    relative = [_over_largest(jnp.where(finite, n, 0)) for n in (input_norms, cotangent_norms)]
-    fit &= finite
+    fit &= jnp.isfinite(input_norms) & jnp.isfinite(cotangent_norms)
+    relative = [_over_largest(jnp.where(fit, n, 0)) for n in (input_norms, cotangent_norms)]
     return jnp.where(fit, jnp.square(_over_largest(relative[0] * relative[1])), jnp.inf), fit
 
 

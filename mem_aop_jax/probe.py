@@ -58,8 +58,8 @@ def measured(
 
     def draw(key):
         drawn = estimate(flat, draws_inputs, x, g, matrix, probe.memory, key)
-        scores, _ = row_scores(*(n.reshape(-1) for n in drawn.norms))  # in units of the largest
-        products = jnp.sqrt(scores)
+        scores, finite = row_scores(*(n.reshape(-1) for n in drawn.norms))
+        products = jnp.sqrt(jnp.where(finite, scores, 0))  # in units of the largest
         of_chosen = jnp.sum(jnp.where(drawn.not_chosen.reshape(-1), 0, products))
         chosen = of_chosen / jnp.maximum(products.sum(), 1)  # of which the largest is 1
         return drawn.kernel, drawn.inputs, chosen

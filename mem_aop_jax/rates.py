@@ -12,10 +12,10 @@ import numpy as np
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.dense import dense
 from mem_aop_jax.memory import init_memory
-from mem_aop_jax.policies import row_norms
+from mem_aop_jax.policies import row_norms, topk
 
-SUBSPACE = 32
-CACHED = 2**22
+SUBSPACE = 32  # directions, of both sides together
+CACHED = 2**22  # bytes
 
 
 class Rates(NamedTuple):
@@ -30,8 +30,7 @@ class Rates(NamedTuple):
       row: seconds to choose from among rows, for each of them.
       step: seconds that any step takes.
       layer: seconds that one of an approximate layer takes more.
-      subspace: seconds that one with a subspace takes more than that, with `SUBSPACE` directions
-        of both sides together.
+      subspace: seconds that one with a subspace of `SUBSPACE` directions takes more than that.
       cached: as `bytes`, in passes over no more than `CACHED` bytes; None is the same.
     """
 
@@ -91,10 +90,11 @@ def _measured(device):
     kernel = min(1.0, float(np.median(ratios)))
     many, few = (jnp.ones((number, features), jnp.float32) for number in (8 * rows, 512))
     scores = jnp.asarray(np.random.default_rng(0).random(4 * rows), jnp.float32)
-    selection = functools.partial(jax.lax.top_k, k=rows)
+    selection = functools.partial(topk, None, k=rows)
     calls = (row_norms, many), (row_norms, few), (selection, scores)
     read, cached, chosen = map(min, _together(calls))
     read, cached, row = many.nbytes / read, few.nbytes / cached, chosen / scores.size
+    cached = max(read, cached)
 
     size = 256  # of a layer whose arithmetic takes little time
     product, norms = 2 * size**3 / full, 8 * size**2 / cached

@@ -103,7 +103,7 @@ class Slots(NamedTuple):
         )
 
     def fit(self):
-        """True: a slot that outgrows its dtype is infinite, and lost in the next step."""
+        """True: a slot that outgrows its dtype is infinite, and chosen in the next step."""
         return True
 
     def take(self, chosen):

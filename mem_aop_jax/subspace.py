@@ -88,8 +88,8 @@ def sides(
       g: `(groups, rows, out_features)`.
       bases: of the inputs and of the cotangents.
       rank: how many directions of the cotangents the kernel's gradient takes out.
-      due: `()` bool, whether this step refreshes the subspaces (on a CPU or GPU in a pass of its
-        own over X and G); None is always (in the same pass).
+      due: `()` bool, whether this step refreshes the subspaces (on a CPU in a pass of its own over
+        X and G); None is always (in the same pass).
       precision: of products.
     """
     bases = [_of_products(rows, basis) for rows, basis in zip((x, g), bases, strict=True)]
@@ -205,7 +205,7 @@ def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:
 
 
 def inverse_factor(gram: chex.Array) -> chex.Array:
-    """That of the Cholesky factor, `(q, q)`."""
+    """The inverse of the Cholesky factor of a Gram matrix, `(q, q)`."""
     return _inverse_of_factor(jnp.linalg.cholesky(gram))
 
 

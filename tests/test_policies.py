@@ -113,6 +113,23 @@ def test_unbiased(norms, policy, k):
     assert np.linalg.norm(off) <= 4 * np.linalg.norm(standard_error) + rounding
 
 
+@pytest.mark.parametrize("k", [1, 2, 4, 11])
+@pytest.mark.parametrize("policy", UNBIASED_POLICIES)
+def test_rows_of_infinite_score_come_once_and_the_others_unbiased(policy, k):
+    scores = scores_from(ROWS["heavy tails"]).at[jnp.asarray([3, 8])].set(jnp.inf)
+    weights = np.asarray(weights_of_rows(policy, k)(scores))
+    if k == 1:
+        assert (weights[:, [3, 8]].sum(axis=1) == 1).all()
+    else:
+        assert (weights[:, [3, 8]] == 1).all()
+    others = np.delete(weights, [3, 8], axis=1)
+    if k <= 2:
+        assert not others.any()
+    else:
+        off = np.abs(others.mean(axis=0) - 1)
+        assert (off <= 4 * others.std(axis=0) / len(others) ** 0.5 + 1e-5).all()
+
+
 @pytest.mark.parametrize("k", [4, 8, 11])
 @pytest.mark.parametrize("norms", ROWS.values(), ids=ROWS)
 def test_priority_has_the_least_variance(norms, k):

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from one_layer import weight_gradient
 
 import mem_aop_jax as aop
-from mem_aop_jax.policies import row_norms
+from mem_aop_jax.policies import UNBIASED_POLICIES, row_norms
 from mem_aop_jax.subspace import (
     inverse_by_elimination,
     inverse_factor,
@@ -326,6 +326,16 @@ def test_rows_that_are_not_finite_show_in_the_gradient_and_change_no_direction(s
     of_side = 0 if side == "inputs" else 1
     chex.assert_trees_all_equal(after[of_side], memory[of_side])
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
+@pytest.mark.parametrize("policy", UNBIASED_POLICIES)
+def test_more_bad_rows_than_are_chosen_show_beside_a_subspace(policy):
+    x, g = rows_near_a_subspace(M, N, 3, 1, 0), rows_near_a_subspace(M, P, 3, 1, 1)
+    config = config_of(rank=3, k=2, policy=policy)
+    memory = refreshed(config, x, g)
+    x = x.at[:4, 2].set(jnp.nan)
+    dw, _ = step_of(config)(x, g, memory, jax.random.key(0))
+    np.testing.assert_array_equal(np.isfinite(dw), np.isfinite(exact_gradient(x, g)))
 
 
 @pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64])
