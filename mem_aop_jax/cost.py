@@ -1,5 +1,6 @@
 """What a dense layer's step costs, exact and approximate: FLOPs, bytes, memory, time."""
 
+import math
 import operator
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from mem_aop_jax import checks
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.flops import relative_cost
 from mem_aop_jax.memory import init_memory
-from mem_aop_jax.rates import CACHED, SUBSPACE, Rates, device_rates
+from mem_aop_jax.rates import CACHED, NOT_CACHED, SUBSPACE, Rates, device_rates
 
 
 class Cost(NamedTuple):
@@ -77,13 +78,14 @@ def cost(
         raise ValueError(f"cost: got the sizes {sizes}; rows and features must be at least 1.")
     size = jnp.dtype(dtype).itemsize
     exact = _products(size, *sizes)
-    exact_flops, exact_bytes = (sum(part[i] for part in exact) for i in range(2))
+    exact_flops, exact_bytes = (sum(of) for of in list(zip(*exact, strict=True))[:2])
     if config is None:
         return Cost(exact_flops, exact_flops, exact_bytes, exact_bytes, 0, 1.0)
     parts = [*_products(size, *sizes, config), *_passes(size, *sizes, config)]
     memory = jax.eval_shape(lambda: init_memory(config, *sizes, dtype))
     memory_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory))
     rates = rates or device_rates()
+    rates = _of_arrays(rates, rows * max(in_features, out_features) * size)
     selections = 1 + (config.input_rows(rows) < rows)
     seconds = _seconds(parts, size, rates) + rates.layer + selections * rows * rates.row
     if config.memory_kind == "subspace":
@@ -92,32 +94,47 @@ def cost(
     return Cost(
         flops=exact_flops * relative_cost(config, *sizes),
         exact_flops=exact_flops,
-        bytes=sum(part[1] for part in parts),
+        bytes=sum(part.bytes for part in parts),
         exact_bytes=exact_bytes,
         memory=memory_bytes,
         speedup=_seconds(exact, size, rates) / seconds,
     )
 
 
-# ---- FLOPs, bytes, and whether it is the kernel's gradient, of what a step does in turn
+# ---- what a step does in turn
+
+
+class _Part(NamedTuple):
+    """FLOPs and bytes; the relative speed of its products is that field of the rates."""
+
+    flops: float
+    bytes: float
+    speed: str | None = None
+
+
+def _of_arrays(rates, size):
+    """The rates for arrays of so many bytes, with the speed of those that fit a cache or do not."""
+    if not rates.cached:
+        return rates
+    beyond = min(max(math.log(size / CACHED, NOT_CACHED / CACHED), 0), 1)
+    return rates._replace(bytes=rates.cached ** (1 - beyond) * rates.bytes**beyond)
 
 
 def _seconds(parts, size, rates):
-    speed = rates.half_flops if size < 4 else rates.flops
-    cached = rates.cached or rates.bytes
+    flops = rates.half_flops if size < 4 else rates.flops
 
-    def of_part(flops, moved, of_kernel):
-        at = cached if moved <= CACHED else rates.bytes
-        return max(flops / (speed * (rates.kernel if of_kernel else 1)), moved / at)
+    def of_part(part):
+        speed = flops * (getattr(rates, part.speed) if part.speed else 1)
+        return max(part.flops / speed, part.bytes / rates.bytes)
 
-    return rates.step + sum(of_part(*part) for part in parts)
+    return rates.step + sum(map(of_part, parts))
 
 
 def _products(size, rows, in_features, out_features, config=None):
     """Of the outputs, of the gradient of the inputs and of that of the kernel."""
 
-    def product(m, n, p, of_kernel=False):
-        return 2 * m * n * p, (m * n + n * p + m * p) * size, of_kernel
+    def product(m, n, p, speed=None):
+        return _Part(2 * m * n * p, (m * n + n * p + m * p) * size, speed)
 
     drawn = rows if config is None else config.input_rows(rows)
     summed = rows
@@ -127,7 +144,7 @@ def _products(size, rows, in_features, out_features, config=None):
     return [
         product(rows, in_features, out_features),
         product(drawn, out_features, in_features),
-        product(in_features, summed, out_features, of_kernel=True),
+        product(in_features, summed, out_features, "kernel"),
     ]
 
 
@@ -139,21 +156,26 @@ def _passes(size, rows, in_features, out_features, config):
         held = jnp.dtype(config.memory_dtype).itemsize if config.memory_dtype else size
         kept = config.memory_slots or rows
         moved.append(features * (rows * size + 3 * kept * held))  # for norms, and what waits
-    passes = [(0, number, False) for number in moved]
+    passes = [_Part(0, number) for number in moved]
+
+    def narrow(flops, moved=0):
+        passes.append(_Part(flops, moved, "narrow"))
+
     if config.memory_kind == "subspace":
         ranks = config.ranks(in_features, out_features)
         held = config.held_ranks(in_features, out_features)
         for side, count in enumerate((in_features, out_features)):
             own, other, all_of = ranks[side], ranks[1 - side], held[side]
             column, all_rows = 2 * rows * count, rows * count * size
-            passes.append((column * all_of, all_rows * (all_of > 0), False))  # X V
-            passes.append((column * other, all_rows * (other > 0), False))  # X^T B
-            passes.append((column * all_of / config.refresh, 0, False))  # X^T A
-            passes.append((2 * k * count * own, 0, False))  # the rest of the chosen rows
+            narrow(column * all_of, all_rows * (all_of > 0))  # X V
+            narrow(column * other, all_rows * (other > 0))  # X^T B
+            narrow(column * all_of / config.refresh)  # X^T A
+            narrow(2 * k * count * own, 4 * k * count * size)  # the rest of the chosen rows
     drawn = config.input_rows(rows)
     if drawn < rows:
         rank = min(config.input_grad.rank, out_features)
-        passes.append((0, 2 * drawn * features * size, False))
-        passes.append((2 * rows * rank * in_features, rows * in_features * size, False))
-        passes.append((2 * in_features * rank * out_features, 0, False))  # W U
+        passes.append(_Part(0, 2 * drawn * features * size))
+        narrow(2 * rows * rank * in_features, rows * in_features * size)
+        narrow(2 * in_features * rank * out_features, in_features * out_features * size)  # W U
+        narrow(2 * drawn * out_features * rank, 4 * drawn * out_features * size)
     return passes

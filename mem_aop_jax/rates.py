@@ -15,7 +15,8 @@ from mem_aop_jax.memory import init_memory
 from mem_aop_jax.policies import row_norms, topk
 
 SUBSPACE = 32  # directions, of both sides together
-CACHED = 2**22  # bytes
+CACHED, NOT_CACHED = 2**22, 2**25  # bytes of an array
+NARROW = 32  # columns
 
 
 class Rates(NamedTuple):
@@ -31,7 +32,9 @@ class Rates(NamedTuple):
       step: seconds that any step takes.
       layer: seconds that one of an approximate layer takes more.
       subspace: seconds that one with a subspace of `SUBSPACE` directions takes more than that.
-      cached: as `bytes`, in passes over no more than `CACHED` bytes; None is the same.
+      cached: as `bytes`, of arrays of no more than `CACHED` bytes, where `bytes` is that of arrays
+        of `NOT_CACHED` and more; None is the same.
+      narrow: speed of a product of the rows with `NARROW` columns, relative to other products.
     """
 
     device: str
@@ -44,6 +47,7 @@ class Rates(NamedTuple):
     layer: float = 0.0
     subspace: float = 0.0
     cached: float | None = None
+    narrow: float = 1.0
 
 
 # The vendors' peaks of products (of float32: as JAX computes them by default) and of memory.
@@ -86,15 +90,20 @@ def _measured(device):
         flops / min(_together(_products(rows, features, dtype))[0])
         for dtype in (jnp.float32, jnp.bfloat16)
     )
-    ratios = np.divide(*_together(_products(rows, features // 2, jnp.float32)))
-    kernel = min(1.0, float(np.median(ratios)))
+    along, over_rows, few_columns = _together(
+        [*_products(rows, features // 2, jnp.float32), _product_of_few(rows, features // 2)]
+    )
+    kernel, narrow = (
+        min(1.0, share * float(np.median(np.divide(along, other))))
+        for other, share in ((over_rows, 1), (few_columns, 2 * NARROW / features))
+    )
     many, few = (jnp.ones((number, features), jnp.float32) for number in (8 * rows, 512))
     scores = jnp.asarray(np.random.default_rng(0).random(4 * rows), jnp.float32)
     selection = functools.partial(topk, None, k=rows)
-    calls = (row_norms, many), (row_norms, few), (selection, scores)
+    calls = (row_norms, many), (jnp.negative, few), (selection, scores)
     read, cached, chosen = map(min, _together(calls))
-    read, cached, row = many.nbytes / read, few.nbytes / cached, chosen / scores.size
-    cached = max(read, cached)
+    read, row = many.nbytes / read, chosen / scores.size
+    cached = max(read, 2 * few.nbytes / cached)
 
     size = 256  # of a layer whose arithmetic takes little time
     product, norms = 2 * size**3 / full, 8 * size**2 / cached
@@ -108,18 +117,24 @@ def _measured(device):
     step = max(0.0, exact - (2 + 1 / kernel) * product)
     layer = max(0.0, alone - step - (2 + 0.5 / kernel) * product - norms)
     subspace = max(0.0, beside - alone)
-    return Rates(device, full, half, read, kernel, row, step, layer, subspace, cached)
+    return Rates(device, full, half, read, kernel, row, step, layer, subspace, cached, narrow)
 
 
 def _products(rows, features, dtype):
     """Functions with arguments: of a layer's product with the kernel, and its gradient."""
-    x, kernel = jnp.ones((rows, features), dtype), jnp.ones((features, features), dtype)
+    x, g = (jnp.full((rows, features), number, dtype) for number in (1, 2))
+    kernel = jnp.ones((features, features), dtype)
 
     def product(of, a, b):
         return jax.lax.dot_general(a, b, ((of, of), ((), ())))
 
     along = functools.partial(product, (1,)), x, kernel
-    return [along, (functools.partial(product, (0,)), x, x)]
+    return [along, (functools.partial(product, (0,)), x, g)]
+
+
+def _product_of_few(rows, features):
+    """The same of the product with a few columns."""
+    return jnp.matmul, jnp.ones((rows, features)), jnp.ones((features, NARROW))
 
 
 def _layer_step(config, size):
