@@ -12,7 +12,7 @@ from mem_aop_jax import checks
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.flops import relative_cost
 from mem_aop_jax.memory import init_memory
-from mem_aop_jax.rates import CACHED, NOT_CACHED, SUBSPACE, Rates, device_rates
+from mem_aop_jax.rates import ARRAYS, KERNELS, SUBSPACE, Rates, device_rates
 
 
 class Cost(NamedTuple):
@@ -85,7 +85,7 @@ def cost(
     memory = jax.eval_shape(lambda: init_memory(config, *sizes, dtype))
     memory_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory))
     rates = rates or device_rates()
-    rates = _of_arrays(rates, rows * max(in_features, out_features) * size)
+    rates = _of_sizes(rates, rows * max(in_features, out_features) * size, exact_flops / 3)
     selections = 1 + (config.input_rows(rows) < rows)
     seconds = _seconds(parts, size, rates) + rates.layer + selections * rows * rates.row
     if config.memory_kind == "subspace":
@@ -112,12 +112,17 @@ class _Part(NamedTuple):
     speed: str | None = None
 
 
-def _of_arrays(rates, size):
-    """The rates for arrays of so many bytes, with the speed of those that fit a cache or do not."""
-    if not rates.cached:
-        return rates
-    beyond = min(max(math.log(size / CACHED, NOT_CACHED / CACHED), 0), 1)
-    return rates._replace(bytes=rates.cached ** (1 - beyond) * rates.bytes**beyond)
+def _of_sizes(rates, array, product):
+    """The rates for arrays of so many bytes, and a gradient of the kernel of so many FLOPs."""
+
+    def between(sizes, size, small, large):
+        large_share = min(max(math.log(size / sizes[0], sizes[1] / sizes[0]), 0), 1)
+        return (small or large) ** (1 - large_share) * large**large_share
+
+    return rates._replace(
+        bytes=between(ARRAYS, array, rates.cached, rates.bytes),
+        kernel=between(KERNELS, product, rates.small_kernel, rates.kernel),
+    )
 
 
 def _seconds(parts, size, rates):

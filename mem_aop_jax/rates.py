@@ -15,7 +15,8 @@ from mem_aop_jax.memory import init_memory
 from mem_aop_jax.policies import row_norms, topk
 
 SUBSPACE = 32  # directions, of both sides together
-CACHED, NOT_CACHED = 2**22, 2**25  # bytes of an array
+ARRAYS = 2**22, 2**25  # bytes of one that a cache holds, and of one that it does not
+KERNELS = 2**30, 2**34  # FLOPs of a gradient of the kernel: small and large
 NARROW = 32  # columns
 
 
@@ -32,8 +33,10 @@ class Rates(NamedTuple):
       step: seconds that any step takes.
       layer: seconds that one of an approximate layer takes more.
       subspace: seconds that one with a subspace of `SUBSPACE` directions takes more than that.
-      cached: as `bytes`, of arrays of no more than `CACHED` bytes, where `bytes` is that of arrays
-        of `NOT_CACHED` and more; None is the same.
+      cached: as `bytes`, of arrays of no more than `ARRAYS[0]` bytes, where `bytes` is that of
+        arrays of `ARRAYS[1]` and more; None is the same.
+      small_kernel: as `kernel`, of `KERNELS[0]` FLOPs, where `kernel` is that of `KERNELS[1]`; None
+        is the same.
       narrow: speed of a product of the rows with `NARROW` columns, relative to other products.
     """
 
@@ -47,6 +50,7 @@ class Rates(NamedTuple):
     layer: float = 0.0
     subspace: float = 0.0
     cached: float | None = None
+    small_kernel: float | None = None
     narrow: float = 1.0
 
 
@@ -90,13 +94,17 @@ def _measured(device):
         flops / min(_together(_products(rows, features, dtype))[0])
         for dtype in (jnp.float32, jnp.bfloat16)
     )
+    small, large = features // 2, 2 * features  # of `KERNELS` FLOPs
+
+    def relative(one, other, share=1):
+        return min(1.0, share * float(np.median(np.divide(one, other))))
+
     along, over_rows, few_columns = _together(
-        [*_products(rows, features // 2, jnp.float32), _product_of_few(rows, features // 2)]
+        [*_products(rows, small, jnp.float32), _product_of_few(rows, small)]
     )
-    kernel, narrow = (
-        min(1.0, share * float(np.median(np.divide(along, other))))
-        for other, share in ((over_rows, 1), (few_columns, 2 * NARROW / features))
-    )
+    small_kernel = relative(along, over_rows)
+    narrow = relative(along, few_columns, NARROW / small)
+    kernel = relative(*_together(_products(rows, large, jnp.float32), rounds=7))
     many, few = (jnp.ones((number, features), jnp.float32) for number in (8 * rows, 512))
     scores = jnp.asarray(np.random.default_rng(0).random(4 * rows), jnp.float32)
     selection = functools.partial(topk, None, k=rows)
@@ -114,10 +122,11 @@ def _measured(device):
     )
     steps = [_layer_step(config, size) for config in configs]
     exact, alone, beside = map(min, _together(steps))
-    step = max(0.0, exact - (2 + 1 / kernel) * product)
-    layer = max(0.0, alone - step - (2 + 0.5 / kernel) * product - norms)
+    step = max(0.0, exact - (2 + 1 / small_kernel) * product)
+    layer = max(0.0, alone - step - (2 + 0.5 / small_kernel) * product - norms)
     subspace = max(0.0, beside - alone)
-    return Rates(device, full, half, read, kernel, row, step, layer, subspace, cached, narrow)
+    beside_these = cached, small_kernel, narrow
+    return Rates(device, full, half, read, kernel, row, step, layer, subspace, *beside_these)
 
 
 def _products(rows, features, dtype):
