@@ -181,6 +181,7 @@ def _passes(size, rows, in_features, out_features, config):
         rank = min(config.input_grad.rank, out_features)
         passes.append(_Part(0, 2 * drawn * features * size))
         narrow(2 * rows * rank * in_features, rows * in_features * size)
-        narrow(2 * in_features * rank * out_features, in_features * out_features * size)  # W U
-        narrow(2 * drawn * out_features * rank, 4 * drawn * out_features * size)
+        if rank:
+            narrow(2 * in_features * rank * out_features, in_features * out_features * size)  # W U
+            narrow(2 * drawn * out_features * rank, 4 * drawn * out_features * size)
     return passes

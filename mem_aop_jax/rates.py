@@ -143,7 +143,8 @@ def _products(rows, features, dtype):
 
 def _product_of_few(rows, features):
     """The same of the product with a few columns."""
-    return jnp.matmul, jnp.ones((rows, features)), jnp.ones((features, NARROW))
+    x, few = (jnp.ones(shape, jnp.float32) for shape in ((rows, features), (features, NARROW)))
+    return jnp.matmul, x, few
 
 
 def _layer_step(config, size):

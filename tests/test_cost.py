@@ -68,6 +68,39 @@ def test_wider_layers_gain_more_and_slow_memory_takes_it_away():
     assert late < 1
 
 
+def test_small_sizes_have_rates_of_their_own_and_sizes_between_are_between():
+    config = aop.MemAOP(ratio=1 / 8)
+    some = BALANCED._replace(cached=1e13, small_kernel=0.1)
+    of_small = BALANCED._replace(bytes=some.cached, kernel=some.small_kernel)
+    for rows, features, wanted in ((512, 512, of_small), (32768, 1024, BALANCED)):
+        sizes = rows, features, features
+        found, same = (aop.cost(config, *sizes, rates=of).speedup for of in (some, wanted))
+        assert found == pytest.approx(same, rel=1e-6)
+    found, below, above = (
+        aop.cost(config, 4096, 768, 768, rates=of).speedup for of in (some, BALANCED, of_small)
+    )
+    assert 1.05 * below < found < above / 1.05
+
+
+def test_a_subspace_takes_longer_the_more_directions_it_has():
+    of_directions = BALANCED._replace(flops=1e30, bytes=1e30, step=1.0, subspace=1.0)
+    speedups = [
+        aop.cost(
+            aop.MemAOP(ratio=1 / 8, policy="priority", memory="subspace", rank=rank),
+            *SIZES,
+            rates=of_directions,
+        ).speedup
+        for rank in (16, 32, (16, 0))
+    ]
+    assert speedups == pytest.approx([1 / 2, 1 / 3, 2 / 3], rel=1e-6)
+
+
+def test_products_with_few_columns_have_their_own_speed():
+    config = aop.MemAOP(ratio=1 / 8, policy="priority", memory="subspace")
+    slow = aop.cost(config, *SIZES, rates=ARITHMETIC._replace(narrow=0.1)).speedup
+    assert slow < 0.9 * aop.cost(config, *SIZES, rates=ARITHMETIC).speedup
+
+
 def test_half_precision_has_its_own_rate():
     config = aop.MemAOP(ratio=1 / 8, memory=None)
     none = BALANCED._replace(
