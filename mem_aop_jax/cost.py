@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mem_aop_jax import checks
 from mem_aop_jax.config import MemAOP
-from mem_aop_jax.flops import relative_cost
+from mem_aop_jax.flops import exact_flops, relative_cost
 from mem_aop_jax.memory import init_memory
 from mem_aop_jax.rates import ARRAYS, KERNELS, SUBSPACE, Rates, device_rates
 
@@ -78,22 +78,22 @@ def cost(
         raise ValueError(f"cost: got the sizes {sizes}; rows and features must be at least 1.")
     size = jnp.dtype(dtype).itemsize
     exact = _products(size, *sizes)
-    exact_flops, exact_bytes = (sum(of) for of in list(zip(*exact, strict=True))[:2])
+    flops, exact_bytes = exact_flops(*sizes), sum(part.bytes for part in exact)
     if config is None:
-        return Cost(exact_flops, exact_flops, exact_bytes, exact_bytes, 0, 1.0)
+        return Cost(flops, flops, exact_bytes, exact_bytes, 0, 1.0)
     parts = [*_products(size, *sizes, config), *_passes(size, *sizes, config)]
     memory = jax.eval_shape(lambda: init_memory(config, *sizes, dtype))
     memory_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory))
     rates = rates or device_rates()
-    rates = _of_sizes(rates, rows * max(in_features, out_features) * size, exact_flops / 3)
+    rates = _of_sizes(rates, rows * max(in_features, out_features) * size, flops / 3)
     selections = 1 + (config.input_rows(rows) < rows)
     seconds = _seconds(parts, size, rates) + rates.layer + selections * rows * rates.row
     if config.memory_kind == "subspace":
         held = config.held_ranks(in_features, out_features)
         seconds += rates.subspace * sum(held) / SUBSPACE
     return Cost(
-        flops=exact_flops * relative_cost(config, *sizes),
-        exact_flops=exact_flops,
+        flops=flops * relative_cost(config, *sizes),
+        exact_flops=flops,
         bytes=sum(part.bytes for part in parts),
         exact_bytes=exact_bytes,
         memory=memory_bytes,

@@ -125,8 +125,8 @@ def _measured(device):
     step = max(0.0, exact - (2 + 1 / small_kernel) * product)
     layer = max(0.0, alone - step - (2 + 0.5 / small_kernel) * product - norms)
     subspace = max(0.0, beside - alone)
-    beside_these = cached, small_kernel, narrow
-    return Rates(device, full, half, read, kernel, row, step, layer, subspace, *beside_these)
+    always = Rates(device, full, half, read, kernel, row, step, layer, subspace)
+    return always._replace(cached=cached, small_kernel=small_kernel, narrow=narrow)
 
 
 def _products(rows, features, dtype):

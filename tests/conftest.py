@@ -16,3 +16,11 @@ def standard_promotion():
     """For Optax and Flax, which mix dtypes under x64."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture
+def without_x64():
+    """As most users have it."""
+    jax.config.update("jax_enable_x64", False)
+    yield
+    jax.config.update("jax_enable_x64", True)

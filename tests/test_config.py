@@ -130,17 +130,13 @@ def test_bad_arguments_of_init_memory():
         aop.init_memory(aop.MemAOP(ratio=0.5), 0, 3, 2)
 
 
-def test_a_float64_memory_without_x64_is_float32():
-    jax.config.update("jax_enable_x64", False)
-    try:
-        config = aop.MemAOP(k=1, memory_dtype=jnp.float64)
-        with pytest.warns(UserWarning, match="float64"):  # JAX's own
-            memory = aop.init_memory(config, 2, 3, 4)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            y = aop.dense(jnp.ones((2, 3)), jnp.ones((3, 4)), memory, config=config)
-    finally:
-        jax.config.update("jax_enable_x64", True)
+def test_a_float64_memory_without_x64_is_float32(without_x64):
+    config = aop.MemAOP(k=1, memory_dtype=jnp.float64)
+    with pytest.warns(UserWarning, match="float64"):  # JAX's own
+        memory = aop.init_memory(config, 2, 3, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        y = aop.dense(jnp.ones((2, 3)), jnp.ones((3, 4)), memory, config=config)
     assert memory.inputs.dtype == y.dtype == jnp.float32
 
 

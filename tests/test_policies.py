@@ -242,12 +242,8 @@ def test_the_top_k_of_gpus(k, dtype):
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_policies_without_x64(policy):
-    """As most users have it: no integer is larger than those of 32 bits."""
-    jax.config.update("jax_enable_x64", False)
-    try:
-        chosen = policy(jax.random.key(0), jnp.ones(5).at[3].set(jnp.inf), 2)
-        assert chosen.indices.dtype == jnp.int32
-        assert 3 in chosen.indices
-    finally:
-        jax.config.update("jax_enable_x64", True)
+def test_policies_without_x64(policy, without_x64):
+    """No integer is larger than those of 32 bits."""
+    chosen = policy(jax.random.key(0), jnp.ones(5).at[3].set(jnp.inf), 2)
+    assert chosen.indices.dtype == jnp.int32
+    assert 3 in chosen.indices
