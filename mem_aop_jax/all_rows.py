@@ -1,8 +1,4 @@
-"""What a step with subspaces computes of all rows of X and G: by a kernel on TPUs, or the compiler.
-
-The kernel is one device's. Where a program is partitioned automatically, which no kernel is, the
-compiler's version takes its place; nobody but the lowering knows, so it is there that one is taken.
-"""
+"""What a step with subspaces computes of all rows of X and G: by a kernel on TPUs, or not."""
 
 import functools
 import math
@@ -12,12 +8,12 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import batching, mlir
 
 from mem_aop_jax import kernels
 from mem_aop_jax.memory import wide, wider
-from mem_aop_jax.policies import over, row_norms
+from mem_aop_jax.one_tpu import on_one_tpu
+from mem_aop_jax.policies import over
+from mem_aop_jax.row_ops import norms
 
 
 class OfRows(NamedTuple):
@@ -62,9 +58,12 @@ def of_all_rows(
     of_kernel = kernels.precision_of_products(x, g, precision)
     if of_kernel is None:
         return by_compiler(*args)
-    jaxpr, shapes = jax.make_jaxpr(by_compiler, return_shape=True)(*args)
-    found = _of_all_rows.bind(*args, jaxpr=jaxpr, rank=rank, precision=of_kernel)
-    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+    ranks = v.shape[1], u.shape[1]
+    block = kernels.block_of_rows(math.prod(x.shape[:2]), x.shape[2], g.shape[2], ranks, x.dtype)
+    if block is None:
+        return by_compiler(*args)
+    by_kernel = functools.partial(_by_kernel, rank=rank, block=block, precision=of_kernel)
+    return on_one_tpu(by_kernel, by_compiler, *args)
 
 
 def over_rows(a: chex.Array, b: chex.Array, dtype, precision: lax.PrecisionLike) -> chex.Array:
@@ -89,7 +88,7 @@ def of_side(
         rows.astype(dtype), basis, precision=precision, preferred_element_type=wide(dtype)
     )
     coordinates = jnp.where(jnp.isfinite(coordinates), coordinates, 0).astype(dtype)
-    return coordinates, row_norms(rows.astype(wide(rows.dtype)))
+    return coordinates, norms(rows)
 
 
 def _by_compiler(x, g, v, u, due=None, *, rank, precision):
@@ -149,52 +148,3 @@ def _by_kernel(x, g, v, u, due=None, *, rank, block, precision):
         for a, norms, *products in sides
     )
     return of_x._replace(other=of_x.other[:, :rank]), of_g
-
-
-# ---- which of the two: decided where a program is lowered
-
-
-_of_all_rows = Primitive("mem_aop_of_all_rows")
-_of_all_rows.multiple_results = True
-
-
-@_of_all_rows.def_impl
-def _run(*args, jaxpr, **_):
-    return jaxpr_as_fun(jaxpr)(*args)
-
-
-@_of_all_rows.def_abstract_eval
-def _results(*_, jaxpr, **__):
-    return jaxpr.out_avals
-
-
-def _batched(args, axes, **params):
-    found = jax.vmap(functools.partial(_run, **params), axes)(*args)
-    return found, [0] * len(found)
-
-
-def _lowered_for_tpu(context, *args, rank, precision, **params):
-    x, g, v, u, *_ = context.avals_in
-    ranks = v.shape[1], u.shape[1]
-    block = kernels.block_of_rows(math.prod(x.shape[:2]), x.shape[2], g.shape[2], ranks, x.dtype)
-    if block is None or not _is_of_one_device(context.module_context.axis_context):
-        return _lowered(context, *args, **params)
-
-    def by_kernel(*args):
-        return jax.tree.leaves(_by_kernel(*args, rank=rank, block=block, precision=precision))
-
-    return mlir.lower_fun(by_kernel)(context, *args)
-
-
-def _is_of_one_device(program):
-    """Whether each device runs it by itself. Where JAX does not say so, it is not."""
-    if hasattr(program, "manual_axes"):
-        manual = set(program.manual_axes) | set(program.mesh.manual_axes)
-        return manual == set(program.mesh.axis_names)
-    return getattr(program, "num_devices", None) == 1
-
-
-_lowered = mlir.lower_fun(_run)
-batching.primitive_batchers[_of_all_rows] = _batched
-mlir.register_lowering(_of_all_rows, _lowered)
-mlir.register_lowering(_of_all_rows, _lowered_for_tpu, platform="tpu")

@@ -2,6 +2,8 @@
 
 import jax
 
+TPU_COPIES_ROWS = jax.__version_info__ >= (0, 10, 2)  # its compiler before: whole tiles alone
+
 
 def varying_axes(x) -> frozenset[str]:
     """The manual mesh axes (of `jax.shard_map`) over which x differs from device to device."""

@@ -3,6 +3,7 @@
 Inside, all rows are `(groups, rows of a group, features)`.
 """
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -15,8 +16,10 @@ from mem_aop_jax.compat import axes_of, vary, varying_axes
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.contractions import as_inputs, as_kernel, as_matrix, as_rows
 from mem_aop_jax.memory import Memory, Subspace, wide, wider
+from mem_aop_jax.one_tpu import on_one_tpu
 from mem_aop_jax.policies import POLICIES, priority, row_scores
-from mem_aop_jax.rows import Rows, Slots
+from mem_aop_jax.row_ops import place, put
+from mem_aop_jax.rows import Joined, Rows, Slots, join_on_tpu
 from mem_aop_jax.subspace import Residuals, side, sides
 
 _SIGNS, _REFRESH, _INPUTS = range(2**31, 2**31 + 3)  # what keys are for, beside those of the groups
@@ -83,14 +86,18 @@ def estimate(
         candidates = Residuals(of_x, of_g.first(rank), memory, due, layer.precision)
     else:
         of_g = side(g, None, layer.precision)
-        candidates = _rows(layer, x, g, memory)
     dx = None
     if of_inputs:
         matrix = as_matrix(layer.dimension_numbers, kernel)
         dx = _input_gradient(layer, of_g.first(layer.config.input_grad.rank), matrix, key, x.dtype)
         dx = as_inputs(layer.dimension_numbers, dx, shape)
 
-    dw, *others = _kernel_gradient(layer, candidates, x, g, kernel.dtype, memory, key)
+    args = x, g, memory, key
+    of_kernel = functools.partial(_kernel_gradient, layer, kernel.dtype)
+    if isinstance(memory, Subspace):
+        dw, *others = of_kernel(candidates, *args)
+    else:
+        dw, *others = _of_rows(layer, of_kernel, *args)
     dw = as_kernel(layer.dimension_numbers, dw, kernel.shape)
     return Estimate(dx, dw, *others)
 
@@ -131,26 +138,37 @@ def _input_gradient(layer, g, kernel, key, dtype):
         return priority(key, scores, drawn)
 
     chosen, weights = _in_groups(draw, jax.random.fold_in(key, _INPUTS), scores)
-    held, rest = g.split(chosen, layer.precision)
-    sampled = times(held + weights[..., None].astype(rest.dtype) * rest, kernel.T).astype(dtype)
+    rows = g.outside(chosen, weights, layer.precision, add_held=True, dtype=of_products)
+    sampled = times(rows, kernel.T).astype(dtype)
     too_many = jnp.sum(~finite, axis=1, dtype=jnp.int32)[:, None, None] > drawn
-    nothing = jnp.where(too_many, jnp.nan, 0).astype(g.coordinates.dtype)  # of rows not drawn
-    if g.basis.shape[1]:
-        # On CPUs many times as fast as U^T W^T, to which XLA else turns it round.
-        directions = lax.optimization_barrier(times(kernel, g.basis))
-        dx = times(g.coordinates + nothing, directions.T)
-    else:
-        dx = jnp.broadcast_to(nothing, (*norms.shape, len(kernel)))
-    dx = dx.astype(dtype)  # before the rows are set: no copy of it in float32
-    return jax.vmap(lambda dx, at, rows: dx.at[at].set(rows, unique_indices=True))(
-        dx, chosen, sampled
-    )
+    nothing = jnp.where(too_many, jnp.nan, 0).astype(of_products)  # of rows not drawn
+    if not g.basis.shape[1]:
+        dx = jnp.broadcast_to(nothing.astype(dtype), (*norms.shape, len(kernel)))
+        return put(dx, chosen, sampled)
+    # On CPUs many times as fast as U^T W^T, to which XLA else turns it round.
+    directions = lax.optimization_barrier(times(kernel, g.basis))
+    coordinates = g.coordinates.astype(of_products) + nothing
+    return place(sampled, chosen, coordinates, directions.T, layer.precision)
 
 
 # ---- of the kernel
 
 
-def _kernel_gradient(layer, candidates, x, g, dtype, memory, key):
+def _of_rows(layer, of_kernel, x, g, memory, key):
+    """`of_kernel`, where rows wait or none does."""
+
+    def by_compiler(x, g, memory, key):
+        return of_kernel(_rows(layer, x, g, memory), x, g, memory, key)
+
+    def by_kernel(x, g, memory, key):
+        return of_kernel(Joined.of(x, g, memory), x, g, memory, key)
+
+    if memory is None or not join_on_tpu(layer.config, x, g, memory):
+        return by_compiler(x, g, memory, key)
+    return on_one_tpu(by_kernel, by_compiler, x, g, memory, key)
+
+
+def _kernel_gradient(layer, dtype, candidates, x, g, memory, key):
     """dW `(in_features, out_features)`, and what else an `Estimate` has."""
     norms = candidates.norms()
     scores, fit = row_scores(*norms, candidates.fit())
@@ -159,16 +177,23 @@ def _kernel_gradient(layer, candidates, x, g, dtype, memory, key):
         chosen, jnp.ones_like(fit)
     )
 
-    xs, gs = candidates.take(chosen)
+    waiting = fit & not_chosen
     wrong = _misused(memory)
     if not candidates.show_lost:
         wrong |= jnp.any(~fit & not_chosen)
-    gs = jnp.where(wrong, jnp.nan, gs)
-    xs, gs = (a.reshape(-1, a.shape[-1]) for a in _weigh(xs, gs, weights))
+    if weights is not None:
+        weights = jnp.where(wrong, jnp.nan, weights)
+    (xs, gs), candidates = candidates.take(chosen, waiting, _of_smaller(x, g, weights))
+    if weights is None:
+        gs = jnp.where(wrong, jnp.nan, gs)
+    xs, gs = (a.reshape(-1, a.shape[-1]) for a in (xs, gs))
     dtypes = x.dtype, g.dtype
     if isinstance(memory, Subspace):
         left, right, new_memory = candidates.whole()
-        xs, gs = jnp.concatenate([xs, left]), jnp.concatenate([gs, right])
+        xs, gs = (
+            jnp.concatenate([of.astype(all_rows.dtype), all_rows])
+            for of, all_rows in ((xs, left), (gs, right))
+        )
         dtypes = (wider(*dtypes),) * 2  # rounded to neither
     # In float16 a sum of rows could overflow, or a row with its weight.
     if jnp.float16 not in dtypes or (memory is None and weights is None):
@@ -185,7 +210,6 @@ def _kernel_gradient(layer, candidates, x, g, dtype, memory, key):
         return dw, None, norms, not_chosen
     if isinstance(memory, Memory):
         signs = _signs(layer, key, x)
-        waiting = fit & not_chosen
         new_memory = candidates.next_memory(waiting, layer.config.decay, signs, after=dw)
     new_memory = new_memory._replace(uses=_used_once(memory.uses, new_memory.inputs))
     new_memory = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), new_memory, memory)
@@ -261,10 +285,6 @@ def _used_once(uses, of_batch):
     return once
 
 
-def _weigh(xs, gs, weights):
-    """The rows with the weights folded into the smaller factor."""
-    if weights is None:
-        return xs, gs
-    if gs.shape[-1] <= xs.shape[-1]:
-        return xs, gs * weights[..., None].astype(gs.dtype)
-    return xs * weights[..., None].astype(xs.dtype), gs
+def _of_smaller(x, g, weights):
+    """The weights of inputs and of cotangents, which the smaller factor of the product has."""
+    return (None, weights) if g.shape[-1] <= x.shape[-1] else (weights, None)

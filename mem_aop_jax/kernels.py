@@ -1,11 +1,14 @@
-"""A TPU kernel for what a step with subspaces computes of all rows: one pass over X and G.
+"""TPU kernels for what is computed of all rows, in one pass over them.
+
+For a step with subspaces (`one_pass`)
 
     A = X V,  B = G U                              and the norms of the rows
     X^T [A / max |A|, B],  G^T [A, B / max |B|]
 
-XLA reads X and G three times each for it. The grid walks over blocks of rows, of all features; the
-products with few columns stay on the chip, as does their unit, which grows as larger rows come.
-Inside, what has few columns is transposed, so that it fills the lanes.
+for which XLA reads X and G three times each. The products with few columns stay on the chip, as
+does their unit, which grows as larger rows come. Inside, what has few columns is transposed, so
+that it fills the lanes. For all others (`join`) the norms alone, or those of the sums of the rows
+and a memory, which are stored on the way. Grids walk over blocks of rows, of all features.
 """
 
 import functools
@@ -17,12 +20,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mem_aop_jax.compat import shape_like
+from mem_aop_jax.compat import axes_of, shape_like
 from mem_aop_jax.policies import SCALES, norms_of_sums
 
 LANES, SUBLANES = 128, 16  # of a tile of bfloat16
 STRIP = 32  # rows whose sums of squares are in registers together
 VMEM = 14 * 2**20  # bytes of on-chip memory; every TPU has 16 MiB
+IN_ORDER = pltpu.CompilerParams(dimension_semantics=("arbitrary",))
+
+
+def whole_tiles(rows: int, features: int, dtype) -> bool:
+    """Whether an array `(rows, features)` is one that the kernels are for."""
+    whole = rows * features > 0 and not rows % LANES and not features % LANES
+    return whole and jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16)
 
 
 def precision_of_products(
@@ -50,10 +60,10 @@ def block_of_rows(
 
     None: it cannot run, as sizes are not whole tiles, or as too many features are wide.
     """
-    if not rows or in_features % LANES or out_features % LANES:
+    if not all(whole_tiles(rows, of, dtype) for of in (in_features, out_features)):
         return None
     size, features = jnp.dtype(dtype).itemsize, in_features + out_features
-    columns = sum(map(_whole_tiles, ranks))
+    columns = sum(map(_rounded_up, ranks))
     whole = features * columns * (2 * size + 3 * 4)
     row = 2 * size * features + 4 * (4 * columns + len(SCALES) * LANES)
     fit = (of for of in (2 * LANES, LANES) if not rows % of and of * row + whole <= VMEM)
@@ -114,7 +124,7 @@ def one_pass(
             pltpu.VMEM((len(SCALES), rows, LANES), jnp.float32),
         ],
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        compiler_params=IN_ORDER,
     )(*arrays)
     of_a, of_b = slice(ranks[0]), slice(len(bases[0]), len(bases[0]) + ranks[1])
     return (
@@ -137,7 +147,7 @@ def _kernel(x, g, v, u, a, b, x_norms, g_norms, of_x, of_g, units, sums, *, prec
         found = jnp.where(jnp.abs(found) < jnp.inf, found, 0)
         coordinates[...] = found.astype(coordinates.dtype)
     for rows, norms in ((x, x_norms), (g, g_norms)):
-        norms[...] = _norms(rows, sums)
+        norms[...] = norms_of_block(rows, sums)
 
     a, b = (coordinates[...].astype(jnp.float32) for coordinates in (a, b))
     for side, (rows, own, total) in enumerate(((x, a, of_x), (g, b, of_g))):
@@ -154,7 +164,7 @@ def _kernel(x, g, v, u, a, b, x_norms, g_norms, of_x, of_g, units, sums, *, prec
         total[...] = total[...] * jnp.concatenate(shrink) + added
 
 
-def _norms(rows, sums):
+def norms_of_block(rows, sums):
     """`(1, rows)`, as `policies.row_norms` has them; `sums` is memory for what is added up."""
 
     def of_strip(strip, _):
@@ -175,9 +185,77 @@ def _norms(rows, sums):
     )
 
 
-def _whole_tiles(number):
+def _rounded_up(number):
     return max(-(-number // SUBLANES), 1) * SUBLANES
 
 
 def _padded(basis):
-    return jnp.pad(basis, [(0, _whole_tiles(len(basis)) - len(basis)), (0, 0)])
+    return jnp.pad(basis, [(0, _rounded_up(len(basis)) - len(basis)), (0, 0)])
+
+
+def block_to_join(rows: int, features: int, dtype, kept: bool) -> int | None:
+    """How many rows `join` has on the chip, with a memory or without; None: it cannot run."""
+    if not whole_tiles(rows, features, dtype):
+        return None
+    arrays = 3 if kept else 1
+    of_row = 2 * arrays * jnp.dtype(dtype).itemsize * features + 4 * len(SCALES) * LANES
+    return next((of for of in (2 * LANES, LANES) if not rows % of and of * of_row <= VMEM), None)
+
+
+def join(
+    rows: chex.Array, kept: chex.Array | None, block: int
+) -> tuple[chex.Array, chex.Array | None]:
+    """The norms of rows + kept, `(rows,)` in the units of `row_norms`; and these sums.
+
+    Args:
+      rows: `(rows, features)`, float32 or bfloat16.
+      kept: the same, in whose place the sums are; None is none, and there are no sums.
+      block: from `block_to_join`.
+    """
+    arrays = [left_in_hbm(of) for of in (rows, kept) if of is not None]
+    of_block = pl.BlockSpec((block, rows.shape[1]), lambda step: (step, 0))
+    of_norms = pl.BlockSpec((1, block), lambda step: (0, step))
+    norms, *sums = pl.pallas_call(
+        _join,
+        grid=(len(rows) // block,),
+        in_specs=[of_block for _ in arrays],
+        out_specs=[of_norms, *(of_block for _ in arrays[1:])],
+        out_shape=[
+            shape_like((1, len(rows)), jnp.float32, arrays),
+            *(shape_in_hbm(of, arrays) for of in arrays[1:]),
+        ],
+        input_output_aliases={1: 1} if len(arrays) > 1 else {},
+        scratch_shapes=[pltpu.VMEM((len(SCALES), block, LANES), jnp.float32)],
+        cost_estimate=pl.CostEstimate(
+            flops=2 * len(SCALES) * rows.size,
+            bytes_accessed=(2 * len(arrays) - 1) * rows.nbytes + 4 * len(rows),
+            transcendentals=0,
+        ),
+        compiler_params=IN_ORDER,
+    )(*arrays)
+    return norms[0], *(sums or [None])
+
+
+def _join(rows, *refs):
+    if len(refs) == 2:
+        norms, squares = refs
+    else:
+        kept, norms, sums, squares = refs
+        wide = rows[...].astype(jnp.float32) + kept[...].astype(jnp.float32)
+        sums[...] = wide.astype(sums.dtype)
+        rows = sums
+    norms[...] = norms_of_block(rows, squares)
+
+
+def left_in_hbm(array: chex.Array) -> chex.Array:
+    """The array for a kernel, for which XLA may else copy it whole into on-chip memory."""
+    if axes_of(array):  # in shard_map results in the same place have no type
+        return array
+    return pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
+def shape_in_hbm(array: chex.Array, arrays):
+    """Of a result in the place of an array that is left in HBM; `arrays` as in `shape_like`."""
+    if axes_of(array):
+        return shape_like(array.shape, array.dtype, arrays)
+    return pltpu.HBM(array.shape, array.dtype)

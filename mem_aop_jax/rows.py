@@ -19,8 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mem_aop_jax import kernels, row_kernels
+from mem_aop_jax.config import MemAOP
 from mem_aop_jax.memory import Memory, wide
 from mem_aop_jax.policies import row_norms
+from mem_aop_jax.row_ops import block_of, flat, norms, of_all_groups, take
 
 
 class Rows(NamedTuple):
@@ -40,6 +43,8 @@ class Rows(NamedTuple):
 
     def norms(self) -> tuple[chex.Array, chex.Array]:
         """Of the candidates, `(groups, candidates)`; as `row_norms`."""
+        if self.memory is None:
+            return norms(self.x), norms(self.g)
         return tuple(row_norms(rows) for rows in self._joined())
 
     def fit(self) -> chex.Array | bool:
@@ -49,9 +54,26 @@ class Rows(NamedTuple):
         x, g = (_fit(rows, self.memory.inputs.dtype) for rows in self._joined())
         return x & g
 
-    def take(self, chosen: chex.Array) -> tuple[chex.Array, chex.Array]:
-        """The chosen candidates, in float32 (float64 for float64); a missing one is NaN."""
-        return self._joined(lambda rows: take(rows, chosen))  # before the sum, not to store it
+    def take(
+        self,
+        chosen: chex.Array,
+        waiting: chex.Array,
+        weights: tuple[chex.Array | None, chex.Array | None],
+    ) -> tuple[tuple[chex.Array, chex.Array], "Rows"]:
+        """The chosen candidates, and what is to be asked for the next memory.
+
+        Args:
+          chosen: `(groups, k)`, which.
+          waiting: `(groups, candidates)` bool: neither chosen nor lost.
+          weights: of the inputs and of the cotangents, `(groups, k)` floating; None is all ones.
+
+        Returns:
+          `(groups, k, in_features)` and `(groups, k, out_features)` in float32 (float64 for
+          float64), a missing one NaN; the candidates.
+        """
+        del waiting
+        taken = self._joined(lambda rows: take(rows, chosen))  # before the sum, not to store it
+        return _weighed(taken, weights), self
 
     def next_memory(
         self, waiting: chex.Array, decay: float, signs: chex.Array | None, after: chex.ArrayTree
@@ -59,13 +81,13 @@ class Rows(NamedTuple):
         """The memory for the next batch.
 
         Args:
-          waiting: `(groups, candidates)` bool: neither chosen nor lost.
+          waiting: as in `take`.
           decay: as in `MemAOP`.
           signs: `(groups, rows)`, 1 or -1; None is 1.
           after: the gradient, for which the last memory was read. Only after it is a donated
             memory written over, without a copy: the rows are joined anew.
         """
-        rows = self._replace(x=_flat(self.x), g=_flat(self.g), memory=_in_place(self.memory))
+        rows = self._replace(x=flat(self.x), g=flat(self.g), memory=_in_place(self.memory))
         rows, waiting = _after(after, (rows, waiting.reshape(-1)))
         signs = None if signs is None else signs.reshape(-1)
         kept = (_kept(a, waiting, decay, signs) for a in rows._joined())
@@ -77,6 +99,76 @@ class Rows(NamedTuple):
             sum(of(a).astype(wide(fresh.dtype)) for a in (kept, fresh) if a is not None)
             for kept, fresh in zip(memory[:2], (self.x, self.g), strict=True)
         )
+
+
+class Joined(NamedTuple):
+    """`Rows` that kernels of a TPU joined where the memory was. Methods as in `Rows`.
+
+    Attributes:
+      memory: of the sums.
+      lengths: their norms, `(groups, rows)`.
+    """
+
+    memory: Memory
+    lengths: tuple[chex.Array, chex.Array]
+    show_lost = False
+
+    @classmethod
+    def of(cls, x: chex.Array, g: chex.Array, memory: Memory) -> "Joined":
+        """The rows of a batch, `(groups, rows, features)`, each with the row that waited for it."""
+        lengths, sums = zip(
+            *(
+                kernels.join(flat(of), kept, _block_to_join(of))
+                for of, kept in zip((x, g), memory[:2], strict=True)
+            ),
+            strict=True,
+        )
+        memory = memory._replace(inputs=sums[0], cotangents=sums[1])
+        return cls(memory, tuple(of.reshape(x.shape[:2]) for of in lengths))
+
+    def norms(self):
+        """As in `Rows`."""
+        return self.lengths
+
+    def fit(self):
+        """True: they are in the dtype of the memory."""
+        return True
+
+    def take(self, chosen, waiting, weights):
+        """As in `Rows`. The others are those that wait, and zeros."""
+        at, waiting = of_all_groups(chosen, waiting.shape[1]), waiting.reshape(-1)
+        taken, left = zip(
+            *(
+                row_kernels.take_out(of, at, waiting, row_kernels.block_of(*of.shape, of.dtype))
+                for of in self.memory[:2]
+            ),
+            strict=True,
+        )
+        memory = self.memory._replace(inputs=left[0], cotangents=left[1])
+        taken = (of.reshape(*chosen.shape, -1).astype(wide(of.dtype)) for of in taken)
+        return _weighed(taken, weights), self._replace(memory=memory)
+
+    def next_memory(self, waiting, decay, signs, after):
+        """As in `Rows`, where decay is 1 and there are no signs."""
+        del waiting, decay, signs, after
+        return self.memory
+
+
+def join_on_tpu(config: MemAOP, x: chex.Array, g: chex.Array, memory: Memory) -> bool:
+    """Whether the next memory is one that `Joined` can write."""
+    return (
+        isinstance(config.policy, str)
+        and config.decay == 1
+        and not config.signed
+        and config.memory_slots is None
+        and x.dtype == g.dtype == memory.inputs.dtype
+        and None not in (*map(_block_to_join, (x, g)), *map(block_of, (x, g)))
+    )
+
+
+def _block_to_join(rows):
+    groups, number, features = rows.shape
+    return kernels.block_to_join(groups * number, features, rows.dtype, kept=True)
 
 
 class Slots(NamedTuple):
@@ -96,9 +188,7 @@ class Slots(NamedTuple):
     def norms(self):
         """As in `Rows`."""
         return tuple(
-            jnp.concatenate(
-                [row_norms(rows.astype(wide(fresh.dtype))) for rows in (fresh, kept)], 1
-            )
+            jnp.concatenate([norms(fresh), norms(kept).astype(wide(fresh.dtype))], axis=1)
             for fresh, kept in self._sides()
         )
 
@@ -106,8 +196,9 @@ class Slots(NamedTuple):
         """True: a slot that outgrows its dtype is infinite, and chosen in the next step."""
         return True
 
-    def take(self, chosen):
+    def take(self, chosen, waiting, weights):
         """As in `Rows`."""
+        del waiting
         rows = self.x.shape[1]
         slot = jnp.where(chosen < rows, 0, chosen - rows)
 
@@ -117,7 +208,7 @@ class Slots(NamedTuple):
             )
             return jnp.where(chosen[..., None] < rows, fresh, kept)
 
-        return tuple(one_of_both(*side) for side in self._sides())
+        return _weighed((one_of_both(*side) for side in self._sides()), weights), self
 
     def next_memory(self, waiting, decay, signs, after):
         """As in `Rows`."""
@@ -130,7 +221,7 @@ class Slots(NamedTuple):
             kept = _kept(kept.astype(fresh.dtype), waiting[:, rows:].reshape(-1), decay)
             fresh = jnp.pad(fresh, ((0, 0), (0, -rows % number), (0, 0)))
             of_slots = fresh.reshape(groups, -1, number, fresh.shape[-1]).sum(axis=1)
-            return kept + _flat(of_slots)
+            return kept + flat(of_slots)
 
         return _stored(slots.memory, *(added(*side) for side in slots._sides()))
 
@@ -138,20 +229,17 @@ class Slots(NamedTuple):
         return (self.x, self.memory.inputs), (self.g, self.memory.cotangents)
 
 
-def _flat(rows):
-    """The rows of all groups."""
-    return rows.reshape(-1, rows.shape[-1])
+def _weighed(taken, weights):
+    """Chosen rows of inputs and of cotangents, times the weights of each."""
+    return tuple(
+        rows if of is None else rows * of[..., None].astype(rows.dtype)
+        for rows, of in zip(taken, weights, strict=True)
+    )
 
 
 def _in_place(memory):
     """The memory in the shape in which layers hold it: XLA writes nothing over a reshaped one."""
-    return memory._replace(inputs=_flat(memory.inputs), cotangents=_flat(memory.cotangents))
-
-
-@jax.vmap
-def take(rows: chex.Array, chosen: chex.Array) -> chex.Array:
-    """The chosen rows of each group; NaN for one that there is not."""
-    return rows.at[chosen].get(mode="fill", fill_value=jnp.nan)
+    return memory._replace(inputs=flat(memory.inputs), cotangents=flat(memory.cotangents))
 
 
 def _after(first, then):

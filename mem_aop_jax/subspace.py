@@ -23,7 +23,7 @@ from mem_aop_jax.all_rows import add_up, largest, of_all_rows, of_side, over_row
 from mem_aop_jax.compat import vary, varying_axes
 from mem_aop_jax.memory import Subspace, wide, wider
 from mem_aop_jax.policies import over, row_norms
-from mem_aop_jax.rows import take
+from mem_aop_jax.row_ops import take_outside
 
 
 class Side(NamedTuple):
@@ -57,14 +57,25 @@ class Side(NamedTuple):
         # At least a little for every row: products in bfloat16, as on TPUs, tell no less.
         return self.norms * jnp.sqrt(jnp.maximum(1 - jnp.square(share), 1e-3))
 
-    def split(
-        self, chosen: chex.Array, precision: lax.PrecisionLike
-    ) -> tuple[chex.Array, chex.Array]:
-        """What the basis holds of the chosen rows, and the rest; in float32 or float64."""
-        dtype = wide(self.rows.dtype)
-        rows, coordinates = (take(a, chosen).astype(dtype) for a in (self.rows, self.coordinates))
-        held = jnp.matmul(coordinates, self.basis.T.astype(dtype), precision=precision)
-        return held, rows - held
+    def outside(
+        self,
+        chosen: chex.Array,
+        weights: chex.Array | None,
+        precision: lax.PrecisionLike,
+        add_held: bool = False,
+        dtype=None,
+    ) -> chex.Array:
+        """As `take_outside`, of these rows; None is float32 (float64 for float64)."""
+        return take_outside(
+            self.rows,
+            chosen,
+            weights,
+            self.coordinates,
+            self.basis,
+            precision,
+            add_held=add_held,
+            dtype=dtype or wide(self.rows.dtype),
+        )
 
 
 def side(rows: chex.Array, basis: chex.Array | None, precision: lax.PrecisionLike) -> Side:
@@ -140,9 +151,16 @@ class Residuals(NamedTuple):
         """True: none enters the memory."""
         return True
 
-    def take(self, chosen):
+    def take(self, chosen, waiting, weights):
         """As in `Rows`."""
-        return tuple(of.split(chosen, self.precision)[1] for of in (self.x, self.g))
+        del waiting
+        of_both = wider(self.x.rows.dtype, self.g.rows.dtype)
+        dtype = None if jnp.float16 in (of.rows.dtype for of in (self.x, self.g)) else of_both
+        taken = (
+            of.outside(chosen, weight, self.precision, dtype=dtype)
+            for of, weight in zip((self.x, self.g), weights, strict=True)
+        )
+        return tuple(taken), self
 
     def whole(self) -> tuple[chex.Array, chex.Array, Subspace]:
         """What is computed of all rows.

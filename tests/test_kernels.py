@@ -1,6 +1,6 @@
-"""The TPU kernel, interpreted, computes what the compiler's version does.
+"""The TPU kernels of all rows, interpreted, compute what the compiler's versions do.
 
-That the compiler for TPUs takes it is shown in test_tpu.py.
+That the compiler for TPUs takes them is shown in test_tpu.py.
 """
 
 import functools
@@ -13,14 +13,12 @@ from jax import lax
 
 import mem_aop_jax as aop
 from mem_aop_jax import all_rows, kernels, subspace
+from mem_aop_jax.policies import row_norms
 
 ROWS, IN, OUT = 512, 256, 384
 
 
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    call = functools.partial(kernels.pl.pallas_call, interpret=True)
-    monkeypatch.setattr(kernels.pl, "pallas_call", call)
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def arguments(ranks=(16, 24), dtype=jnp.float32, size=1.0, seed=0):
@@ -41,6 +39,10 @@ def both(args, rank, block=kernels.LANES):
     precision = lax.Precision.DEFAULT if args[0].dtype == jnp.bfloat16 else lax.Precision.HIGHEST
     by_kernel = all_rows._by_kernel(*args, rank=rank, block=block, precision=precision)
     return all_rows._by_compiler(*args, rank=rank, precision=precision), by_kernel
+
+
+def wide(array):
+    return np.asarray(array, np.float32)
 
 
 def assert_close(wanted, found, tolerance):
@@ -130,7 +132,28 @@ def test_a_layer_with_it(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.max(np.abs(a)))
 
 
-def test_which_sizes_it_takes():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_norms_and_sums(dtype, size):
+    rows, kept = (a.reshape(ROWS, -1)[:, :IN] for a in arguments(dtype=dtype, size=size)[:2])
+    rows = rows.at[3, 5].set(jnp.nan).at[7].set(0)
+    norms, nothing = kernels.join(rows, None, 128)
+    assert nothing is None
+    np.testing.assert_allclose(norms, row_norms(rows.astype(jnp.float32)), rtol=1e-5)
+    norms, sums = kernels.join(rows, kept, 256)
+    np.testing.assert_array_equal(wide(sums), wide(rows + kept))
+    np.testing.assert_allclose(norms, row_norms(sums.astype(jnp.float32)), rtol=1e-5)
+
+
+def test_a_sum_that_outgrows_its_dtype():
+    rows = jnp.full((128, 128), 3e38, jnp.float32).at[0].set(1)
+    norms, sums = kernels.join(rows, rows, 128)
+    assert np.isfinite(norms[0])
+    assert np.all(np.isinf(norms[1:]))
+    assert np.all(np.isinf(sums[1:]))
+
+
+def test_which_sizes_they_take():
     def block(rows, in_features, out_features, rank=16, dtype=jnp.bfloat16):
         return kernels.block_of_rows(rows, in_features, out_features, (rank, rank), dtype)
 
@@ -143,6 +166,16 @@ def test_which_sizes_it_takes():
         assert block(*sizes) is None
     assert block(8192, 16384, 16384) is None  # more than every TPU has on the chip
     assert block(8192, 8192, 4096, dtype=jnp.float32) is None
+    assert block(128, 128, 128, dtype=jnp.float16) is None
+
+    def block(rows, features, dtype=jnp.bfloat16, kept=True):
+        return kernels.block_to_join(rows, features, dtype, kept)
+
+    assert block(8192, 4096) == 256
+    assert block(8192 + 128, 4096) == block(8192, 8192) == 128
+    assert block(8192, 8192, kept=False) == 256
+    for wrong in [(0, 128), (100, 128), (128, 100), (128, 32768), (128, 128, jnp.float16)]:
+        assert block(*wrong) is None
 
 
 @pytest.mark.parametrize(
@@ -158,7 +191,7 @@ def test_which_sizes_it_takes():
         (jnp.float16, None, None),
     ],
 )
-def test_which_products_it_has(dtype, precision, wanted):
+def test_which_products_they_have(dtype, precision, wanted):
     rows = jnp.ones((1, 128, 128), dtype)
     with jax.default_matmul_precision(None):
         assert kernels.precision_of_products(rows, rows, precision) == wanted

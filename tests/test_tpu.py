@@ -1,4 +1,4 @@
-"""The training step compiles for four TPU v5e chips, and the chips save what they should.
+"""The training step compiles for TPU v5e chips, one and four, and these save what they should.
 
 The compiler needs no TPU. It runs in a process of its own, whose environment describes one.
 """
@@ -21,17 +21,20 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import mem_aop_jax as aop
+from mem_aop_jax.compat import TPU_COPIES_ROWS
 
-DEVICES, ROWS, WIDTH, SHARE = 4, 4096, 512, 1 / 8
+DEVICES = {"one device": 1, "shard_map": 4, "automatic": 4}
+ROWS, WIDTH, SHARE = 4096, 512, 1 / 8
+CONFIGS = "exact", "no memory", "rows", "subspace", "of inputs"
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason='the TPU compiler is not installed: pip install "jax[tpu]"',
 )
-@pytest.mark.parametrize("partitioning", ["shard_map", "automatic"])
-def test_a_sharded_training_step_for_tpu(partitioning):
-    """Every device chooses K/4 of its own M/4 rows, automatically by a group for each."""
+@pytest.mark.parametrize("partitioning", DEVICES)
+def test_a_training_step_for_tpu(partitioning):
+    """Each of four devices chooses K/4 of its own M/4 rows, automatically by a group for each."""
     root = pathlib.Path(__file__).parents[1]
     path = [str(root), str(root / "examples"), os.environ.get("PYTHONPATH")]
     environment = TPU | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, path))}
@@ -42,18 +45,29 @@ def test_a_sharded_training_step_for_tpu(partitioning):
         text=True,
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    exact, ours, subspace = json.loads(process.stdout.splitlines()[-1])
+    steps = dict(zip(CONFIGS, json.loads(process.stdout.splitlines()[-1]), strict=True))
 
-    product = 2 * ROWS / DEVICES * WIDTH**2
+    rows = ROWS / DEVICES[partitioning]
+    product = 2 * rows * WIDTH**2
+    exact, ours = steps["exact"], steps["rows"]
     assert exact["flops"] == pytest.approx(5 * product, rel=0.03)  # 2 forward, 1 dX, 2 dW
     assert ours["flops"] < 1.05 * (3 + 2 * SHARE) * product
+    assert steps["no memory"]["flops"] < 1.05 * (3 + 2 * SHARE) * product
+    assert steps["subspace"]["flops"] < 1.4 * (3 + 2 * SHARE) * product
+    assert steps["of inputs"]["flops"] < 1.4 * (2 + 1 / 4 + 2 * SHARE) * product
 
-    # A kernel for each layer, where no compiler has to partition it.
-    assert [step["kernels"] for step in (exact, ours)] == [0, 0]
-    assert subspace["kernels"] == (2 if partitioning == "shard_map" else 0)
-    assert subspace["flops"] < 1.4 * (3 + 2 * SHARE) * product
+    # Kernels for each of two layers, where no compiler has to partition them. The first layer's
+    # inputs have no gradient. Not before jax 0.10.2: those that take out rows.
+    of_all, of_chosen = (0, 0) if partitioning == "automatic" else (1, int(TPU_COPIES_ROWS))
+    assert {name: step["kernels"] for name, step in steps.items()} == {
+        "exact": 0,
+        "no memory": 2 * (2 * of_all + 2 * of_chosen),
+        "rows": 2 * 4 * of_chosen,
+        "subspace": 2 * (of_all + 2 * of_chosen),
+        "of inputs": 2 * (of_all + 2 * of_chosen) + 2 * of_chosen,
+    }
 
-    assert ours["memory"] == 2 * 2 * ROWS / DEVICES * WIDTH * jnp.dtype(jnp.bfloat16).itemsize
+    assert ours["memory"] == 2 * 2 * rows * WIDTH * jnp.dtype(jnp.bfloat16).itemsize
     for step in (exact, ours):
         assert step["aliased"] >= step["replicated"] + step["memory"]
 
@@ -61,8 +75,8 @@ def test_a_sharded_training_step_for_tpu(partitioning):
 def compile_step(partitioning, config):
     """What the compiler says of one device: FLOPs, and bytes of the donated state."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2x1").devices
-    assert len(devices) == DEVICES
-    mesh = Mesh(np.array(devices), ("data",))
+    number = DEVICES[partitioning]
+    mesh = Mesh(np.array(devices[:number]), ("data",))
     rows, everywhere = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (["data"], []))
 
     layers = [aop.linen.Dense(WIDTH, dtype=jnp.bfloat16, config=config) for _ in range(2)]
@@ -95,14 +109,19 @@ def compile_step(partitioning, config):
         "kernels": compiled.as_text().count("tpu_custom_call"),
         "flops": compiled.cost_analysis()["flops"],
         "aliased": compiled.memory_analysis().alias_size_in_bytes,
-        "memory": held // DEVICES,
+        "memory": held // number,
         "replicated": sum(leaf.nbytes for leaf in jax.tree.leaves(state)) - held,
     }
 
 
 if __name__ == "__main__":
-    groups = DEVICES if sys.argv[1] == "automatic" else 1
-    ours = aop.MemAOP(ratio=SHARE, groups=groups)
-    subspace = aop.MemAOP(ratio=SHARE, groups=groups, policy="priority", memory="subspace", rank=16)
-    configs = (None, ours, subspace)
+    groups = 4 if sys.argv[1] == "automatic" else 1
+    unbiased = {"policy": "priority", "ratio": SHARE, "groups": groups}
+    configs = (
+        None,
+        aop.MemAOP(**unbiased, memory=None),
+        aop.MemAOP(ratio=SHARE, groups=groups),
+        aop.MemAOP(**unbiased, memory="subspace", rank=16),
+        aop.MemAOP(**unbiased, memory="subspace", rank=16, input_grad=aop.InputGrad(1 / 4, 32)),
+    )
     print(json.dumps([compile_step(sys.argv[1], config) for config in configs]))

@@ -1,0 +1,76 @@
+"""Computations for which one TPU has a kernel.
+
+A kernel is one device's. Where a program is partitioned automatically, which no kernel is, the
+compiler's version takes its place; nobody but the lowering knows, so it is there that one is taken.
+With MEM_AOP_JAX_KERNELS=0 in the environment it is always the compiler's, and with x64, for which
+the loops of kernels do not compile.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+
+import chex
+import jax
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+
+def on_one_tpu(kernel: Callable, compute: Callable, *args: chex.ArrayTree) -> chex.ArrayTree:
+    """`compute(*args)`, which `kernel(*args)` computes where each device is a TPU by itself."""
+    leaves, structure = jax.tree.flatten(args)
+    jaxpr, shapes = jax.make_jaxpr(compute, return_shape=True)(*args)
+
+    def of_leaves(*leaves):
+        return jax.tree.leaves(kernel(*jax.tree.unflatten(structure, leaves)))
+
+    found = _on_one_tpu.bind(*leaves, jaxpr=jaxpr, kernel=of_leaves)
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+
+_on_one_tpu = Primitive("mem_aop_on_one_tpu")
+_on_one_tpu.multiple_results = True
+
+
+@_on_one_tpu.def_impl
+def _run(*args, jaxpr, kernel):
+    del kernel
+    return jaxpr_as_fun(jaxpr)(*args)
+
+
+@_on_one_tpu.def_abstract_eval
+def _results(*_, jaxpr, kernel):
+    del kernel
+    return jaxpr.out_avals
+
+
+def _batched(args, axes, **params):
+    found = jax.vmap(functools.partial(_run, **params), axes)(*args)
+    return found, [0] * len(found)
+
+
+def _differentiated(args, tangents, **params):
+    tangents = map(ad.instantiate_zeros, tangents)
+    return jax.jvp(functools.partial(_run, **params), tuple(args), tuple(tangents))
+
+
+def _lowered_for_tpu(context, *args, jaxpr, kernel):
+    wanted = os.environ.get("MEM_AOP_JAX_KERNELS", "1") != "0" and not jax.config.jax_enable_x64
+    if not wanted or not _is_of_one_device(context.module_context.axis_context):
+        return _lowered(context, *args, jaxpr=jaxpr, kernel=kernel)
+    return mlir.lower_fun(kernel)(context, *args)
+
+
+def _is_of_one_device(program):
+    """Whether each device runs it by itself. Where JAX does not say so, it is not."""
+    if hasattr(program, "manual_axes"):
+        manual = set(program.manual_axes) | set(program.mesh.manual_axes)
+        return manual == set(program.mesh.axis_names)
+    return getattr(program, "num_devices", None) == 1
+
+
+_lowered = mlir.lower_fun(_run)
+ad.primitive_jvps[_on_one_tpu] = _differentiated
+batching.primitive_batchers[_on_one_tpu] = _batched
+mlir.register_lowering(_on_one_tpu, _lowered)
+mlir.register_lowering(_on_one_tpu, _lowered_for_tpu, platform="tpu")

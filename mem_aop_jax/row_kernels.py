@@ -1,0 +1,305 @@
+"""TPU kernels for some rows of an array, which come one by one from where the array is.
+
+XLA copies an array of bfloat16 whole into on-chip memory before it gathers rows of it. Two of its
+rows share their words: they come and go together.
+"""
+
+import functools
+
+import chex
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mem_aop_jax.compat import TPU_COPIES_ROWS, shape_like
+from mem_aop_jax.kernels import IN_ORDER, SUBLANES, VMEM, left_in_hbm, shape_in_hbm, whole_tiles
+
+MOST_ROWS = 2**16  # of which the memory for scalars holds the numbers
+
+
+def block_of(rows: int, features: int, dtype, rank: int = 0) -> int | None:
+    """How many rows these kernels have on the chip, beside as many directions.
+
+    None: they cannot run.
+    """
+    if not TPU_COPIES_ROWS or rows > MOST_ROWS or not whole_tiles(rows, features, dtype):
+        return None
+    size = jnp.dtype(dtype).itemsize
+    of_row, directions = 3 * 4 + 2 * size + 2 * 4, 2 * 4 * rank  # words, results, products
+    fit = (of for of in (128, 64, 32, SUBLANES) if features * (of * of_row + directions) <= VMEM)
+    return next(fit, None)
+
+
+def take(rows: chex.Array, chosen: chex.Array, block: int) -> chex.Array:
+    """The chosen rows.
+
+    Args:
+      rows: `(rows, features)`, float32 or bfloat16.
+      chosen: `(k,)` int32, each one of the rows; some may be the same.
+      block: from `block_of`.
+    """
+    words, shifts = _words(_whole(chosen, block), rows)
+    (found,) = _by_words(_take, [words], [shifts], [], rows, block)
+    return found[: len(chosen)]
+
+
+def _take(words, shifts, rows, out, *buffers, block):
+    out[...] = _rows_of(_arrive(words, rows, *buffers, block), shifts[...], out.dtype)
+
+
+def take_outside(
+    rows: chex.Array,
+    chosen: chex.Array,
+    weights: chex.Array,
+    coordinates: chex.Array,
+    basis: chex.Array,
+    block: int,
+    precision: lax.Precision,
+    add_held: bool,
+    dtype,
+) -> chex.Array:
+    """What a basis does not hold of the chosen rows, with weights.
+
+    Args:
+      rows: as in `take`.
+      chosen: as in `take`.
+      weights: `(k,)` float32.
+      coordinates: `(k, q)`, those of the chosen rows.
+      basis: `(q, features)`.
+      block: from `block_of`.
+      precision: of the product of these.
+      add_held: whether to add what the basis holds.
+      dtype: of the result.
+    """
+    words, shifts = _words(_whole(chosen, block), rows)
+    blocks = shifts, _whole(weights[:, None], block), _whole(coordinates, block)
+    kernel = functools.partial(_take_outside, precision=precision, add_held=add_held)
+    (found,) = _by_words(kernel, [words], blocks, [basis], rows, block, dtype)
+    return found[: len(chosen)]
+
+
+def _take_outside(
+    words, shifts, weights, coordinates, basis, rows, out, *buffers, block, precision, add_held
+):
+    found = _rows_of(_arrive(words, rows, *buffers, block), shifts[...], rows.dtype)
+    held = _product(coordinates, basis, precision)
+    rest = weights[...] * (found.astype(jnp.float32) - held)
+    out[...] = (rest + held if add_held else rest).astype(out.dtype)
+
+
+def place(
+    sampled: chex.Array,
+    at: chex.Array,
+    coordinates: chex.Array,
+    directions: chex.Array,
+    block: int,
+    precision: lax.Precision,
+) -> chex.Array:
+    """Rows of `coordinates @ directions`, or those that were sampled.
+
+    Args:
+      sampled: `(k, features)`, float32 or bfloat16, the dtype of the result.
+      at: `(rows,)` int32, which of these a row is; -1 is none.
+      coordinates: `(rows, q)`.
+      directions: `(q, features)`.
+      block: from `block_of`.
+      precision: of the product.
+    """
+    words, shifts = _words(jnp.maximum(at, 0), sampled)
+    words, shifts = jnp.where(at < 0, -1, words), jnp.where(at[:, None] < 0, -1, shifts)
+    kernel = functools.partial(_place, precision=precision)
+    (found,) = _by_words(
+        kernel, [words], [shifts, coordinates], [directions], sampled, block, arriving=len(sampled)
+    )
+    return found
+
+
+def _place(words, shifts, coordinates, directions, sampled, out, *buffers, block, precision):
+    found = _arrive(words, sampled, *buffers, block)
+    found = _rows_of(found, jnp.maximum(shifts[...], 0), out.dtype).astype(jnp.float32)
+    inside = _product(coordinates, directions, precision)
+    is_sampled = jnp.broadcast_to(shifts[...] >= 0, inside.shape)
+    out[...] = jnp.where(is_sampled, found, inside).astype(out.dtype)
+
+
+def take_out(
+    rows: chex.Array, chosen: chex.Array, stay: chex.Array, block: int
+) -> tuple[chex.Array, chex.Array]:
+    """The chosen rows; and in the place of all rows those that stay, and zeros.
+
+    Args:
+      rows: as in `take`.
+      chosen: as in `take`.
+      stay: `(rows,)` bool, none of the chosen ones. Only if there are others, too, that do not
+        stay, all rows are looked through.
+      block: from `block_of`.
+    """
+    every = _whole(chosen, block)
+    words, shifts = _words(every, rows)
+    order = jnp.arange(len(every), dtype=jnp.int32)
+    bits = jnp.array([0xFFFF, -0x10000] if rows.dtype.itemsize == 2 else [-1], jnp.int32)
+    masks = jnp.sum(jnp.where(stay.reshape(-1, len(bits)), bits, 0), axis=1, dtype=jnp.int32)
+    last = jnp.zeros_like(masks).at[words].max(order)
+    others = jnp.any(~stay.at[chosen].set(True))
+    writes = (last[words] == order).astype(jnp.int32)  # of the same words, the last one
+    scalars = words, writes, masks, others.astype(jnp.int32)[None]
+    blocks = shifts, masks[words][:, None]
+    found, rest = _by_words(_take_out, scalars, blocks, [], rows, block, rest=True)
+    return found[: len(chosen)], rest
+
+
+def _take_out(words, writes, masks, others, shifts, of_block, rows, out, rest, *buffers, block):
+    *buffers, left, gone = buffers
+    step, steps = pl.program_id(0), pl.num_programs(0)
+    found = _arrive(words, rows, *buffers, block)
+    out[...] = _rows_of(found, shifts[...], out.dtype)
+
+    def for_each(step, do):
+        def of_row(row):
+            at = step * block + row
+            here, there = left.at[_word(row, rows)], rest.at[_word(words[at], rows)]
+            copy = pltpu.make_async_copy(here, there, gone)
+            pl.when(writes[at] == 1)(lambda: do(copy))
+
+        lax.fori_loop(0, block, lambda row, _: of_row(row), None)
+
+    pl.when(step > 0)(lambda: for_each(step - 1, lambda copy: copy.wait()))
+    left[...] = pltpu.bitcast(found & of_block[...], left.dtype)
+    for_each(step, lambda copy: copy.start())
+
+    def copied(source, target):
+        copy = pltpu.make_async_copy(source, target, gone)
+        copy.start()
+        copy.wait()
+
+    def clean(number, _):
+        @pl.when(masks[number] != -1)
+        def _():
+            here, there = left.at[_word(0, rows)], rest.at[_word(number, rows)]
+            copied(there, here)
+            here[...] = pltpu.bitcast(
+                pltpu.bitcast(here[...], jnp.int32) & masks[number], left.dtype
+            )
+            copied(here, there)
+
+    @pl.when(step + 1 == steps)
+    def _():
+        for_each(step, lambda copy: copy.wait())
+        pl.when(others[0] == 1)(lambda: lax.fori_loop(0, len(masks), clean, None))
+
+
+# ---- what they share
+
+
+def _whole(chosen, block):
+    """Whole blocks, of which the last one ends with copies of the last."""
+    return jnp.pad(chosen, [(0, -len(chosen) % block)] + [(0, 0)] * (chosen.ndim - 1), mode="edge")
+
+
+def _words(numbers, rows):
+    """In which words rows are, and `(k, 1)` by how many bits these are to be shifted for a row."""
+    packed = 4 // rows.dtype.itemsize
+    return numbers // packed, 16 * (numbers % packed)[:, None]
+
+
+def _by_words(kernel, scalars, blocks, whole, rows, block, dtype=None, rest=False, arriving=None):
+    """`(k, features)`, of a kernel for the words of k rows, and all rows changed in their place.
+
+    Args:
+      kernel: of all that follows, the results and the buffers.
+      scalars: `(k,)` words, and others.
+      blocks: `(k, any)`, of which the kernel has a block.
+      whole: of which it has all.
+      rows: of which it has none.
+      block: its number of rows.
+      dtype: of the result; None is that of rows.
+      rest: whether the rows change.
+      arriving: how many words come; None is k.
+    """
+    number, features = len(scalars[0]), rows.shape[1]
+    arrays = *scalars, *blocks, *whole, left_in_hbm(rows)
+    dtype = dtype or rows.dtype
+
+    def of_block(columns):
+        return pl.BlockSpec((block, columns), lambda step, *_: (step, 0))
+
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    words = block * (4 // rows.dtype.itemsize), features
+    buffers = [pltpu.VMEM((2, *words), rows.dtype), pltpu.SemaphoreType.DMA((2,))]
+    if rest:
+        buffers += [pltpu.VMEM(words, rows.dtype), pltpu.SemaphoreType.DMA(())]
+    words_moved = 4 * features * (1 + rest) * (arriving or number)
+    return pl.pallas_call(
+        functools.partial(kernel, block=block),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(number // block,),
+            in_specs=[
+                *(of_block(of.shape[1]) for of in blocks),
+                *(pl.BlockSpec(of.shape, lambda step, *_: (0, 0)) for of in whole),
+                in_hbm,
+            ],
+            out_specs=[of_block(features), *([in_hbm] * rest)],
+            scratch_shapes=buffers,
+        ),
+        out_shape=[
+            shape_like((number, features), dtype, arrays),
+            *([shape_in_hbm(rows, arrays)] * rest),
+        ],
+        input_output_aliases={len(arrays) - 1: 1} if rest else {},
+        cost_estimate=pl.CostEstimate(
+            flops=sum(2 * number * of.size for of in whole),
+            bytes_accessed=words_moved
+            + number * features * jnp.dtype(dtype).itemsize
+            + sum(of.nbytes for of in (*blocks, *whole)),
+            transcendentals=0,
+        ),
+        compiler_params=IN_ORDER,
+    )(*arrays)
+
+
+def _word(number, rows):
+    """Where the rows are that share it."""
+    packed = 4 // rows.dtype.itemsize
+    return pl.ds(pl.multiple_of(packed * number, packed), packed)
+
+
+def _arrive(words, rows, came, arrived, block):
+    """`(block, features)` int32, the words of this step; those of the next one are on their way.
+
+    Nothing comes of a negative one.
+    """
+    step, steps = pl.program_id(0), pl.num_programs(0)
+
+    def for_each(step, do):
+        def of_row(row):
+            word, slot = words[step * block + row], step & 1
+            here, there = came.at[slot, _word(row, rows)], rows.at[_word(word, rows)]
+            copy = pltpu.make_async_copy(there, here, arrived.at[slot])
+            pl.when(word >= 0)(lambda: do(copy))
+
+        lax.fori_loop(0, block, lambda row, _: of_row(row), None)
+
+    pl.when(step == 0)(lambda: for_each(step, lambda copy: copy.start()))
+    pl.when(step + 1 < steps)(lambda: for_each(step + 1, lambda copy: copy.start()))
+    for_each(step, lambda copy: copy.wait())
+    return pltpu.bitcast(came[step & 1], jnp.int32)
+
+
+def _rows_of(words, shifts, dtype):
+    """Of each word the row for which so many bits are to be shifted away."""
+    if dtype == jnp.float32:
+        return pltpu.bitcast(words, dtype)
+    upper = lax.shift_right_logical(words, jnp.broadcast_to(shifts, words.shape)) << 16
+    return pltpu.bitcast(upper, jnp.float32).astype(dtype)  # bfloat16 is its upper half
+
+
+def _product(a, b, precision):
+    return lax.dot_general(
+        a[...],
+        b[...],
+        (((1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,303 @@
+"""The TPU kernels of chosen rows, interpreted, and layers with them, as the compiler computes them.
+
+That the compiler for TPUs takes them is shown in test_tpu.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from one_layer import weight_gradient
+
+import mem_aop_jax as aop
+from mem_aop_jax import estimate, one_tpu, row_kernels, row_ops, rows, subspace
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+M, N, P, K = 256, 128, 384, 40  # of which the last blocks of 16 are not whole
+BOTH = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def some(k, m=M, seed=0):
+    """Some of m, none twice."""
+    return jax.random.permutation(jax.random.key(seed), m)[:k].astype(jnp.int32)
+
+
+def assert_equal(found, wanted):
+    assert found.dtype == wanted.dtype
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
+
+
+def assert_close(found, wanted, tolerance=1e-5):
+    assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+    found, wanted = (np.asarray(a, np.float64) for a in (found, wanted))
+    largest = np.max(np.abs(wanted), initial=0, where=np.isfinite(wanted))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * largest)
+
+
+# ---- the kernels
+
+
+@BOTH
+def test_take(dtype):
+    """With neighbours, which share words, one row that comes twice, and one that is not finite."""
+    x = normal(1, M, N, dtype=dtype).at[3, 5].set(jnp.nan).at[8, 0].set(-jnp.inf)
+    chosen = jnp.concatenate([jnp.array([3, 2, 8, 3, 255, 254], jnp.int32), some(K)])
+    assert_equal(row_kernels.take(x, chosen, 16), x[chosen])
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [(), (0, 7, 8, 9, 255)])
+def test_take_out(dtype, bad):
+    """Others beside the chosen ones, which do not stay, are looked for."""
+    x = normal(1, M, N, dtype=dtype)
+    x = x.at[jnp.array(bad, jnp.int32)].set(jnp.nan)
+    chosen = some(K, seed=2)
+    chosen = jnp.concatenate([chosen, chosen[:3], chosen[:9] ^ 1])  # twice, and neighbours
+    stay = jnp.ones(M, bool).at[chosen].set(False).at[jnp.array(bad, jnp.int32)].set(False)
+    found, rest = row_kernels.take_out(x, chosen, stay, 16)
+    assert_equal(found, x[chosen])
+    assert_equal(rest, jnp.where(stay[:, None], x, 0).astype(dtype))
+
+
+@BOTH
+@pytest.mark.parametrize("add_held", [False, True])
+def test_take_outside(dtype, add_held):
+    x, basis = normal(1, M, N, dtype=dtype), normal(2, 24, N, dtype=dtype)
+    chosen, weights, coordinates = some(K), normal(3, K), normal(4, K, 24, dtype=dtype)
+    found = row_kernels.take_outside(
+        x, chosen, weights, coordinates, basis, 16, lax.Precision.HIGHEST, add_held, jnp.float32
+    )
+    held, taken = (a.astype(jnp.float32) for a in (coordinates, x[chosen]))
+    held = held @ basis.astype(jnp.float32)
+    assert_close(found, weights[:, None] * (taken - held) + (held if add_held else 0))
+
+
+@BOTH
+def test_place(dtype):
+    sampled, at = normal(1, K, N, dtype=dtype), jnp.full(M, -1, jnp.int32)
+    at = at.at[some(K)].set(jnp.arange(K, dtype=jnp.int32))
+    coordinates, directions = normal(2, M, 8, dtype=dtype), normal(3, 8, N, dtype=dtype)
+    coordinates = coordinates.at[4].set(jnp.nan)
+    found = row_kernels.place(sampled, at, coordinates, directions, 128, lax.Precision.HIGHEST)
+    inside = coordinates.astype(jnp.float32) @ directions.astype(jnp.float32)
+    wanted = jnp.where(at[:, None] < 0, inside, sampled[at].astype(jnp.float32)).astype(dtype)
+    assert_close(found, wanted, 1e-5 if dtype == jnp.float32 else 1e-2)
+    assert_equal(found[some(K)], sampled)
+
+
+def test_which_sizes_they_take(monkeypatch):
+    def block(rows, features, dtype=jnp.bfloat16, rank=0):
+        return row_kernels.block_of(rows, features, dtype, rank)
+
+    assert block(8192, 4096) == block(8192, 4096, rank=32) == block(8192, 4096, jnp.float32) == 128
+    assert block(8192, 16384) == 32
+    assert block(8192, 4096, rank=256) == 64
+    assert block(2**16, 128) == 128
+    assert block(2**17, 128) is None  # more numbers than the memory for scalars holds
+    for wrong in [(0, 128), (100, 128), (128, 100), (128, 65536), (128, 128, jnp.float16)]:
+        assert block(*wrong) is None
+    monkeypatch.setattr(row_kernels, "TPU_COPIES_ROWS", False)  # before jax 0.10.2
+    assert block(8192, 4096) is None
+
+
+# ---- in groups, and with rows that there are not
+
+
+def both(function, *args, **options):
+    """What a function finds with the kernel, and without."""
+    found = []
+
+    def by_kernel(kernel, compute, *args):
+        found.append(kernel(*args))
+        return compute(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_ops, "on_one_tpu", by_kernel)
+        wanted = function.__wrapped__(*args, **options)
+    return found[0], wanted
+
+
+@BOTH
+def test_rows_of_groups(dtype):
+    x = normal(1, 2, M, N, dtype=dtype)
+    chosen = jnp.stack([some(K), some(K, seed=5)]).at[0, 3].set(M).at[1, 7].set(5 * M)
+    assert_equal(*both(row_ops.take, x, chosen))
+    assert_close(*both(row_ops.norms, x))
+    basis, coordinates = normal(2, N, 16, dtype=dtype), normal(3, 2, M, 16, dtype=dtype)
+    for weights in (None, normal(4, 2, K)):
+        options = {"dtype": dtype, "add_held": weights is not None}
+        found, wanted = both(
+            row_ops.take_outside, x, chosen, weights, coordinates, basis, None, **options
+        )
+        assert_close(found, wanted, 1e-5 if dtype == jnp.float32 else 1e-2)
+        assert np.isnan(np.asarray(found[0, 3], np.float32)).all()
+
+
+@BOTH
+def test_place_in_groups(dtype):
+    sampled, chosen = normal(1, 2, K, N, dtype=dtype), jnp.stack([some(K), some(K, seed=5)])
+    coordinates, directions = normal(2, 2, M, 16, dtype=dtype), normal(3, 16, N, dtype=dtype)
+    found, wanted = both(jax.jit(row_ops.place), sampled, chosen, coordinates, directions, None)
+    assert_close(found, wanted, 1e-5 if dtype == jnp.float32 else 1e-2)
+
+
+# ---- whole layers
+
+
+@pytest.fixture
+def on_a_tpu(monkeypatch):
+    """Kernels for all, uncompiled functions: what was compiled without them is not to be found."""
+
+    def kernel_alone(kernel, compute, *args):
+        used.append(compute)
+        return kernel(*args)
+
+    used = []
+    for module in (estimate, row_ops):
+        monkeypatch.setattr(module, "on_one_tpu", kernel_alone)
+    for module, name in [(rows, "take"), (rows, "norms"), (subspace, "take_outside")]:
+        monkeypatch.setattr(module, name, getattr(row_ops, name).__wrapped__)
+    monkeypatch.setattr(row_ops, "take", row_ops.take.__wrapped__)
+    return used
+
+
+def steps(config, x, g, number=2):
+    memory, found = aop.init_memory(config, len(x), N, P, x.dtype), []
+    for step in range(number):
+        key = jax.random.key(step)
+        dw, memory = weight_gradient(config, (1 + step) * x, g, memory, key)
+        found += [dw, *jax.tree.leaves(memory)]
+    return found
+
+
+ROWS = {
+    "topk": aop.MemAOP(k=K),
+    "weightedk": aop.MemAOP(k=K, policy="weightedk"),
+    "randk": aop.MemAOP(k=K, policy="randk", groups=2),
+    "no memory": aop.MemAOP(k=K, memory=None),
+    "priority": aop.MemAOP(k=K, policy="priority", memory=None, groups=2),
+    "slots": aop.MemAOP(k=K, memory_slots=128),
+    "decay": aop.MemAOP(k=K, decay=0.5),
+    "signed": aop.MemAOP(k=K, signed=True, policy="randk"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_layers_of_rows(name, request):
+    args = ROWS[name], normal(1, M, N), normal(2, M, P)
+    wanted = steps(*args)
+    used = request.getfixturevalue("on_a_tpu")
+    for a, b in zip(steps(*args), wanted, strict=True):
+        assert_close(a, b)
+    assert used
+
+
+@pytest.mark.parametrize("name", ["topk", "randk"])
+def test_a_memory_in_bfloat16(name, request):
+    """Rounded once, when it is stored: the compiler's version adds up what is chosen in float32."""
+    args = ROWS[name], normal(1, M, N, dtype=jnp.bfloat16), normal(2, M, P, dtype=jnp.bfloat16)
+    wanted = steps(*args, number=1)
+    request.getfixturevalue("on_a_tpu")
+    for a, b in zip(steps(*args, number=1), wanted, strict=True):
+        assert_close(a, b, 1e-2)
+
+
+@pytest.mark.parametrize("bad", [1, K, K + 1, M])
+def test_bad_rows_never_enter_the_memory(bad, request):
+    """Up to k of them are chosen and show where they are; more make dW NaN."""
+    x = normal(1, M, N).at[:bad, 5].set(jnp.nan)
+    args = aop.MemAOP(k=K), x, normal(2, M, P)
+    wanted = steps(*args, number=1)
+    request.getfixturevalue("on_a_tpu")
+    found = steps(*args, number=1)
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b)
+    assert np.isnan(found[0]).all() == (bad > K)
+    assert np.isnan(found[0][5]).all()
+    for of_memory in found[1:3]:
+        assert np.isfinite(of_memory).all()
+        assert not of_memory[:bad].any()
+
+
+def test_a_row_that_outgrows_the_memory_is_chosen(request):
+    x = normal(1, M, N).at[0].set(2e38)
+    args = aop.MemAOP(k=K, policy="randk"), x, normal(2, M, P)
+    request.getfixturevalue("on_a_tpu")
+    memory = aop.Memory(x, normal(3, M, P), jnp.float32(1))
+    _, memory = weight_gradient(*args, memory, jax.random.key(0))
+    assert not memory.inputs[0].any()
+    assert np.isfinite(memory.inputs).all()
+
+
+SUBSPACES = {
+    "both": {"input_grad": aop.InputGrad(0.5, 24)},
+    "rank 0": {"input_grad": aop.InputGrad(0.5, 0)},
+    "kernel": {},
+    "groups": {"groups": 2, "input_grad": aop.InputGrad(0.5, 16), "refresh": 2},
+}
+
+
+@pytest.mark.parametrize("name", SUBSPACES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layers_with_subspaces(name, dtype, request):
+    config = aop.MemAOP(k=K, policy="priority", memory="subspace", rank=16, **SUBSPACES[name])
+    x, g, kernel = (normal(*of, dtype=dtype) for of in ((1, M, N), (2, M, P), (3, N, P)))
+    memory = aop.init_memory(config, M, N, P, dtype)
+
+    def step():
+        call = functools.partial(aop.dense, config=config, key=jax.random.key(7))
+        return jax.vjp(call, x, kernel, memory)[1](g)
+
+    wanted = step()
+    used = request.getfixturevalue("on_a_tpu")
+    for a, b in zip(*map(jax.tree.leaves, (step(), wanted)), strict=True):
+        assert_close(a, b, 1e-4 if dtype == jnp.float32 else 2e-2)
+    assert used
+
+
+# ---- which version runs
+
+
+def kernels_in(function, *args):
+    """How many there are in a program for a TPU."""
+    lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",))
+    return lowered.as_text().count("tpu_custom_call")
+
+
+@pytest.mark.usefixtures("without_x64")
+def test_a_kernel_for_one_device(monkeypatch):
+    monkeypatch.undo()  # not interpreted
+    x = normal(1, 2, M, N)
+    assert kernels_in(lambda x: row_ops.norms(x[None]), x[0]) == 1
+    assert kernels_in(jax.vmap(lambda x: row_ops.norms(x[None])), x) == 0
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        assert kernels_in(lambda x: row_ops.norms(x[None]), x[0]) == 0
+    monkeypatch.setenv("MEM_AOP_JAX_KERNELS", "0")
+    assert kernels_in(lambda x: row_ops.norms(x[None]) + 0, x[0]) == 0
+
+
+def test_differentiated_and_batched():
+    """As if there were no kernel."""
+
+    def doubled(x, number):
+        return {"twice": 2 * x, "number": number}
+
+    def function(x, number):
+        return one_tpu.on_one_tpu(lambda *_: None, doubled, x, number)
+
+    x, number = normal(1, 3), jnp.int32(7)
+    assert_equal(function(x, number)["twice"], 2 * x)
+    assert_equal(jax.jvp(lambda x: function(x, number)["twice"], (x,), (x,))[1], 2 * x)
+    assert_equal(
+        jax.grad(lambda x: function(x, number)["twice"].sum())(x), jnp.full(3, 2.0, x.dtype)
+    )
+    found = jax.vmap(function, (0, None))(x, number)
+    assert_equal(found["number"], jnp.full(3, 7, jnp.int32))
