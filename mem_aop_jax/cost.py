@@ -81,10 +81,11 @@ def cost(
     flops, exact_bytes = exact_flops(*sizes), sum(part.bytes for part in exact)
     if config is None:
         return Cost(flops, flops, exact_bytes, exact_bytes, 0, 1.0)
-    parts = [*_products(size, *sizes, config), *_passes(size, *sizes, config)]
+    rates = rates or device_rates()
+    passes = _passes(size, *sizes, config, rates.one_pass)
+    parts = [*_products(size, *sizes, config), *passes]
     memory = jax.eval_shape(lambda: init_memory(config, *sizes, dtype))
     memory_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory))
-    rates = rates or device_rates()
     rates = _of_sizes(rates, rows * max(in_features, out_features) * size, flops / 3)
     selections = 1 + (config.input_rows(rows) < rows)
     seconds = _seconds(parts, size, rates) + rates.layer + selections * rows * rates.row
@@ -153,14 +154,17 @@ def _products(size, rows, in_features, out_features, config=None):
     ]
 
 
-def _passes(size, rows, in_features, out_features, config):
-    """Of all else that an approximate layer does."""
+def _passes(size, rows, in_features, out_features, config, one_pass):
+    """Of all else that an approximate layer does; `one_pass` as in `Rates`."""
     features, k = in_features + out_features, config.selected_rows(rows)
     moved = [rows * features * size, 2 * k * features * size]  # for norms; rows that are gathered
     if config.memory_kind == "rows":
         held = jnp.dtype(config.memory_dtype).itemsize if config.memory_dtype else size
         kept = config.memory_slots or rows
-        moved.append(features * (rows * size + 3 * kept * held))  # for norms, and what waits
+        if one_pass and kept == rows:
+            moved.append(features * (2 * kept + k) * held)  # what waits; zeros
+        else:
+            moved.append(features * (rows * size + 3 * kept * held))  # for norms, and what waits
     passes = [_Part(0, number) for number in moved]
 
     def narrow(flops, moved=0):
@@ -171,7 +175,7 @@ def _passes(size, rows, in_features, out_features, config):
         held = config.held_ranks(in_features, out_features)
         for side, count in enumerate((in_features, out_features)):
             own, other, all_of = ranks[side], ranks[1 - side], held[side]
-            column, all_rows = 2 * rows * count, rows * count * size
+            column, all_rows = 2 * rows * count, 0 if one_pass else rows * count * size
             narrow(column * all_of, all_rows * (all_of > 0))  # X V
             narrow(column * other, all_rows * (other > 0))  # X^T B
             narrow(column * all_of / config.refresh)  # X^T A

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mem_aop_jax.compat import TPU_COPIES_ROWS
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.dense import dense
 from mem_aop_jax.memory import init_memory
@@ -38,6 +39,7 @@ class Rates(NamedTuple):
       small_kernel: as `kernel`, of `KERNELS[0]` FLOPs, where `kernel` is that of `KERNELS[1]`; None
         is the same.
       narrow: speed of a product of the rows with `NARROW` columns, relative to other products.
+      one_pass: whether all that is needed of all rows is computed in one pass over them.
     """
 
     device: str
@@ -52,23 +54,25 @@ class Rates(NamedTuple):
     cached: float | None = None
     small_kernel: float | None = None
     narrow: float = 1.0
+    one_pass: bool = False
 
 
 # The vendors' peaks of products (of float32: as JAX computes them by default) and of memory.
-_TPU, _GPU = (1.0, 1e-9, 0.0, 1e-5, 5e-5), (1.0, 3e-9, 0.0, 4e-5, 1.5e-4)
+_TPU = {"row": 1e-9, "layer": 1e-5, "subspace": 5e-5, "one_pass": TPU_COPIES_ROWS}
+_GPU = {"row": 3e-9, "layer": 4e-5, "subspace": 1.5e-4}
 KNOWN = {
     rates.device: rates
     for rates in (
-        Rates("TPU v4", 275e12, 275e12, 1.23e12, *_TPU),
-        Rates("TPU v5 lite", 197e12, 197e12, 0.82e12, *_TPU),
-        Rates("TPU v5", 459e12, 459e12, 2.77e12, *_TPU),
-        Rates("TPU v6 lite", 918e12, 918e12, 1.64e12, *_TPU),
-        Rates("NVIDIA A100-SXM4-40GB", 156e12, 312e12, 1.56e12, *_GPU),
-        Rates("NVIDIA A100-SXM4-80GB", 156e12, 312e12, 2.04e12, *_GPU),
-        Rates("NVIDIA H100 80GB HBM3", 495e12, 989e12, 3.35e12, *_GPU),
-        Rates("NVIDIA H200", 495e12, 989e12, 4.8e12, *_GPU),
-        Rates("NVIDIA L4", 60e12, 121e12, 0.3e12, *_GPU),
-        Rates("Tesla T4", 8.1e12, 65e12, 0.32e12, *_GPU),
+        Rates("TPU v4", 275e12, 275e12, 1.23e12, **_TPU),
+        Rates("TPU v5 lite", 197e12, 197e12, 0.82e12, **_TPU),
+        Rates("TPU v5", 459e12, 459e12, 2.77e12, **_TPU),
+        Rates("TPU v6 lite", 918e12, 918e12, 1.64e12, **_TPU),
+        Rates("NVIDIA A100-SXM4-40GB", 156e12, 312e12, 1.56e12, **_GPU),
+        Rates("NVIDIA A100-SXM4-80GB", 156e12, 312e12, 2.04e12, **_GPU),
+        Rates("NVIDIA H100 80GB HBM3", 495e12, 989e12, 3.35e12, **_GPU),
+        Rates("NVIDIA H200", 495e12, 989e12, 4.8e12, **_GPU),
+        Rates("NVIDIA L4", 60e12, 121e12, 0.3e12, **_GPU),
+        Rates("Tesla T4", 8.1e12, 65e12, 0.32e12, **_GPU),
     )
 }
 

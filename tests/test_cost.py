@@ -101,6 +101,24 @@ def test_products_with_few_columns_have_their_own_speed():
     assert slow < 0.9 * aop.cost(config, *SIZES, rates=ARITHMETIC).speedup
 
 
+def test_one_pass_over_all_rows():
+    """Of X and G: with a memory of rows two less, with subspaces four; and the memory's once."""
+    once = BALANCED._replace(one_pass=True)
+    rows, in_features, out_features = SIZES
+    features = 4 * (in_features + out_features)
+    both = 2 * rows * features
+    for saved, options in [
+        (0, {"memory": None}),
+        (0, {"memory_slots": 64}),
+        (both - 64 * features, {"k": 64, "memory": "rows"}),
+        (both, {"memory": "subspace", "policy": "priority"}),
+    ]:
+        config = aop.MemAOP(**({"ratio": 1 / 8} if "k" not in options else {}) | options)
+        costs = [aop.cost(config, *SIZES, rates=rates) for rates in (BALANCED, once)]
+        assert costs[0].bytes - costs[1].bytes == saved
+        assert (costs[1].speedup > costs[0].speedup) == (saved > 0)
+
+
 def test_half_precision_has_its_own_rate():
     config = aop.MemAOP(ratio=1 / 8, memory=None)
     none = BALANCED._replace(
