@@ -236,8 +236,9 @@ def _select(layer, rows, key, scores):
         indices, weights = checks.selection(
             layer.name, layer.config, policy, policy(key, scores, k), k
         )
-        from_the_end = jnp.where(indices < 0, scores.size, 0)
-        return (indices + from_the_end).astype(jnp.int32), weights
+        indices += jnp.where(indices < 0, scores.size, 0)  # from the end
+        missing = jnp.where(indices < 0, scores.size, indices)
+        return missing.astype(jnp.int32), weights
 
     return _in_groups(select, key, scores)
 

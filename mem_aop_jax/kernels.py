@@ -199,7 +199,8 @@ def block_to_join(rows: int, features: int, dtype, kept: bool) -> int | None:
         return None
     arrays = 3 if kept else 1
     of_row = 2 * arrays * jnp.dtype(dtype).itemsize * features + 4 * len(SCALES) * LANES
-    return next((of for of in (2 * LANES, LANES) if not rows % of and of * of_row <= VMEM), None)
+    most = VMEM - 3 * 2**19  # what registers do not hold of many features
+    return next((of for of in (2 * LANES, LANES) if not rows % of and of * of_row <= most), None)
 
 
 def join(

@@ -2,8 +2,8 @@
 
 A kernel is one device's. Where a program is partitioned automatically, which no kernel is, the
 compiler's version takes its place; nobody but the lowering knows, so it is there that one is taken.
-With MEM_AOP_JAX_KERNELS=0 in the environment it is always the compiler's, and with x64, for which
-the loops of kernels do not compile.
+With MEM_AOP_JAX_KERNELS=0 in the environment it is always the compiler's, and where kernels do not
+compile: with x64, for its loops, and for TPU v2 and v3, for products and for copies of single rows.
 """
 
 import functools
@@ -15,14 +15,21 @@ import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+OLD = "TPU v2", "TPU v3"  # kinds of devices
+
 
 def on_one_tpu(kernel: Callable, compute: Callable, *args: chex.ArrayTree) -> chex.ArrayTree:
-    """`compute(*args)`, which `kernel(*args)` computes where each device is a TPU by itself."""
+    """`compute(*args)`, which `kernel(*args)` computes where each device is a TPU by itself.
+
+    The kernel is traced where the program is lowered: nothing is, where it is for another device.
+    """
     leaves, structure = jax.tree.flatten(args)
     jaxpr, shapes = jax.make_jaxpr(compute, return_shape=True)(*args)
+    precision, keys = jax.config.jax_default_matmul_precision, jax.config.jax_default_prng_impl
 
     def of_leaves(*leaves):
-        return jax.tree.leaves(kernel(*jax.tree.unflatten(structure, leaves)))
+        with jax.default_matmul_precision(precision), jax.default_prng_impl(keys):
+            return jax.tree.leaves(kernel(*jax.tree.unflatten(structure, leaves)))
 
     found = _on_one_tpu.bind(*leaves, jaxpr=jaxpr, kernel=of_leaves)
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
@@ -33,14 +40,12 @@ _on_one_tpu.multiple_results = True
 
 
 @_on_one_tpu.def_impl
-def _run(*args, jaxpr, kernel):
-    del kernel
+def _run(*args, jaxpr, **_):
     return jaxpr_as_fun(jaxpr)(*args)
 
 
 @_on_one_tpu.def_abstract_eval
-def _results(*_, jaxpr, kernel):
-    del kernel
+def _results(*_, jaxpr, **__):
     return jaxpr.out_avals
 
 
@@ -54,11 +59,13 @@ def _differentiated(args, tangents, **params):
     return jax.jvp(functools.partial(_run, **params), tuple(args), tuple(tangents))
 
 
-def _lowered_for_tpu(context, *args, jaxpr, kernel):
+def _lowered_for_tpu(context, *args, kernel, **params):
+    module = context.module_context
     wanted = os.environ.get("MEM_AOP_JAX_KERNELS", "1") != "0" and not jax.config.jax_enable_x64
-    if not wanted or not _is_of_one_device(context.module_context.axis_context):
-        return _lowered(context, *args, jaxpr=jaxpr, kernel=kernel)
-    return mlir.lower_fun(kernel)(context, *args)
+    wanted &= {device.device_kind for device in module.backend.devices()}.isdisjoint(OLD)
+    if wanted and _is_of_one_device(module.axis_context):
+        return mlir.lower_fun(kernel)(context, *args)
+    return _lowered(context, *args, **params)
 
 
 def _is_of_one_device(program):

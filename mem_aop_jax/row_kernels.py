@@ -15,15 +15,21 @@ from jax.experimental.pallas import tpu as pltpu
 from mem_aop_jax.compat import TPU_COPIES_ROWS, shape_like
 from mem_aop_jax.kernels import IN_ORDER, SUBLANES, VMEM, left_in_hbm, shape_in_hbm, whole_tiles
 
-MOST_ROWS = 2**16  # of which the memory for scalars holds the numbers
+NUMBERS = 2**16  # of rows, of which the memory for scalars holds three arrays
 
 
-def block_of(rows: int, features: int, dtype, rank: int = 0) -> int | None:
-    """How many rows these kernels have on the chip, beside as many directions.
+def block_of(rows: int, chosen: int, features: int, dtype, rank: int = 0) -> int | None:
+    """How many rows these kernels have on the chip, None if they cannot run.
 
-    None: they cannot run.
+    Args:
+      rows: how many rows there are, of `place` in its result.
+      chosen: how many of them are chosen or sampled.
+      features: of the rows.
+      dtype: of the rows.
+      rank: how many directions there are beside.
     """
-    if not TPU_COPIES_ROWS or rows > MOST_ROWS or not whole_tiles(rows, features, dtype):
+    whole = whole_tiles(rows, features, dtype)
+    if not TPU_COPIES_ROWS or not whole or max(rows, chosen) > NUMBERS:
         return None
     size = jnp.dtype(dtype).itemsize
     of_row, directions = 3 * 4 + 2 * size + 2 * 4, 2 * 4 * rank  # words, results, products
@@ -99,7 +105,7 @@ def place(
     """Rows of `coordinates @ directions`, or those that were sampled.
 
     Args:
-      sampled: `(k, features)`, float32 or bfloat16, the dtype of the result.
+      sampled: `(k, features)`, float32, or bfloat16 for an even k; the dtype of the result.
       at: `(rows,)` int32, which of these a row is; -1 is none.
       coordinates: `(rows, q)`.
       directions: `(q, features)`.

@@ -34,10 +34,11 @@ def _norms_by_kernel(rows, *, block):
 @jax.jit  # as `row_norms`
 def take(rows: chex.Array, chosen: chex.Array) -> chex.Array:
     """The chosen rows of each group, `(groups, k, features)`; NaN for one that there is not."""
-    block = block_of(rows)
+    block = block_of(rows, chosen.size)
     if block is None:
         return _take(rows, chosen)
-    return on_one_tpu(functools.partial(_take_by_kernel, block=block), _take, rows, chosen)
+    by_kernel = functools.partial(_take_by_kernel, block=block)
+    return on_one_tpu(by_kernel, _take, rows, chosen)
 
 
 @jax.vmap
@@ -84,7 +85,7 @@ def take_outside(
     args = rows, chosen, weights.astype(wide(rows.dtype)), take(coordinates, chosen), basis
     options = {"precision": precision, "add_held": add_held, "dtype": dtype}
     by_compiler = functools.partial(_take_outside, **options)
-    block = block_of(rows, basis.shape[1])
+    block = block_of(rows, chosen.size, basis.shape[1])
     options["precision"] = kernels.precision_of_products(coordinates, basis, precision)
     if not basis.shape[1] or block is None or options["precision"] is None:
         return by_compiler(*args)
@@ -126,9 +127,11 @@ def place(
     by_compiler = functools.partial(_place, precision=precision)
     args = sampled, chosen, coordinates, directions
     groups, rows, rank = coordinates.shape
-    block = row_kernels.block_of(groups * rows, sampled.shape[2], sampled.dtype, rank)
+    sizes = groups * rows, chosen.size, sampled.shape[2]
+    block = row_kernels.block_of(*sizes, sampled.dtype, rank)
     of_kernel = kernels.precision_of_products(coordinates, directions, precision)
-    if block is None or of_kernel is None:
+    half_a_word = sampled.dtype.itemsize * chosen.size % 4
+    if block is None or of_kernel is None or half_a_word:
         return by_compiler(*args)
     by_kernel = functools.partial(_place_by_kernel, block=block, precision=of_kernel)
     return on_one_tpu(by_kernel, by_compiler, *args)
@@ -153,10 +156,10 @@ def put(rows: chex.Array, chosen: chex.Array, sampled: chex.Array) -> chex.Array
     return rows.at[chosen].set(sampled, unique_indices=True)
 
 
-def block_of(rows: chex.Array, rank: int = 0) -> int | None:
+def block_of(rows: chex.Array, chosen: int, rank: int = 0) -> int | None:
     """As `row_kernels.block_of`, of `(groups, rows, features)`."""
     groups, number, features = rows.shape
-    return row_kernels.block_of(groups * number, features, rows.dtype, rank)
+    return row_kernels.block_of(groups * number, chosen, features, rows.dtype, rank)
 
 
 def of_all_groups(chosen: chex.Array, rows: int) -> chex.Array:

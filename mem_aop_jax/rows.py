@@ -139,7 +139,7 @@ class Joined(NamedTuple):
         at, waiting = of_all_groups(chosen, waiting.shape[1]), waiting.reshape(-1)
         taken, left = zip(
             *(
-                row_kernels.take_out(of, at, waiting, row_kernels.block_of(*of.shape, of.dtype))
+                row_kernels.take_out(of, at, waiting, block_of(of[None], len(at)))
                 for of in self.memory[:2]
             ),
             strict=True,
@@ -162,7 +162,7 @@ def join_on_tpu(config: MemAOP, x: chex.Array, g: chex.Array, memory: Memory) ->
         and not config.signed
         and config.memory_slots is None
         and x.dtype == g.dtype == memory.inputs.dtype
-        and None not in (*map(_block_to_join, (x, g)), *map(block_of, (x, g)))
+        and None not in (*map(_block_to_join, (x, g)), *(block_of(of, 1) for of in (x, g)))
     )
 
 

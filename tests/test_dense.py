@@ -464,7 +464,7 @@ def test_a_policy_that_returns_something_else(returned, error, message):
     raises(error, message, x, kernel, None, g, config=config)
 
 
-@pytest.mark.parametrize("outside", [M, M + 100])
+@pytest.mark.parametrize("outside", [M, M + 100, -M - 1, -3 * M])
 def test_a_policy_that_chooses_a_row_that_does_not_exist(outside):
     x, kernel, g = arrays((M, N), (N, P), (M, P))
     config = aop.MemAOP(

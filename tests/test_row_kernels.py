@@ -94,16 +94,18 @@ def test_place(dtype):
 
 
 def test_which_sizes_they_take(monkeypatch):
-    def block(rows, features, dtype=jnp.bfloat16, rank=0):
-        return row_kernels.block_of(rows, features, dtype, rank)
+    def block(rows, features, dtype=jnp.bfloat16, rank=0, chosen=1):
+        return row_kernels.block_of(rows, chosen, features, dtype, rank)
 
     assert block(8192, 4096) == block(8192, 4096, rank=32) == block(8192, 4096, jnp.float32) == 128
     assert block(8192, 16384) == 32
     assert block(8192, 4096, rank=256) == 64
-    assert block(2**16, 128) == 128
+    assert block(2**16, 128, chosen=2**16) == 128
     assert block(2**17, 128) is None  # more numbers than the memory for scalars holds
+    assert block(128, 128, chosen=2**17) is None
     for wrong in [(0, 128), (100, 128), (128, 100), (128, 65536), (128, 128, jnp.float16)]:
         assert block(*wrong) is None
+    assert block(128, 128, jnp.float64) is None
     monkeypatch.setattr(row_kernels, "TPU_COPIES_ROWS", False)  # before jax 0.10.2
     assert block(8192, 4096) is None
 
@@ -147,6 +149,16 @@ def test_place_in_groups(dtype):
     coordinates, directions = normal(2, 2, M, 16, dtype=dtype), normal(3, 16, N, dtype=dtype)
     found, wanted = both(jax.jit(row_ops.place), sampled, chosen, coordinates, directions, None)
     assert_close(found, wanted, 1e-5 if dtype == jnp.float32 else 1e-2)
+
+
+def test_half_a_word_has_no_kernel(monkeypatch):
+    """The last of an odd number of rows in bfloat16."""
+    used = []
+    monkeypatch.setattr(row_ops, "on_one_tpu", lambda *args: used.append(args))
+    for dtype, k, kernels in [(jnp.bfloat16, 41, 0), (jnp.bfloat16, 42, 1), (jnp.float32, 41, 2)]:
+        sampled, coordinates = normal(1, 1, k, N, dtype=dtype), normal(2, 1, M, 8, dtype=dtype)
+        row_ops.place(sampled, some(k)[None], coordinates, normal(3, 8, N, dtype=dtype), None)
+        assert len(used) == kernels
 
 
 # ---- whole layers
@@ -268,20 +280,57 @@ def test_layers_with_subspaces(name, dtype, request):
 
 def kernels_in(function, *args):
     """How many there are in a program for a TPU."""
-    lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",))
+    anew = jax.jit(lambda *args: function(*args))  # nothing that was lowered before
+    lowered = anew.trace(*args).lower(lowering_platforms=("tpu",))
     return lowered.as_text().count("tpu_custom_call")
 
 
-@pytest.mark.usefixtures("without_x64")
-def test_a_kernel_for_one_device(monkeypatch):
+@pytest.fixture
+def x(monkeypatch, without_x64):
+    del without_x64
     monkeypatch.undo()  # not interpreted
-    x = normal(1, 2, M, N)
-    assert kernels_in(lambda x: row_ops.norms(x[None]), x[0]) == 1
+    return normal(1, 2, M, N)
+
+
+def test_a_kernel_for_one_device(x):
+    assert kernels_in(row_ops.norms, x) == 1
     assert kernels_in(jax.vmap(lambda x: row_ops.norms(x[None])), x) == 0
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
-        assert kernels_in(lambda x: row_ops.norms(x[None]), x[0]) == 0
+
+
+def test_no_kernel_where_nobody_wants_it(x, monkeypatch):
     monkeypatch.setenv("MEM_AOP_JAX_KERNELS", "0")
-    assert kernels_in(lambda x: row_ops.norms(x[None]) + 0, x[0]) == 0
+    assert kernels_in(row_ops.norms, x) == 0
+
+
+def test_no_kernel_with_x64(x):
+    jax.config.update("jax_enable_x64", True)
+    assert kernels_in(row_ops.norms, x) == 0
+
+
+def test_no_kernel_for_old_chips(x, monkeypatch):
+    monkeypatch.setattr(one_tpu, "OLD", {jax.devices()[0].device_kind})
+    assert kernels_in(row_ops.norms, x) == 0
+
+
+@pytest.mark.usefixtures("without_x64")
+@pytest.mark.parametrize("config", [aop.MemAOP(k=K), aop.MemAOP(k=K, policy="weightedk")])
+def test_kernels_are_traced_as_the_layer_was(config, monkeypatch):
+    """With its precision, and its kind of PRNG keys, although that is where it is lowered."""
+    monkeypatch.undo()
+    monkeypatch.setattr(row_kernels, "TPU_COPIES_ROWS", True)
+    memory = aop.init_memory(config, M, N, P)
+
+    def step(x, g, memory):
+        with jax.default_matmul_precision("highest"), jax.default_prng_impl("rbg"):
+            return weight_gradient(config, x, g, memory, jax.random.PRNGKey(0))
+
+    with jax.default_matmul_precision("default"):
+        traced = jax.jit(step).trace(normal(1, M, N), normal(2, M, P), memory)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products
+    assert all("[HIGHEST, HIGHEST]" in line for line in products)
+    assert "tpu_custom_call" in text
 
 
 def test_differentiated_and_batched():
