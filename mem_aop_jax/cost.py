@@ -106,11 +106,12 @@ def cost(
 
 
 class _Part(NamedTuple):
-    """FLOPs and bytes; the relative speed of its products is that field of the rates."""
+    """FLOPs and bytes; the speeds of these are fields of the rates, of products a relative one."""
 
     flops: float
     bytes: float
     speed: str | None = None
+    moved_at: str = "bytes"
 
 
 def _of_sizes(rates, array, product):
@@ -131,7 +132,8 @@ def _seconds(parts, size, rates):
 
     def of_part(part):
         speed = flops * (getattr(rates, part.speed) if part.speed else 1)
-        return max(part.flops / speed, part.bytes / rates.bytes)
+        moved_at = getattr(rates, part.moved_at) or rates.bytes
+        return max(part.flops / speed, part.bytes / moved_at)
 
     return rates.step + sum(map(of_part, parts))
 
@@ -157,15 +159,14 @@ def _products(size, rows, in_features, out_features, config=None):
 def _passes(size, rows, in_features, out_features, config, one_pass):
     """Of all else that an approximate layer does; `one_pass` as in `Rates`."""
     features, k = in_features + out_features, config.selected_rows(rows)
-    moved = [rows * features * size, 2 * k * features * size]  # for norms; rows that are gathered
+    passes = [_Part(0, rows * features * size), _Part(0, 2 * k * features * size)]  # norms; gathers
     if config.memory_kind == "rows":
         held = jnp.dtype(config.memory_dtype).itemsize if config.memory_dtype else size
         kept = config.memory_slots or rows
+        sums = rows * size + 3 * kept * held  # for norms, and what waits
         if one_pass and kept == rows:
-            moved.append(features * (2 * kept + k) * held)  # what waits; zeros
-        else:
-            moved.append(features * (rows * size + 3 * kept * held))  # for norms, and what waits
-    passes = [_Part(0, number) for number in moved]
+            sums = (2 * kept + k) * held  # what waits; zeros
+        passes.append(_Part(0, features * sums, moved_at="sums"))
 
     def narrow(flops, moved=0):
         passes.append(_Part(flops, moved, "narrow"))

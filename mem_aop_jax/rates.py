@@ -40,6 +40,7 @@ class Rates(NamedTuple):
         is the same.
       narrow: speed of a product of the rows with `NARROW` columns, relative to other products.
       one_pass: whether all that is needed of all rows is computed in one pass over them.
+      sums: as `bytes`, of passes that only add up arrays; None is the same.
     """
 
     device: str
@@ -55,6 +56,7 @@ class Rates(NamedTuple):
     small_kernel: float | None = None
     narrow: float = 1.0
     one_pass: bool = False
+    sums: float | None = None
 
 
 # The vendors' peaks of products (of float32: as JAX computes them by default) and of memory.
@@ -109,13 +111,16 @@ def _measured(device):
     small_kernel = relative(along, over_rows)
     narrow = relative(along, few_columns, NARROW / small)
     kernel = relative(*_together(_products(rows, large, jnp.float32), rounds=7))
-    many, few = (jnp.ones((number, features), jnp.float32) for number in (8 * rows, 512))
+    many, some, few = (
+        jnp.ones((number, features), jnp.float32) for number in (8 * rows, rows, 512)
+    )
     scores = jnp.asarray(np.random.default_rng(0).random(4 * rows), jnp.float32)
     selection = functools.partial(topk, None, k=rows)
-    calls = (row_norms, many), (jnp.negative, few), (selection, scores)
-    read, cached, chosen = map(min, _together(calls))
+    calls = (row_norms, many), (jnp.negative, few), (jnp.add, some, some), (selection, scores)
+    read, cached, added, chosen = map(min, _together(calls))
     read, row = many.nbytes / read, chosen / scores.size
     cached = max(read, 2 * few.nbytes / cached)
+    sums = max(cached, 3 * some.nbytes / added)
 
     size = 256  # of a layer whose arithmetic takes little time
     product, norms = 2 * size**3 / full, 8 * size**2 / cached
@@ -130,7 +135,7 @@ def _measured(device):
     layer = max(0.0, alone - step - (2 + 0.5 / small_kernel) * product - norms)
     subspace = max(0.0, beside - alone)
     always = Rates(device, full, half, read, kernel, row, step, layer, subspace)
-    return always._replace(cached=cached, small_kernel=small_kernel, narrow=narrow)
+    return always._replace(cached=cached, small_kernel=small_kernel, narrow=narrow, sums=sums)
 
 
 def _products(rows, features, dtype):

@@ -119,6 +119,17 @@ def test_one_pass_over_all_rows():
         assert (costs[1].speedup > costs[0].speedup) == (saved > 0)
 
 
+def test_sums_with_a_memory_have_a_rate_of_their_own():
+    rows, alone = aop.MemAOP(ratio=1 / 8), aop.MemAOP(ratio=1 / 8, memory=None)
+    fast = BALANCED._replace(sums=10 * BALANCED.bytes)
+    found = aop.cost(rows, *SIZES, rates=fast).speedup
+    assert found > 1.02 * aop.cost(rows, *SIZES, rates=BALANCED).speedup
+    assert found < aop.cost(alone, *SIZES, rates=fast).speedup
+    assert found == aop.cost(rows, *SIZES, rates=fast._replace(subspace=1)).speedup
+    for config in (alone, None):
+        assert aop.cost(config, *SIZES, rates=fast) == aop.cost(config, *SIZES, rates=BALANCED)
+
+
 def test_half_precision_has_its_own_rate():
     config = aop.MemAOP(ratio=1 / 8, memory=None)
     none = BALANCED._replace(
