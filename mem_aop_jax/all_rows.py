@@ -13,7 +13,7 @@ from mem_aop_jax import kernels
 from mem_aop_jax.memory import wide, wider
 from mem_aop_jax.one_tpu import on_one_tpu
 from mem_aop_jax.policies import over
-from mem_aop_jax.row_ops import norms
+from mem_aop_jax.row_ops import flat, norms
 
 
 class OfRows(NamedTuple):
@@ -56,11 +56,9 @@ def of_all_rows(
     args = (x, g, v, u) if due is None else (x, g, v, u, due)
     by_compiler = functools.partial(_by_compiler, rank=rank, precision=precision)
     of_kernel = kernels.precision_of_products(x, g, precision)
-    if of_kernel is None:
-        return by_compiler(*args)
     ranks = v.shape[1], u.shape[1]
     block = kernels.block_of_rows(math.prod(x.shape[:2]), x.shape[2], g.shape[2], ranks, x.dtype)
-    if block is None:
+    if of_kernel is None or block is None:
         return by_compiler(*args)
     by_kernel = functools.partial(_by_kernel, rank=rank, block=block, precision=of_kernel)
     return on_one_tpu(by_kernel, by_compiler, *args)
@@ -141,10 +139,9 @@ def _by_kernel(x, g, v, u, due=None, *, rank, block, precision):
     """The same, with `own` at any rate."""
     del due
     groups, rows = x.shape[:2]
-    flat = (a.reshape(groups * rows, a.shape[-1]) for a in (x, g))
-    sides = kernels.one_pass(*flat, v, u, block, precision)
+    sides = kernels.one_pass(flat(x), flat(g), v, u, block, precision)
     of_x, of_g = (
-        OfRows(a.reshape(groups, rows, -1), norms.reshape(groups, rows), *products)
-        for a, norms, *products in sides
+        OfRows(a.reshape(groups, rows, -1), lengths.reshape(groups, rows), *products)
+        for a, lengths, *products in sides
     )
     return of_x._replace(other=of_x.other[:, :rank]), of_g

@@ -84,20 +84,17 @@ def estimate(
         due = _refresh_is_due(layer, memory, key)
         of_x, of_g = sides(x, g, (memory.inputs, directions), rank, due, layer.precision)
         candidates = Residuals(of_x, of_g.first(rank), memory, due, layer.precision)
+        of_kernel = functools.partial(_kernel_gradient, layer, kernel.dtype, candidates)
     else:
         of_g = side(g, None, layer.precision)
+        of_kernel = functools.partial(_of_rows, layer, kernel.dtype)
     dx = None
     if of_inputs:
         matrix = as_matrix(layer.dimension_numbers, kernel)
         dx = _input_gradient(layer, of_g.first(layer.config.input_grad.rank), matrix, key, x.dtype)
         dx = as_inputs(layer.dimension_numbers, dx, shape)
 
-    args = x, g, memory, key
-    of_kernel = functools.partial(_kernel_gradient, layer, kernel.dtype)
-    if isinstance(memory, Subspace):
-        dw, *others = of_kernel(candidates, *args)
-    else:
-        dw, *others = _of_rows(layer, of_kernel, *args)
+    dw, *others = of_kernel(x, g, memory, key)
     dw = as_kernel(layer.dimension_numbers, dw, kernel.shape)
     return Estimate(dx, dw, *others)
 
@@ -154,8 +151,9 @@ def _input_gradient(layer, g, kernel, key, dtype):
 # ---- of the kernel
 
 
-def _of_rows(layer, of_kernel, x, g, memory, key):
-    """`of_kernel`, where rows wait or none does."""
+def _of_rows(layer, dtype, x, g, memory, key):
+    """`_kernel_gradient`, where rows wait or none does."""
+    of_kernel = functools.partial(_kernel_gradient, layer, dtype)
 
     def by_compiler(x, g, memory, key):
         return of_kernel(_rows(layer, x, g, memory), x, g, memory, key)

@@ -144,7 +144,7 @@ def take_out(
     every = _whole(chosen, block)
     words, shifts = _words(every, rows)
     order = jnp.arange(len(every), dtype=jnp.int32)
-    bits = jnp.array([0xFFFF, -0x10000] if rows.dtype.itemsize == 2 else [-1], jnp.int32)
+    bits = jnp.array([0xFFFF, -0x10000] if rows_of_word(rows.dtype) == 2 else [-1], jnp.int32)
     masks = jnp.sum(jnp.where(stay.reshape(-1, len(bits)), bits, 0), axis=1, dtype=jnp.int32)
     last = jnp.zeros_like(masks).at[words].max(order)
     others = jnp.any(~stay.at[chosen].set(True))
@@ -203,9 +203,14 @@ def _whole(chosen, block):
     return jnp.pad(chosen, [(0, -len(chosen) % block)] + [(0, 0)] * (chosen.ndim - 1), mode="edge")
 
 
+def rows_of_word(dtype) -> int:
+    """How many rows share their words."""
+    return 4 // jnp.dtype(dtype).itemsize
+
+
 def _words(numbers, rows):
     """In which words rows are, and `(k, 1)` by how many bits these are to be shifted for a row."""
-    packed = 4 // rows.dtype.itemsize
+    packed = rows_of_word(rows.dtype)
     return numbers // packed, 16 * (numbers % packed)[:, None]
 
 
@@ -231,7 +236,7 @@ def _by_words(kernel, scalars, blocks, whole, rows, block, dtype=None, rest=Fals
         return pl.BlockSpec((block, columns), lambda step, *_: (step, 0))
 
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    words = block * (4 // rows.dtype.itemsize), features
+    words = block * rows_of_word(rows.dtype), features
     buffers = [pltpu.VMEM((2, *words), rows.dtype), pltpu.SemaphoreType.DMA((2,))]
     if rest:
         buffers += [pltpu.VMEM(words, rows.dtype), pltpu.SemaphoreType.DMA(())]
@@ -267,7 +272,7 @@ def _by_words(kernel, scalars, blocks, whole, rows, block, dtype=None, rest=Fals
 
 def _word(number, rows):
     """Where the rows are that share it."""
-    packed = 4 // rows.dtype.itemsize
+    packed = rows_of_word(rows.dtype)
     return pl.ds(pl.multiple_of(packed * number, packed), packed)
 
 

@@ -130,8 +130,7 @@ def place(
     sizes = groups * rows, chosen.size, sampled.shape[2]
     block = row_kernels.block_of(*sizes, sampled.dtype, rank)
     of_kernel = kernels.precision_of_products(coordinates, directions, precision)
-    half_a_word = sampled.dtype.itemsize * chosen.size % 4
-    if block is None or of_kernel is None or half_a_word:
+    if block is None or of_kernel is None or chosen.size % row_kernels.rows_of_word(sampled.dtype):
         return by_compiler(*args)
     by_kernel = functools.partial(_place_by_kernel, block=block, precision=of_kernel)
     return on_one_tpu(by_kernel, by_compiler, *args)

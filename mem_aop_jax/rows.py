@@ -139,7 +139,9 @@ class Joined(NamedTuple):
         at, waiting = of_all_groups(chosen, waiting.shape[1]), waiting.reshape(-1)
         taken, left = zip(
             *(
-                row_kernels.take_out(of, at, waiting, block_of(of[None], len(at)))
+                row_kernels.take_out(
+                    of, at, waiting, row_kernels.block_of(len(of), len(at), of.shape[1], of.dtype)
+                )
                 for of in self.memory[:2]
             ),
             strict=True,
