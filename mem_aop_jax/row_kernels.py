@@ -15,7 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 from mem_aop_jax.compat import TPU_COPIES_ROWS, shape_like
 from mem_aop_jax.kernels import IN_ORDER, SUBLANES, VMEM, left_in_hbm, shape_in_hbm, whole_tiles
 
+ON_CHIP = 2**24  # bytes of a result that XLA leaves there, of what it needs at once
 NUMBERS = 2**16  # of rows, of which the memory for scalars holds three arrays
+STAYS, GONE = -2, -1  # a row that was not chosen, in the place of when it was
 
 
 def block_of(rows: int, chosen: int, features: int, dtype, rank: int = 0) -> int | None:
@@ -45,13 +47,13 @@ def take(rows: chex.Array, chosen: chex.Array, block: int) -> chex.Array:
       chosen: `(k,)` int32, each one of the rows; some may be the same.
       block: from `block_of`.
     """
-    words, shifts = _words(_whole(chosen, block), rows)
-    (found,) = _by_words(_take, [words], [shifts], [], rows, block)
+    numbers = _whole(chosen, block)
+    (found,) = _by_words(_take, [numbers], [_shift(numbers[:, None], rows)], [], rows, block)
     return found[: len(chosen)]
 
 
-def _take(words, shifts, rows, out, *buffers, block):
-    out[...] = _rows_of(_arrive(words, rows, *buffers, block), shifts[...], out.dtype)
+def _take(numbers, shifts, rows, out, *buffers, block):
+    out[...] = _rows_of(_arrive(numbers, rows, *buffers, block), shifts[...], out.dtype)
 
 
 def take_outside(
@@ -78,17 +80,21 @@ def take_outside(
       add_held: whether to add what the basis holds.
       dtype: of the result.
     """
-    words, shifts = _words(_whole(chosen, block), rows)
-    blocks = shifts, _whole(weights[:, None], block), _whole(coordinates, block)
+    numbers = _whole(chosen, block)
+    blocks = (
+        _shift(numbers[:, None], rows),
+        _whole(weights[:, None], block),
+        _whole(coordinates, block),
+    )
     kernel = functools.partial(_take_outside, precision=precision, add_held=add_held)
-    (found,) = _by_words(kernel, [words], blocks, [basis], rows, block, dtype)
+    (found,) = _by_words(kernel, [numbers], blocks, [basis], rows, block, dtype)
     return found[: len(chosen)]
 
 
 def _take_outside(
-    words, shifts, weights, coordinates, basis, rows, out, *buffers, block, precision, add_held
+    numbers, shifts, weights, coordinates, basis, rows, out, *buffers, block, precision, add_held
 ):
-    found = _rows_of(_arrive(words, rows, *buffers, block), shifts[...], rows.dtype)
+    found = _rows_of(_arrive(numbers, rows, *buffers, block), shifts[...], rows.dtype)
     held = _product(coordinates, basis, precision)
     rest = weights[...] * (found.astype(jnp.float32) - held)
     out[...] = (rest + held if add_held else rest).astype(out.dtype)
@@ -112,17 +118,14 @@ def place(
       block: from `block_of`.
       precision: of the product.
     """
-    words, shifts = _words(jnp.maximum(at, 0), sampled)
-    words, shifts = jnp.where(at < 0, -1, words), jnp.where(at[:, None] < 0, -1, shifts)
+    blocks = jnp.where(at[:, None] < 0, -1, _shift(at[:, None], sampled)), coordinates
     kernel = functools.partial(_place, precision=precision)
-    (found,) = _by_words(
-        kernel, [words], [shifts, coordinates], [directions], sampled, block, arriving=len(sampled)
-    )
+    (found,) = _by_words(kernel, [at], blocks, [directions], sampled, block, arriving=len(sampled))
     return found
 
 
-def _place(words, shifts, coordinates, directions, sampled, out, *buffers, block, precision):
-    found = _arrive(words, sampled, *buffers, block)
+def _place(numbers, shifts, coordinates, directions, sampled, out, *buffers, block, precision):
+    found = _arrive(numbers, sampled, *buffers, block)
     found = _rows_of(found, jnp.maximum(shifts[...], 0), out.dtype).astype(jnp.float32)
     inside = _product(coordinates, directions, precision)
     is_sampled = jnp.broadcast_to(shifts[...] >= 0, inside.shape)
@@ -141,37 +144,43 @@ def take_out(
         stay, all rows are looked through.
       block: from `block_of`.
     """
-    every = _whole(chosen, block)
-    words, shifts = _words(every, rows)
-    order = jnp.arange(len(every), dtype=jnp.int32)
-    bits = jnp.array([0xFFFF, -0x10000] if rows_of_word(rows.dtype) == 2 else [-1], jnp.int32)
-    masks = jnp.sum(jnp.where(stay.reshape(-1, len(bits)), bits, 0), axis=1, dtype=jnp.int32)
-    last = jnp.zeros_like(masks).at[words].max(order)
-    others = jnp.any(~stay.at[chosen].set(True))
-    writes = (last[words] == order).astype(jnp.int32)  # of the same words, the last one
-    scalars = words, writes, masks, others.astype(jnp.int32)[None]
-    blocks = shifts, masks[words][:, None]
+    numbers = _whole(chosen, block)
+    order = jnp.arange(len(numbers), dtype=jnp.int32)
+    state = jnp.where(stay, STAYS, GONE).astype(jnp.int32)
+    state = state.at[numbers].max(order)  # where a row is last chosen
+    scalars = numbers, state, jnp.any(state == GONE).astype(jnp.int32)[None]
+    blocks = [_shift(numbers[:, None], rows)]
     found, rest = _by_words(_take_out, scalars, blocks, [], rows, block, rest=True)
     return found[: len(chosen)], rest
 
 
-def _take_out(words, writes, masks, others, shifts, of_block, rows, out, rest, *buffers, block):
+def _take_out(numbers, state, others, shifts, rows, out, rest, *buffers, block):
     *buffers, left, gone = buffers
     step, steps = pl.program_id(0), pl.num_programs(0)
-    found = _arrive(words, rows, *buffers, block)
+    packed = rows_of_word(rows.dtype)
+    zeros = packed * block  # where they are in `left`
+    found = _arrive(numbers, rows, *buffers, block)
     out[...] = _rows_of(found, shifts[...], out.dtype)
 
     def for_each(step, do):
+        """For one of the rows that share their words, the one that is chosen last."""
+
         def of_row(row):
             at = step * block + row
-            here, there = left.at[_word(row, rows)], rest.at[_word(words[at], rows)]
-            copy = pltpu.make_async_copy(here, there, gone)
-            pl.when(writes[at] == 1)(lambda: do(copy))
+            states = [state[(numbers[at] & -packed) + of] for of in range(packed)]
+            none_stays = functools.reduce(jnp.minimum, states) > STAYS
+            here = _words_of(jnp.where(none_stays, zeros, packed * row), left)
+            copy = pltpu.make_async_copy(here, _words_of(numbers[at], rest), gone)
+            pl.when(functools.reduce(jnp.maximum, states) == at)(lambda: do(copy))
 
         lax.fori_loop(0, block, lambda row, _: of_row(row), None)
 
+    @pl.when(step == 0)
+    def _():
+        left[zeros:] = jnp.zeros((packed, left.shape[1]), left.dtype)
+
     pl.when(step > 0)(lambda: for_each(step - 1, lambda copy: copy.wait()))
-    left[...] = pltpu.bitcast(found & of_block[...], left.dtype)
+    left[:zeros] = pltpu.bitcast(_other_rows(found, shifts[...], left.dtype), left.dtype)
     for_each(step, lambda copy: copy.start())
 
     def copied(source, target):
@@ -179,20 +188,20 @@ def _take_out(words, writes, masks, others, shifts, of_block, rows, out, rest, *
         copy.start()
         copy.wait()
 
-    def clean(number, _):
-        @pl.when(masks[number] != -1)
+    def clean(row, _):
+        @pl.when(state[row] == GONE)
         def _():
-            here, there = left.at[_word(0, rows)], rest.at[_word(number, rows)]
+            here, there = _words_of(0, left), _words_of(row, rest)
             copied(there, here)
-            here[...] = pltpu.bitcast(
-                pltpu.bitcast(here[...], jnp.int32) & masks[number], left.dtype
-            )
+            of_others = pltpu.bitcast(here[...], jnp.int32)
+            of_others = _other_rows(of_others, _shift(row, rows), left.dtype)
+            here[...] = pltpu.bitcast(of_others, left.dtype)
             copied(here, there)
 
     @pl.when(step + 1 == steps)
     def _():
         for_each(step, lambda copy: copy.wait())
-        pl.when(others[0] == 1)(lambda: lax.fori_loop(0, len(masks), clean, None))
+        pl.when(others[0] == 1)(lambda: lax.fori_loop(0, len(state), clean, None))
 
 
 # ---- what they share
@@ -208,10 +217,16 @@ def rows_of_word(dtype) -> int:
     return 4 // jnp.dtype(dtype).itemsize
 
 
-def _words(numbers, rows):
-    """In which words rows are, and `(k, 1)` by how many bits these are to be shifted for a row."""
-    packed = rows_of_word(rows.dtype)
-    return numbers // packed, 16 * (numbers % packed)[:, None]
+def _shift(number, rows):
+    """By how many bits its words are to be shifted for a row."""
+    return 16 * (number & (rows_of_word(rows.dtype) - 1))
+
+
+def _other_rows(words, shifts, dtype):
+    """The words without that row, for which 0 is left."""
+    if dtype == jnp.float32:
+        return jnp.zeros_like(words)
+    return words & ~(0xFFFF << jnp.broadcast_to(shifts, words.shape))
 
 
 def _by_words(kernel, scalars, blocks, whole, rows, block, dtype=None, rest=False, arriving=None):
@@ -219,7 +234,7 @@ def _by_words(kernel, scalars, blocks, whole, rows, block, dtype=None, rest=Fals
 
     Args:
       kernel: of all that follows, the results and the buffers.
-      scalars: `(k,)` words, and others.
+      scalars: `(k,)` numbers of rows, and others.
       blocks: `(k, any)`, of which the kernel has a block.
       whole: of which it has all.
       rows: of which it has none.
@@ -236,11 +251,13 @@ def _by_words(kernel, scalars, blocks, whole, rows, block, dtype=None, rest=Fals
         return pl.BlockSpec((block, columns), lambda step, *_: (step, 0))
 
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    words = block * rows_of_word(rows.dtype), features
-    buffers = [pltpu.VMEM((2, *words), rows.dtype), pltpu.SemaphoreType.DMA((2,))]
-    if rest:
-        buffers += [pltpu.VMEM(words, rows.dtype), pltpu.SemaphoreType.DMA(())]
+    packed = rows_of_word(rows.dtype)
+    buffers = [pltpu.VMEM((2, packed * block, features), rows.dtype), pltpu.SemaphoreType.DMA((2,))]
+    if rest:  # with words of zeros
+        left = packed * (block + 1), features
+        buffers += [pltpu.VMEM(left, rows.dtype), pltpu.SemaphoreType.DMA(())]
     words_moved = 4 * features * (1 + rest) * (arriving or number)
+    result = number * features * jnp.dtype(dtype).itemsize
     return pl.pallas_call(
         functools.partial(kernel, block=block),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -262,7 +279,7 @@ def _by_words(kernel, scalars, blocks, whole, rows, block, dtype=None, rest=Fals
         cost_estimate=pl.CostEstimate(
             flops=sum(2 * number * of.size for of in whole),
             bytes_accessed=words_moved
-            + number * features * jnp.dtype(dtype).itemsize
+            + (result if result > ON_CHIP else 0)
             + sum(of.nbytes for of in (*blocks, *whole)),
             transcendentals=0,
         ),
@@ -270,25 +287,25 @@ def _by_words(kernel, scalars, blocks, whole, rows, block, dtype=None, rest=Fals
     )(*arrays)
 
 
-def _word(number, rows):
-    """Where the rows are that share it."""
+def _words_of(number, rows):
+    """The rows that share the words of one."""
     packed = rows_of_word(rows.dtype)
-    return pl.ds(pl.multiple_of(packed * number, packed), packed)
+    return rows.at[pl.ds(pl.multiple_of(number & -packed, packed), packed)]
 
 
-def _arrive(words, rows, came, arrived, block):
+def _arrive(numbers, rows, came, arrived, block):
     """`(block, features)` int32, the words of this step; those of the next one are on their way.
 
-    Nothing comes of a negative one.
+    Nothing comes for a negative number.
     """
     step, steps = pl.program_id(0), pl.num_programs(0)
 
     def for_each(step, do):
         def of_row(row):
-            word, slot = words[step * block + row], step & 1
-            here, there = came.at[slot, _word(row, rows)], rows.at[_word(word, rows)]
-            copy = pltpu.make_async_copy(there, here, arrived.at[slot])
-            pl.when(word >= 0)(lambda: do(copy))
+            number, slot = numbers[step * block + row], step & 1
+            here = _words_of(rows_of_word(rows.dtype) * row, came.at[slot])
+            copy = pltpu.make_async_copy(_words_of(number, rows), here, arrived.at[slot])
+            pl.when(number >= 0)(lambda: do(copy))
 
         lax.fori_loop(0, block, lambda row, _: of_row(row), None)
 
