@@ -71,6 +71,7 @@ MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
+WITHIN = 0.15  # of the measured speed: a good prediction
 SHORTEST = 0.02  # seconds of a measurement: so many steps, one after the other
 
 
@@ -339,6 +340,11 @@ def write(rows: list[dict], options) -> str:
         f"{device.device_kind or device.platform}, {os.cpu_count()} cores, {platform.machine()}"
     )
     said = [f"{name} {value}" for name, value in constant.items()]
+    off = [abs(row["predicted"] / row["speed"] - 1) for row in rows if "predicted" in row]
+    if off:
+        said.append(
+            f"predicted within {WITHIN:.0%}: {sum(of <= WITHIN for of in off)} of {len(off)}"
+        )
     text = ", ".join([*said, machine, f"jax {jax.__version__}"])
     return "\n".join([table, "", text, *map(str, paths)])
 

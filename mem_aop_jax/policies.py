@@ -49,9 +49,9 @@ def weightedk(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
 
 def randk(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
     """k rows uniformly, without replacement."""
-    drawn = jax.random.bits(key, scores.shape, jnp.uint32)
-    largest = jnp.full_like(drawn, jnp.iinfo(drawn.dtype).max)
-    return topk(None, jnp.where(scores < jnp.inf, drawn, largest), k)
+    bits = jax.random.bits(key, scores.shape, jnp.uint32)
+    drawn = jax.lax.bitcast_convert_type((bits >> 2) + 2**23, jnp.float32)  # in the same order
+    return topk(None, jnp.where(scores < jnp.inf, drawn, jnp.inf), k)
 
 
 def uniform(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
@@ -109,8 +109,8 @@ COMPARED = 2**13  # rows; GPUs sort more of them faster than they compare each w
 def _top_k(scores: chex.Array, k: int) -> chex.Array:
     """The indices of `lax.top_k`."""
 
-    def sort(scores):
-        return jax.lax.top_k(scores, k)[1]
+    def sort(scores):  # by the barrier, or XLA sorts all for two slices of the result
+        return jax.lax.optimization_barrier(jax.lax.top_k(scores, k)[1])
 
     if scores.size > COMPARED:
         return sort(scores)

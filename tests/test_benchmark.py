@@ -46,6 +46,10 @@ def test_layers(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| run | rows | ms |" in printed
     assert "in_features 32, out_features 16" in printed
+    near = [
+        0.85 <= float(r["predicted"]) / float(r["speed"]) <= 1.15 for r in rows if r["predicted"]
+    ]
+    assert f"predicted within 15%: {sum(near)} of {len(near)}" in printed
 
 
 @pytest.mark.parametrize("which", steps.PASSES)
