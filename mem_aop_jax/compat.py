@@ -3,7 +3,6 @@
 import jax
 
 TPU_COPIES_ROWS = jax.__version_info__ >= (0, 10, 2)  # its compiler before: whole tiles alone
-CPU_SUMS_ARE_FAST = jax.__version_info__ >= (0, 10, 2)  # of one array, along its rows
 
 
 def varying_axes(x) -> frozenset[str]:

@@ -50,7 +50,7 @@ def weightedk(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
 def randk(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
     """k rows uniformly, without replacement."""
     bits = jax.random.bits(key, scores.shape, jnp.uint32)
-    drawn = jax.lax.bitcast_convert_type((bits >> 2) + 2**23, jnp.float32)  # in the same order
+    drawn = jax.lax.bitcast_convert_type((bits >> 2) + 2**23, jnp.float32)  # ordered as the bits
     return topk(None, jnp.where(scores < jnp.inf, drawn, jnp.inf), k)
 
 

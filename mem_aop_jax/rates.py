@@ -13,8 +13,7 @@ from mem_aop_jax.compat import TPU_COPIES_ROWS
 from mem_aop_jax.config import MemAOP
 from mem_aop_jax.dense import dense
 from mem_aop_jax.memory import init_memory
-from mem_aop_jax.policies import topk
-from mem_aop_jax.row_ops import norms
+from mem_aop_jax.policies import row_norms, topk
 
 SUBSPACE = 32  # directions, of both sides together
 ARRAYS = 2**22, 2**25  # bytes of one that a cache holds, and of one that it does not
@@ -117,14 +116,14 @@ def _measured(device):
     )
     scores = jnp.asarray(np.random.default_rng(0).random(4 * rows), jnp.float32)
     selection = functools.partial(topk, None, k=rows)
-    calls = (norms, many[None]), (jnp.negative, few), (jnp.add, some, some), (selection, scores)
+    calls = (row_norms, many), (jnp.negative, few), (jnp.add, some, some), (selection, scores)
     read, cached, added, chosen = map(min, _together(calls))
     read, row = many.nbytes / read, chosen / scores.size
     cached = max(read, 2 * few.nbytes / cached)
     sums = max(cached, 3 * some.nbytes / added)
 
     size = 256  # of a layer whose arithmetic takes little time
-    product, passes = 2 * size**3 / full, 8 * size**2 / cached
+    product, norms = 2 * size**3 / full, 8 * size**2 / cached
     configs = (
         None,
         MemAOP(ratio=0.5, memory=None),
@@ -133,7 +132,7 @@ def _measured(device):
     steps = [_layer_step(config, size) for config in configs]
     exact, alone, beside = map(min, _together(steps))
     step = max(0.0, exact - (2 + 1 / small_kernel) * product)
-    layer = max(0.0, alone - step - (2 + 0.5 / small_kernel) * product - passes)
+    layer = max(0.0, alone - step - (2 + 0.5 / small_kernel) * product - norms)
     subspace = max(0.0, beside - alone)
     always = Rates(device, full, half, read, kernel, row, step, layer, subspace)
     return always._replace(cached=cached, small_kernel=small_kernel, narrow=narrow, sums=sums)

@@ -17,7 +17,7 @@ from mem_aop_jax.kernels import IN_ORDER, SUBLANES, VMEM, left_in_hbm, shape_in_
 
 ON_CHIP = 2**24  # bytes of a result that XLA leaves there, of what it needs at once
 NUMBERS = 2**16  # of rows, of which the memory for scalars holds three arrays
-STAYS, GONE = -2, -1  # a row that was not chosen, in the place of when it was
+STAYS, GONE = -2, -1  # states of a row that was not chosen; else when it last was, which is more
 
 
 def block_of(rows: int, chosen: int, features: int, dtype, rank: int = 0) -> int | None:
@@ -147,7 +147,7 @@ def take_out(
     numbers = _whole(chosen, block)
     order = jnp.arange(len(numbers), dtype=jnp.int32)
     state = jnp.where(stay, STAYS, GONE).astype(jnp.int32)
-    state = state.at[numbers].max(order)  # where a row is last chosen
+    state = state.at[numbers].max(order)
     scalars = numbers, state, jnp.any(state == GONE).astype(jnp.int32)[None]
     blocks = [_shift(numbers[:, None], rows)]
     found, rest = _by_words(_take_out, scalars, blocks, [], rows, block, rest=True)

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from mem_aop_jax import kernels, row_kernels
-from mem_aop_jax.compat import CPU_SUMS_ARE_FAST
 from mem_aop_jax.memory import wide
 from mem_aop_jax.one_tpu import on_one_tpu
-from mem_aop_jax.policies import SCALES, norms_of_sums, row_norms
+from mem_aop_jax.policies import row_norms
 
 
 @jax.jit  # as `row_norms`
@@ -25,26 +24,7 @@ def norms(rows: chex.Array) -> chex.Array:
 
 
 def _norms(rows):
-    if rows.dtype != jnp.float32 or not CPU_SUMS_ARE_FAST:
-        return row_norms(rows.astype(wide(rows.dtype)))
-    return lax.platform_dependent(rows, cpu=_norms_on_cpu, default=row_norms)
-
-
-def _norms_on_cpu(rows):
-    """By one sum, which CPUs have in half the time of three, and others if a row needs them."""
-
-    def if_needed(needed, scale):
-        def scaled(rows, _):
-            rows = lax.optimization_barrier(rows * scale)  # or its sum is not a fast one
-            return jnp.sum(jnp.square(rows), axis=-1)
-
-        return lax.cond(needed, scaled, lambda _, sums: sums + jnp.inf, rows, sums)
-
-    sums = jnp.sum(jnp.square(rows), axis=-1)
-    up, _, down = SCALES
-    inexact = sums < 2.0**-90  # by squares that underflow
-    others = if_needed(jnp.any(inexact), up), if_needed(jnp.any(sums == jnp.inf), down)
-    return norms_of_sums((others[0], sums, others[1]))
+    return row_norms(rows.astype(wide(rows.dtype)))
 
 
 def _norms_by_kernel(rows, *, block):

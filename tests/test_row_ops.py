@@ -1,4 +1,4 @@
-"""What is computed of rows, as the compiler for CPUs has it."""
+"""Norms of rows."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def norms_of(rows):
 @pytest.mark.parametrize("transform", [jax.jit, jax.vmap, lambda function: function])
 @pytest.mark.parametrize("size", [*SIZES, None])
 def test_norms_of_rows_of_any_size(size, transform):
-    """Of all rows, or of each another size: squares underflow, overflow, or neither."""
+    """Of all rows, or of each another size: their squares underflow, overflow, or neither."""
     sizes = [*SIZES, 1] if size is None else [size] * len(ROWS[0])
     rows = jnp.asarray(ROWS * np.array(sizes, np.float32)[:, None])
     given = rows[None] if transform is jax.vmap else rows
