@@ -232,13 +232,12 @@ def test_rows_that_are_not_finite_score_infinity():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("memory", [None, "subspace"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "memory"),
+    [*((of, None) for of in POLICIES), *((of, "subspace") for of in UNBIASED_POLICIES)],
+)
 def test_cpus_sort_no_rows(policy, memory, groups, without_x64):
     """They find the k largest, of both gradients, in a fraction of the time."""
-    unbiased = policy in UNBIASED_POLICIES
-    if memory and not unbiased:
-        pytest.skip("a subspace is for unbiased policies")
     of_inputs = aop.InputGrad(ratio=0.25, rank=8 if memory else 0)
     config = aop.MemAOP(k=16, policy=policy, memory=memory, groups=groups, input_grad=of_inputs)
     rows, features = 256, 32
