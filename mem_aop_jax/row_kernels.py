@@ -47,8 +47,7 @@ def take(rows: chex.Array, chosen: chex.Array, block: int) -> chex.Array:
       chosen: `(k,)` int32, each one of the rows; some may be the same.
       block: from `block_of`.
     """
-    numbers = _whole(chosen, block)
-    (found,) = _by_words(_take, [numbers], [_shift(numbers[:, None], rows)], [], rows, block)
+    (found,) = _by_words(_take, [_whole(chosen, block)], [], [], rows, block)
     return found[: len(chosen)]
 
 
@@ -80,12 +79,7 @@ def take_outside(
       add_held: whether to add what the basis holds.
       dtype: of the result.
     """
-    numbers = _whole(chosen, block)
-    blocks = (
-        _shift(numbers[:, None], rows),
-        _whole(weights[:, None], block),
-        _whole(coordinates, block),
-    )
+    numbers, *blocks = (_whole(of, block) for of in (chosen, weights[:, None], coordinates))
     kernel = functools.partial(_take_outside, precision=precision, add_held=add_held)
     (found,) = _by_words(kernel, [numbers], blocks, [basis], rows, block, dtype)
     return found[: len(chosen)]
@@ -118,9 +112,9 @@ def place(
       block: from `block_of`.
       precision: of the product.
     """
-    blocks = jnp.where(at[:, None] < 0, -1, _shift(at[:, None], sampled)), coordinates
     kernel = functools.partial(_place, precision=precision)
-    (found,) = _by_words(kernel, [at], blocks, [directions], sampled, block, arriving=len(sampled))
+    args = [at], [coordinates], [directions], sampled, block
+    (found,) = _by_words(kernel, *args, arriving=len(sampled))
     return found
 
 
@@ -149,8 +143,7 @@ def take_out(
     state = jnp.where(stay, STAYS, GONE).astype(jnp.int32)
     state = state.at[numbers].max(order)
     scalars = numbers, state, jnp.any(state == GONE).astype(jnp.int32)[None]
-    blocks = [_shift(numbers[:, None], rows)]
-    found, rest = _by_words(_take_out, scalars, blocks, [], rows, block, rest=True)
+    found, rest = _by_words(_take_out, scalars, [], [], rows, block, rest=True)
     return found[: len(chosen)], rest
 
 
@@ -218,8 +211,8 @@ def rows_of_word(dtype) -> int:
 
 
 def _shift(number, rows):
-    """By how many bits its words are to be shifted for a row."""
-    return 16 * (number & (rows_of_word(rows.dtype) - 1))
+    """By how many bits its words are to be shifted for a row; negative for a negative number."""
+    return jnp.where(number < 0, -1, 16 * (number & (rows_of_word(rows.dtype) - 1)))
 
 
 def _other_rows(words, shifts, dtype):
@@ -234,8 +227,8 @@ def _by_words(kernel, scalars, blocks, whole, rows, block, dtype=None, rest=Fals
 
     Args:
       kernel: of all that follows, the results and the buffers.
-      scalars: `(k,)` numbers of rows, and others.
-      blocks: `(k, any)`, of which the kernel has a block.
+      scalars: `(k,)` numbers of rows, negative for none, and others.
+      blocks: `(k, any)`, of which the kernel has a block, after one of shifts.
       whole: of which it has all.
       rows: of which it has none.
       block: its number of rows.
@@ -244,6 +237,7 @@ def _by_words(kernel, scalars, blocks, whole, rows, block, dtype=None, rest=Fals
       arriving: how many words come; None is k.
     """
     number, features = len(scalars[0]), rows.shape[1]
+    blocks = _shift(scalars[0][:, None], rows), *blocks
     arrays = *scalars, *blocks, *whole, left_in_hbm(rows)
     dtype = dtype or rows.dtype
 

@@ -253,10 +253,12 @@ def test_cpus_sort_no_rows(policy, memory, groups, without_x64):
     assert program.count('custom_call_target="TopK"') == (1 if policy == "crs" else 2)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "uint32"])
 @pytest.mark.parametrize("k", [1, 7, 40])
-def test_the_top_k_of_gpus(k):
-    scores = jnp.asarray(np.random.default_rng(0).integers(0, 12, 40), jnp.float32)  # many equal
-    scores = scores.at[jnp.asarray([3, 5])].set(jnp.inf).at[7].set(-jnp.inf)
+def test_the_top_k_of_gpus(k, dtype):
+    scores = jnp.asarray(np.random.default_rng(0).integers(0, 12, 40), dtype)  # many are equal
+    if dtype == "float32":
+        scores = scores.at[jnp.asarray([3, 5])].set(jnp.inf).at[7].set(-jnp.inf)
     np.testing.assert_array_equal(top_k_by_rank(scores, k), jax.lax.top_k(scores, k)[1])
     both = jnp.stack([scores, scores[::-1]])
     of_each = jax.vmap(functools.partial(top_k_by_rank, k=k))(both)
