@@ -29,9 +29,12 @@ def rows_of(folder, command):
 
 def test_layers(tmp_path, capsys):
     sizes = "--rows 64 128 --in-features 32 --out-features 16 --ratio 1/4 1/8 --rounds 2"
-    benchmark.main(["layer", *sizes.split(), "--out", str(tmp_path)])
+    runs = [word for run in benchmark.LAYER_RUNS[1::3] for word in ("--run", run)]
+    benchmark.main(["layer", *sizes.split(), *runs, "--out", str(tmp_path)])
     rows = rows_of(tmp_path, "layer")
-    assert len(rows) == 2 * (1 + 2 * len(benchmark.LAYER_RUNS))
+    assert len(rows) == 2 * (1 + 2 * 2)
+    assert sum("memory=rows" in row["run"] for row in rows) == 4
+    assert sum("memory=subspace,input_ratio=1/8" in row["run"] for row in rows) == 2
     exact, *others = rows[: len(rows) // 2]
     assert exact["run"] == "exact"
     assert float(exact["speed"]) == 1

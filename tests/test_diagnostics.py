@@ -45,7 +45,7 @@ def draws_of(config, number, memory=None):
     memory = {"one": memory if memory is not None else aop.init_memory(config, M, N, P)}
     grad_fn = jax.grad(loss_of(config))
     keys = jax.random.split(jax.random.key(7), number)
-    return np.asarray(jax.vmap(lambda key: grad_fn(KERNEL, memory, X, G, key))(keys))
+    return np.asarray(jax.jit(jax.vmap(lambda key: grad_fn(KERNEL, memory, X, G, key)))(keys))
 
 
 EXACT = np.asarray(X.T @ G, np.float64)

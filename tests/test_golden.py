@@ -66,8 +66,11 @@ def learning_rate(trace, dtype):
     return lambda count: rates[count]
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("dtype", "jit"),
+    [("float64", False), ("float64", True), ("float32", True)],
+    ids=["float64-eager", "float64-jit", "float32-jit"],
+)
 @pytest.mark.parametrize("path", TRACES + ENERGY, ids=lambda path: path.stem)
 def test_functional(path, dtype, jit):
     """aop.dense, aop.carry_memory and optax.sgd."""

@@ -33,15 +33,30 @@ def gradients(config, x, g, kernel, memory, key):
     return jax.grad(loss_fn, argnums=(0, 1, 2))(x, kernel, memory)
 
 
+@functools.cache
+def step_of(config):
+    return jax.jit(functools.partial(gradients, config))
+
+
+@functools.cache
+def draws_of(config, number):
+    """`number` gradients of the inputs for one batch, with keys of their own."""
+
+    def all_draws(x, g, kernel, memory, seed):
+        keys = jax.random.split(jax.random.key(seed), number)
+        return jax.vmap(lambda key: gradients(config, x, g, kernel, memory, key)[0])(keys)
+
+    return jax.jit(all_draws)
+
+
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def refreshed(config, x, g, kernel, steps=3):
     memory = aop.init_memory(config, *x.shape, g.shape[1], x.dtype)
-    step = jax.jit(functools.partial(gradients, config))
     for key in jax.random.split(jax.random.key(9), steps):
-        _, _, memory = step(x, g, kernel, memory, key)
+        _, _, memory = step_of(config)(x, g, kernel, memory, key)
     return memory
 
 
@@ -66,9 +81,8 @@ def test_unbiased(case, norms):
     memory = aop.init_memory(config, M, N, P)
     if case == "followed":
         memory = refreshed(config, x, g, kernel)
-    draw = functools.partial(gradients, config, x, g, kernel, memory)
-    keys = jax.random.split(jax.random.key(3), 20_000)
-    within_four_errors(jax.jit(jax.vmap(lambda key: draw(key)[0]))(keys), g @ kernel.T)
+    draws = draws_of(config, 20_000)(x, g, kernel, memory, seed=3)
+    within_four_errors(draws, g @ kernel.T)
 
 
 def test_the_layers_below_get_an_unbiased_gradient():
@@ -95,7 +109,7 @@ def test_all_rows_or_all_directions_are_exact(ratio, rank):
     config = with_inputs(ratio, rank)
     x, g, kernel = normal(M, N), normal(M, P, seed=1), normal(N, P, seed=2)
     memory = refreshed(config, x, g, kernel, steps=2)
-    dx, _, _ = gradients(config, x, g, kernel, memory, jax.random.key(0))
+    dx, _, _ = step_of(config)(x, g, kernel, memory, jax.random.key(0))
     np.testing.assert_allclose(dx, g @ kernel.T, rtol=1e-4, atol=1e-4)
 
 
@@ -110,7 +124,7 @@ def test_the_gradient_of_the_kernel_is_as_without(rank, refresh):
     memories[1] = memories[0]._replace(cotangents=memories[0].cotangents[:, :2])
     for key in jax.random.split(jax.random.key(0), 4):
         (_, dw, memories[0]), (_, wanted, memories[1]) = (
-            gradients(c, x, g, kernel, memory, key)
+            step_of(c)(x, g, kernel, memory, key)
             for c, memory in zip((config, without), memories, strict=True)
         )
         np.testing.assert_allclose(dw, wanted, rtol=1e-4, atol=1e-4)
@@ -125,9 +139,7 @@ def test_the_variance_is_that_of_the_residuals():
     g = rows_near_a_subspace(M, P, 3, 0.02, 2)
 
     def variance(config, memory):
-        keys = jax.random.split(jax.random.key(0), 1_000)
-        draw = functools.partial(gradients, config, x, g, kernel, memory)
-        draws = np.asarray(jax.jit(jax.vmap(lambda key: draw(key)[0]))(keys))
+        draws = np.asarray(draws_of(config, 1_000)(x, g, kernel, memory, seed=0))
         return ((draws - np.asarray(g @ kernel.T)) ** 2).sum((1, 2)).mean()
 
     alone, config = with_inputs(0.25, 0), with_inputs(0.25, 4)
@@ -207,7 +219,7 @@ def test_rows_that_are_not_finite_show_as_without(rank, bad, number):
     x, g, kernel = normal(M, N), normal(M, P, seed=1), normal(N, P, seed=2)
     g = g.at[np.arange(0, 3 * number, 3), 3].set(bad)
     memory = aop.init_memory(config, M, N, P)
-    dx, _, after = gradients(config, x, g, kernel, memory, jax.random.key(0))
+    dx, _, after = step_of(config)(x, g, kernel, memory, jax.random.key(0))
     wanted = np.isfinite(g @ kernel.T) & (number <= config.input_rows(M))
     np.testing.assert_array_equal(np.isfinite(dx), wanted)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
@@ -229,7 +241,7 @@ def test_dtypes(dtype):
     x, kernel = (normal(*shape).astype(dtype) for shape in ((M, N), (N, P)))
     g = rows_near_a_subspace(M, P, 3, 0.05, 1).astype(dtype)
     memory = refreshed(config, x, g, kernel, steps=3)
-    dx, dw, after = gradients(config, x, g, kernel, memory, jax.random.key(0))
+    dx, dw, after = step_of(config)(x, g, kernel, memory, jax.random.key(0))
     assert dx.dtype == dw.dtype == dtype
     chex.assert_trees_all_equal_shapes_and_dtypes(memory, after)
     exact = exact_gradient(g.T, kernel.T)

@@ -114,11 +114,14 @@ def test_a_layer_with_it(monkeypatch):
     memory = aop.init_memory(config, ROWS, IN, OUT)
 
     def steps():
-        state = memory
-        for step in range(3):
-            key = jax.random.key(step)
+        @jax.jit
+        def step(x, kernel, state, key):
             call = functools.partial(aop.dense, config=config, key=key, precision="highest")
-            dx, dw, state = jax.vjp(call, x, kernel, state)[1](g)
+            return jax.vjp(call, x, kernel, state)[1](g)
+
+        state = memory
+        for i in range(3):
+            dx, dw, state = step(x, kernel, state, jax.random.key(i))
         return dx, dw, state.inputs, state.cotangents
 
     def by_kernel(*args):

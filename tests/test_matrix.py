@@ -438,9 +438,14 @@ COLUMNS = {
 
 
 def slow_if_its_parts_are_in_others(way):
-    """Minutes in all: a rare refresh is a subspace with a branch, signs are rows times signs."""
-    marks = [pytest.mark.slow] if kind_of(way) in ("rare refresh", "signed") else []
-    return pytest.param(way, marks=marks)
+    """Minutes in all: a rare refresh is a subspace with a branch, signs are rows times signs.
+
+    Slots and gradients of inputs are in `dense`, and how Flax carries a memory in its other layers.
+    """
+    in_others = "rare refresh", "signed"
+    if "`dense`" not in way:
+        in_others += "slots", "inputs"
+    return pytest.param(way, marks=[pytest.mark.slow] if kind_of(way) in in_others else [])
 
 
 @pytest.mark.parametrize("column", COLUMNS, ids=lambda name: name.replace("`", ""))

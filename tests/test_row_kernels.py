@@ -183,9 +183,9 @@ def on_a_tpu(monkeypatch):
 
 def steps(config, x, g, number=2):
     memory, found = aop.init_memory(config, len(x), N, P, x.dtype), []
+    backward = jax.jit(functools.partial(weight_gradient, config))
     for step in range(number):
-        key = jax.random.key(step)
-        dw, memory = weight_gradient(config, (1 + step) * x, g, memory, key)
+        dw, memory = backward((1 + step) * x, g, memory, jax.random.key(step))
         found += [dw, *jax.tree.leaves(memory)]
     return found
 
