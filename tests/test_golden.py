@@ -66,13 +66,20 @@ def learning_rate(trace, dtype):
     return lambda count: rates[count]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "jit"),
-    [("float64", False), ("float64", True), ("float32", True)],
-    ids=["float64-eager", "float64-jit", "float32-jit"],
-)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("path", TRACES + ENERGY, ids=lambda path: path.stem)
-def test_functional(path, dtype, jit):
+def test_functional(path, dtype):
+    follow(path, dtype, jax.jit)
+
+
+@pytest.mark.parametrize(
+    "name", ["a_topk_K3_mem_d0.9", "b_weightedk_K3_nomem", "d_mlp1_mse_topk_nomem"]
+)
+def test_functional_without_jit(name):
+    follow(OURS / f"{name}.npz", "float64", lambda step: step)
+
+
+def follow(path, dtype, jit):
     """aop.dense, aop.carry_memory and optax.sgd."""
     if not path.exists():
         pytest.skip("the energy traces come from a data set and are not part of this repository")
@@ -102,7 +109,7 @@ def test_functional(path, dtype, jit):
         updates, opt_state = tx.update(grads, opt_state, params, memory=memory)
         return loss, grads, optax.apply_updates(params, updates), opt_state
 
-    step = jax.jit(step) if jit else step
+    step = jit(step)
     opt_state = tx.init(params)
     rates = np.broadcast_to(trace["lr"], len(trace["loss"]))
     for t in range(len(trace["loss"])):

@@ -34,8 +34,11 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize("fields", FIELDS, ids=lambda fields: "-".join(fields) or "default")
-@pytest.mark.parametrize("shape", [(8, 3), (2, 4, 3), (3,)])
+@pytest.mark.parametrize(
+    ("fields", "shape"),
+    [(fields, (8, 3)) for fields in FIELDS] + [({}, (2, 4, 3)), ({}, (3,))],
+    ids=lambda of: "-".join(map(str, of)) or "default",
+)
 def test_a_drop_in_for_nn_dense(fields, shape):
     """Parameters, initial values, outputs, dX and bias gradient; at k = rows the kernel's too."""
 
