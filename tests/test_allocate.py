@@ -186,6 +186,7 @@ def test_with_gradients_of_inputs_too():
     assert found.v < allocate(CONFIG, 0.75).v / 5  # it is the better buy here
 
 
+@pytest.mark.slow
 def test_of_few_rows(monkeypatch):
     """Directions hold more of a batch that they have followed than of others."""
     monkeypatch.setitem(globals(), "ROWS", 64)

@@ -469,6 +469,7 @@ def test_a_controlled_run(spelled, tmp_path, monkeypatch, standard_promotion, ca
     assert "Approximate: block_0/qkv (32 to 96)" in printed
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_where_training_ended(tmp_path, monkeypatch, standard_promotion):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("words.txt").write_text("a cat sat on a mat, and that was that. " * 400)

@@ -71,10 +71,11 @@ def draws_of(config, number):
 
 
 @pytest.mark.parametrize(
-    ("basis", "k"),
-    [("first", 6), ("refreshed", 6), ("one-sided", 6), ("refreshed", 2), ("refreshed", M - 1)],
+    ("policy", "basis", "k"),
+    [(policy, "refreshed", 6) for policy in POLICIES]
+    + [("priority", basis, 6) for basis in ("first", "one-sided")]
+    + [("priority", "refreshed", k) for k in (2, M - 1)],
 )
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("norms", ROWS.values(), ids=ROWS)
 def test_unbiased_for_any_directions(norms, policy, basis, k):
     config = config_of(policy, k=k, rank=(3, 0) if basis == "one-sided" else 3)
