@@ -69,6 +69,8 @@ def learning_rate(trace, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("path", TRACES + ENERGY, ids=lambda path: path.stem)
 def test_functional(path, dtype):
+    if not path.exists():
+        pytest.skip("the energy traces come from a data set and are not part of this repository")
     follow(path, dtype, jax.jit)
 
 
@@ -81,8 +83,6 @@ def test_functional_without_jit(name):
 
 def follow(path, dtype, jit):
     """aop.dense, aop.carry_memory and optax.sgd."""
-    if not path.exists():
-        pytest.skip("the energy traces come from a data set and are not part of this repository")
     trace, meta, suffixes = load(path)
     configs = configurations(meta, suffixes)
     params = [
@@ -102,6 +102,7 @@ def follow(path, dtype, jit):
             x = jnp.tanh(y)
         return loss_of(meta, y, target)
 
+    @jit
     def step(params, opt_state, x, target, rows):
         loss, (grads, memory) = jax.value_and_grad(loss_fn, argnums=(0, 1))(
             params, aop.get_memory(opt_state), x, target, rows
@@ -109,7 +110,6 @@ def follow(path, dtype, jit):
         updates, opt_state = tx.update(grads, opt_state, params, memory=memory)
         return loss, grads, optax.apply_updates(params, updates), opt_state
 
-    step = jit(step)
     opt_state = tx.init(params)
     rates = np.broadcast_to(trace["lr"], len(trace["loss"]))
     for t in range(len(trace["loss"])):

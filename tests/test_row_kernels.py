@@ -257,11 +257,8 @@ SUBSPACES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, jnp.float32) for name in SUBSPACES]
-    + [(name, jnp.bfloat16) for name in ("both", "groups")],
-)
+@pytest.mark.parametrize("name", SUBSPACES)
+@BOTH
 def test_layers_with_subspaces(name, dtype, request):
     config = aop.MemAOP(k=K, policy="priority", memory="subspace", rank=16, **SUBSPACES[name])
     x, g, kernel = (normal(*of, dtype=dtype) for of in ((1, M, N), (2, M, P), (3, N, P)))

@@ -73,8 +73,11 @@ def draws_of(config, number):
 @pytest.mark.parametrize(
     ("policy", "basis", "k"),
     [(policy, "refreshed", 6) for policy in POLICIES]
-    + [("priority", basis, 6) for basis in ("first", "one-sided")]
-    + [("priority", "refreshed", k) for k in (2, M - 1)],
+    + [
+        pytest.param(policy, *case, marks=[] if policy == "priority" else pytest.mark.slow)
+        for policy in POLICIES
+        for case in [("first", 6), ("one-sided", 6), ("refreshed", 2), ("refreshed", M - 1)]
+    ],
 )
 @pytest.mark.parametrize("norms", ROWS.values(), ids=ROWS)
 def test_unbiased_for_any_directions(norms, policy, basis, k):
