@@ -1,11 +1,14 @@
 """What the tests of single layers share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 import mem_aop_jax as aop
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def weight_gradient(config, x, g, memory, key):
     """dW and the next memory of a layer whose output has the cotangents g."""
 

@@ -26,8 +26,12 @@ def arrays(*shapes, dtype="float32", seed=0):
 def gradients(x, kernel, memory, g, **options):
     """The cotangents of x, kernel and memory for the upstream gradient g."""
     options = {"config": aop.MemAOP(k=K)} | options
-    _, pull_back = jax.vjp(lambda *args: aop.dense(*args, **options), x, kernel, memory)
-    return pull_back(g)
+
+    @jax.jit
+    def pulled_back(x, kernel, memory, g):
+        return jax.vjp(lambda *args: aop.dense(*args, **options), x, kernel, memory)[1](g)
+
+    return pulled_back(x, kernel, memory, g)
 
 
 def numpy_loop(steps, k, decay, dtype):
@@ -47,8 +51,10 @@ def numpy_loop(steps, k, decay, dtype):
         yield dw, mem_x, mem_g
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.9, 0.0])
-@pytest.mark.parametrize("memory_dtype", [None, "float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    ("decay", "memory_dtype"),
+    [(0.9, "float32"), (0.9, "bfloat16"), (0.9, "float64"), (1.0, None), (0.9, None), (0.0, None)],
+)
 @pytest.mark.parametrize("dtype", EPS)
 def test_follows_a_numpy_loop_in_every_dtype_of_inputs_and_memory(dtype, memory_dtype, decay):
     config = aop.MemAOP(k=K, decay=decay, memory_dtype=memory_dtype)
@@ -73,7 +79,7 @@ def test_follows_a_numpy_loop_in_every_dtype_of_inputs_and_memory(dtype, memory_
 shapes = st.tuples(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 6), st.integers(1, 6))
 
 
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(deadline=None, max_examples=10, derandomize=True)
 @given(
     shapes,
     st.sampled_from(list(EPS)),
@@ -263,12 +269,11 @@ def test_the_same_under_transforms(policy, kind):
         memory = memory._replace(inputs=0.5 * x, cotangents=0.5 * g)
     keys = jax.random.split(jax.random.key(1), 2)
 
-    def one(x, kernel, memory, g, key):
-        return gradients(x, kernel, memory, g, config=config, key=key)
-
-    def remat(x, kernel, memory, g, key):
-        layer = jax.checkpoint(lambda *args: aop.dense(*args, config=config, key=key))
+    def one(x, kernel, memory, g, key, wrapper=lambda layer: layer):
+        layer = wrapper(functools.partial(aop.dense, config=config, key=key))
         return jax.vjp(layer, x, kernel, memory)[1](g)
+
+    remat = functools.partial(one, wrapper=jax.checkpoint)
 
     def scan(*args):
         return jax.lax.scan(lambda carry, slices: (carry, one(*slices)), 0, args)[1]
@@ -277,14 +282,16 @@ def test_the_same_under_transforms(policy, kind):
     wanted = [one(*jax.tree.map(lambda leaf, i=i: leaf[i], args)) for i in range(2)]
     wanted = jax.tree.map(lambda *leaves: jnp.stack(leaves), *wanted)
     for transformed in (
-        jax.vmap(one), jax.jit(jax.vmap(one)), jax.vmap(jax.jit(one)), scan, jax.jit(scan),
-        jax.vmap(remat), jax.jit(jax.vmap(remat)),
+        jax.vmap(one), jax.jit(jax.vmap(one)), jax.vmap(jax.jit(one)), jax.jit(scan),
+        jax.jit(jax.vmap(remat)),
     ):  # fmt: skip
         chex.assert_trees_all_close(transformed(*args), wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("batched", ["key", "memory", "x", "all"])
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("batched", "jit"),
+    [("key", True), ("memory", True), ("x", True), ("all", True), ("all", False)],
+)
 def test_the_gradient_of_a_sum_over_vmap_is_the_sum_of_the_gradients(batched, jit):
     """Whatever is batched: inputs, memory (each example has its own) or keys alone."""
     config = aop.MemAOP(k=K, policy="randk")

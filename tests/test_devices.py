@@ -145,8 +145,11 @@ def test_pmap(policy, kind):
         chex.assert_trees_all_close(joined, wanted[:2], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("groups", [1, DEVICES])
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    ("axis_type", "groups"),
+    [(AxisType.Auto, 1), (AxisType.Auto, DEVICES), (AxisType.Explicit, DEVICES)],
+    ids=lambda a: getattr(a, "name", a),
+)
 @pytest.mark.parametrize("kind", ["rows", None])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_jit_over_a_mesh(policy, kind, axis_type, groups):

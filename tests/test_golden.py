@@ -155,9 +155,11 @@ class MLP(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    "path", [p for p in TRACES if p.stem[:2] in ("a_", "d_")], ids=lambda path: path.stem
+    ("path", "dtype"),
+    [(p, "float64") for p in TRACES if p.stem[:2] in ("a_", "d_")]
+    + [(p, "float32") for p in TRACES if p.stem[:2] == "d_"],
+    ids=lambda a: getattr(a, "stem", a),
 )
 def test_linen_with_an_unmodified_train_state(path, dtype):
     """aop.linen.Dense, with parameters and memory together in Flax's own TrainState."""

@@ -46,17 +46,12 @@ def exact_gradient(x, g):
 def refreshed(config, x, g, steps=3, memory=None):
     memory = memory or aop.init_memory(config, len(x), x.shape[1], g.shape[1], x.dtype)
     for key in jax.random.split(jax.random.key(9), steps):
-        _, memory = step_of(config)(x, g, memory, key)
+        _, memory = weight_gradient(config, x, g, memory, key)
     return memory
 
 
 ROWS = {"uniform": np.ones(M), "heavy tails": np.arange(1, M + 1) ** -1.5}
 ROWS["one dominant"] = np.array([300.0] + [1.0] * (M - 1))
-
-
-@functools.cache
-def step_of(config):
-    return jax.jit(functools.partial(weight_gradient, config))
 
 
 @functools.cache
@@ -118,7 +113,7 @@ def test_all_rows_are_the_exact_gradient(policy, rank):
     for k in (M, 6) if rank == 64 else (M,):  # with all directions no row is needed
         config = config_of(policy, k=k, rank=rank)
         memory = refreshed(config, x, g, steps=2)
-        dw, _ = step_of(config)(x, g, memory, jax.random.key(0))
+        dw, _ = weight_gradient(config, x, g, memory, jax.random.key(0))
         np.testing.assert_allclose(dw, exact_gradient(x, g), rtol=1e-4, atol=1e-3)
 
 
@@ -172,12 +167,12 @@ def test_a_rare_refresh_is_the_same_step_with_the_same_gradient():
     first = aop.init_memory(rarely, M, N, P)
     key = jax.random.key(0)
     chex.assert_trees_all_equal(
-        *(step_of(config)(x, g, first, key)[1] for config in (always, rarely))
+        *(weight_gradient(config, x, g, first, key)[1] for config in (always, rarely))
     )
     memory, refreshes = refreshed(always, x, g, steps=2), 0
     for key in jax.random.split(jax.random.key(1), 200):
         (dw, after), (wanted, followed) = (
-            step_of(config)(x, g, memory, key) for config in (rarely, always)
+            weight_gradient(config, x, g, memory, key) for config in (rarely, always)
         )
         np.testing.assert_allclose(dw, wanted, rtol=1e-4, atol=1e-4)
         wanted, was_refreshed = memory, bool(jnp.any(after.inputs != memory.inputs))
@@ -250,7 +245,7 @@ def test_directions_stay_orthonormal(rows, dtype):
     rows = jnp.asarray(rows, dtype)
     memory = aop.init_memory(config, *rows.shape, rows.shape[1], dtype)
     for t in range(12):
-        dw, memory = step_of(config)(rows, rows[:, ::-1], memory, jax.random.key(t))
+        dw, memory = weight_gradient(config, rows, rows[:, ::-1], memory, jax.random.key(t))
         for basis in memory[:2]:
             np.testing.assert_allclose(basis.T @ basis, np.eye(16), atol=1e-5)
     if np.abs(np.asarray(rows, np.float64)).max() < 1e10:
@@ -328,7 +323,7 @@ def test_rows_that_are_not_finite_show_in_the_gradient_and_change_no_direction(s
         x = x.at[5, 2].set(bad)
     else:
         g = g.at[5, 2].set(bad)
-    dw, after = step_of(config)(x, g, memory, jax.random.key(0))
+    dw, after = weight_gradient(config, x, g, memory, jax.random.key(0))
     np.testing.assert_array_equal(np.isfinite(dw), np.isfinite(exact_gradient(x, g)))
     of_side = 0 if side == "inputs" else 1
     chex.assert_trees_all_equal(after[of_side], memory[of_side])
@@ -341,7 +336,7 @@ def test_more_bad_rows_than_are_chosen_show_beside_a_subspace(policy):
     config = config_of(rank=3, k=2, policy=policy)
     memory = refreshed(config, x, g)
     x = x.at[:4, 2].set(jnp.nan)
-    dw, _ = step_of(config)(x, g, memory, jax.random.key(0))
+    dw, _ = weight_gradient(config, x, g, memory, jax.random.key(0))
     np.testing.assert_array_equal(np.isfinite(dw), np.isfinite(exact_gradient(x, g)))
 
 
