@@ -81,20 +81,21 @@ SHORTEST = 0.02  # seconds of a measurement: so many steps, one after the other
 def compiled(step: steps.Step) -> tuple[jax.stages.Compiled, float]:
     """And the seconds that it took."""
     start = time.perf_counter()
-    donated = len(step.args)
-    function = jax.jit(step.function, donate_argnums=donated).lower(*step.args, step.state)
-    return function.compile(), time.perf_counter() - start
+    args = *step.args, jax.random.key(0), step.state
+    function = jax.jit(step.function, donate_argnums=len(args) - 1).lower(*args).compile()
+    return function, time.perf_counter() - start
 
 
 class Timed:
     """A compiled step and its state; a call runs it once and does not wait for it."""
 
     def __init__(self, function, step: steps.Step):
-        self.function, self.args = function, step.args
+        self.function, self.args, self.calls = function, step.args, step.calls
         self.state = jax.tree.map(jnp.copy, step.state)
+        self.keys = itertools.cycle(list(jax.random.split(jax.random.key(1), 64)))
 
     def __call__(self):
-        self.state, results = self.function(*self.args, self.state)
+        self.state, results = self.function(*self.args, next(self.keys), self.state)
         return self.state, results
 
 
@@ -122,7 +123,8 @@ def interleaved(cases: dict, rounds: int, progress: tqdm) -> dict[str, np.ndarra
     times = {}
     for name, case in cases.items():
         taken(case, 1)
-        times[name] = max(1, math.ceil(SHORTEST / taken(case, 1)))
+        least = getattr(case, "calls", 1)  # those of PyTorch are all alike
+        times[name] = max(least, math.ceil(SHORTEST / taken(case, 1)))
     seconds = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
@@ -241,17 +243,20 @@ def models(options):
 def model(options, progress) -> list[dict]:
     rows = []
     for kind, exact, loss, batch, inputs in models(options):
-        wrapped = {"exact": exact}
+        wrapped = {"exact": (exact, 1)}
         for ratio, text in itertools.product(options.ratio, options.run):
             run = of_ratio(text, ratio)
-            wrapped[run.name] = aop.linen.wrap(exact, run.config)
-            gains = aop.linen.wrap(exact, run.config, min_speedup=options.min_speedup)
-            wrapped[f"{run.name} where it gains"] = gains
+            for suffix, least in (("", None), (" where it gains", options.min_speedup)):
+                of_run = aop.linen.wrap(exact, run.config, min_speedup=least)
+                wrapped[run.name + suffix] = of_run, run.config.refresh
         functions, of_compiler = prepared(
-            {name: steps.model_step(run, loss, batch, inputs) for name, run in wrapped.items()}
+            {
+                name: steps.model_step(of_run, loss, batch, inputs, calls)
+                for name, (of_run, calls) in wrapped.items()
+            }
         )
         seconds = interleaved(functions, options.rounds, progress)
-        for name, of_run in wrapped.items():
+        for name, (of_run, _) in wrapped.items():
             layers = [] if name == "exact" else aop.linen.layers(of_run, jax.random.key(0), *inputs)
             row = {"model": kind, "run": name, "approximate layers": len(layers)}
             rows.append(row | figures(seconds[name], seconds["exact"]) | of_compiler[name])
@@ -284,8 +289,9 @@ def tpu_compile(options, progress) -> list[dict]:
             for name, config in cases.items():
                 step = steps.layer(config, sizes, inputs, options.passes)
                 state = jax.eval_shape(lambda step=step: step.state)
-                function = jax.jit(step.function, in_shardings=one, donate_argnums=len(inputs))
-                function = function.lower(*inputs, state).compile()
+                args = *inputs, jax.eval_shape(jax.random.key, 0), state
+                function = jax.jit(step.function, in_shardings=one, donate_argnums=len(args) - 1)
+                function = function.lower(*args).compile()
                 cost, found = function.cost_analysis(), counted(function)
                 seconds = cost["optimal_seconds"] % 1  # each op without an estimate counts as -1
                 cycles = map(int, re.findall(r'"estimated_cycles":"(\d+)"', function.as_text()))

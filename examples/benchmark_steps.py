@@ -31,22 +31,26 @@ class Step(NamedTuple):
     """Something to time.
 
     Attributes:
-      function: `(*args, state) -> (state, anything)`, to be compiled. The state is donated, and
-        comes first, as donated arrays become the first results of their shapes.
+      function: `(*args, key, state) -> (state, anything)`, to be compiled; each call has a key of
+        its own. The state is donated, and comes first, as donated arrays become the first results
+        of their shapes.
       args: arrays.
       state: pytree of arrays.
+      calls: so many differ, as subspaces are refreshed in one of them; at least so many are a
+        measurement.
     """
 
     function: Callable
     args: tuple
     state: Any
+    calls: int = 1
 
 
 # ---- a dense layer
 
 
 def layer_inputs(sizes: Sizes) -> tuple:
-    """x, kernel, cotangents of very different size, and a key."""
+    """x, kernel, and cotangents of very different size."""
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = (sizes[0], sizes[1]), sizes[1:3], (sizes[0], sizes[2])
     x, kernel, g = (
@@ -54,7 +58,7 @@ def layer_inputs(sizes: Sizes) -> tuple:
     )
     g *= 1e-6 * jnp.exp(jax.random.normal(keys[3], (sizes.rows, 1)))
     arrays = x, kernel / sizes.in_features**0.5, g
-    return *(a.astype(sizes.dtype) for a in arrays), jax.random.key(1)
+    return tuple(a.astype(sizes.dtype) for a in arrays)
 
 
 def layer(config: aop.MemAOP | None, sizes: Sizes, inputs: tuple, which: str = "both") -> Step:
@@ -64,7 +68,8 @@ def layer(config: aop.MemAOP | None, sizes: Sizes, inputs: tuple, which: str = "
         return aop.dense(x, kernel, memory, config=config, key=key)
 
     memory = config and aop.init_memory(config, *sizes)
-    return Step(functools.partial(_passes, product, which), inputs, memory)
+    step = functools.partial(_passes, product, which)
+    return Step(step, inputs, memory, config.refresh if config else 1)
 
 
 def products(rows_of_dw: int, rows_of_dx: int, inputs: tuple, which: str = "both") -> Step:
@@ -108,7 +113,7 @@ def own_share(config: aop.MemAOP, sizes: Sizes, which: str = "both") -> float:
 # ---- whole models
 
 
-def model_step(model: nn.Module, loss: Callable, batch, inputs: tuple) -> Step:
+def model_step(model: nn.Module, loss: Callable, batch, inputs: tuple, calls: int = 1) -> Step:
     """A training step with Adam.
 
     Args:
@@ -116,6 +121,7 @@ def model_step(model: nn.Module, loss: Callable, batch, inputs: tuple) -> Step:
       loss: `loss(model, variables, batch, key)`.
       batch: what the loss takes.
       inputs: what `model.init` takes.
+      calls: as in `Step`.
     """
     variables = jax.jit(model.init)(jax.random.key(0), *inputs)
     params, memory = variables["params"], variables.get(aop.linen.COLLECTION, {})
@@ -132,7 +138,7 @@ def model_step(model: nn.Module, loss: Callable, batch, inputs: tuple) -> Step:
         updates, opt_state = tx.update(grads, opt_state, params, memory=memory)
         return (optax.apply_updates(params, updates), opt_state), value
 
-    return Step(step, (batch, jax.random.key(1)), (params, tx.init(params)))
+    return Step(step, (batch,), (params, tx.init(params)), calls)
 
 
 # ---- PyTorch

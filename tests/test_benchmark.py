@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import os
 import pathlib
 import subprocess
@@ -60,7 +61,7 @@ def test_a_layer_step_is_the_layers(which):
     sizes = steps.Sizes(64, 32, 16, "float32")
     inputs = steps.layer_inputs(sizes)
     (exact, _), (products, _) = (
-        (step.function(*step.args, step.state)[1], None)
+        (step.function(*step.args, jax.random.key(0), step.state)[1], None)
         for step in (
             steps.layer(None, sizes, inputs, which),
             steps.products(64, 64, inputs, which),
@@ -137,6 +138,21 @@ def test_what_the_compiler_for_tpus_says(tmp_path):
     for row in (alone, beside):
         assert 0.7 < float(row["FLOPs"]) < 0.76
         assert 0.5 < float(row["speed"]) < 1.5
+
+
+def test_a_measurement_has_steps_that_refresh_and_others():
+    config = aop.MemAOP(ratio=1 / 4, policy="priority", memory="subspace", rank=4, refresh=4)
+    sizes = steps.Sizes(64, 32, 16, "float32")
+    step = steps.layer(config, sizes, steps.layer_inputs(sizes))
+    timed = benchmark.Timed(benchmark.compiled(step)[0], step)
+    assert timed.calls == 4
+    directions = [np.array(step.state.inputs)]
+    for _ in range(65):
+        timed()
+        directions.append(np.array(timed.state.inputs))
+    refreshed = [(a != b).any() for a, b in itertools.pairwise(directions)]
+    assert refreshed[0]  # always
+    assert 8 <= sum(refreshed) <= 26
 
 
 def test_state_is_handed_on_and_donated():
