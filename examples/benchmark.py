@@ -236,8 +236,9 @@ def models(options):
         logits = model.apply(variables, batch[0], rngs={aop.linen.RNG: key})
         return deep_mlp.cross_entropy(logits, batch[1]).mean()
 
-    yield "transformer", transformer, language_training.loss, windows, (windows[:, :-1],)
+    # The small one first: after a large one a process runs all steps more slowly.
     yield "MLP", deep_mlp.MLP(), loss, (pixels, labels), (pixels,)
+    yield "transformer", transformer, language_training.loss, windows, (windows[:, :-1],)
 
 
 def model(options, progress) -> list[dict]:
