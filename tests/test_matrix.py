@@ -440,9 +440,12 @@ COLUMNS = {
 def slow_if_its_parts_are_in_others(way):
     """Minutes in all: a rare refresh is a subspace with a branch, signs are rows times signs.
 
-    Slots and gradients of inputs are in `dense`, and how Flax carries a memory in its other layers.
+    Slots and gradients of inputs are in `dense`, and how Flax carries a memory in its other layers;
+    subspaces in `dense` and NNX.
     """
     in_others = "rare refresh", "signed"
+    if "wrap" in way:
+        in_others += ("subspace",)
     if "`dense`" not in way:
         in_others += "slots", "inputs"
     return pytest.param(way, marks=[pytest.mark.slow] if kind_of(way) in in_others else [])
