@@ -53,7 +53,12 @@ def numpy_loop(steps, k, decay, dtype):
 
 @pytest.mark.parametrize(
     ("decay", "memory_dtype"),
-    [(0.9, "float32"), (0.9, "bfloat16"), (0.9, "float64"), (1.0, None), (0.9, None), (0.0, None)],
+    [(0.9, "float32"), (0.9, "bfloat16"), (0.9, "float64"), (1.0, None), (0.9, None), (0.0, None)]
+    + [
+        pytest.param(decay, memory_dtype, marks=pytest.mark.slow)
+        for decay in (1.0, 0.0)
+        for memory_dtype in ("float32", "bfloat16", "float64")
+    ],
 )
 @pytest.mark.parametrize("dtype", EPS)
 def test_follows_a_numpy_loop_in_every_dtype_of_inputs_and_memory(dtype, memory_dtype, decay):

@@ -147,7 +147,12 @@ def test_pmap(policy, kind):
 
 @pytest.mark.parametrize(
     ("axis_type", "groups"),
-    [(AxisType.Auto, 1), (AxisType.Auto, DEVICES), (AxisType.Explicit, DEVICES)],
+    [
+        (AxisType.Auto, 1),
+        (AxisType.Auto, DEVICES),
+        (AxisType.Explicit, DEVICES),
+        pytest.param(AxisType.Explicit, 1, marks=pytest.mark.slow),
+    ],
     ids=lambda a: getattr(a, "name", a),
 )
 @pytest.mark.parametrize("kind", ["rows", None])

@@ -301,7 +301,8 @@ def test_the_verdict_and_the_table():
 
 @pytest.mark.parametrize(
     ("rank", "refresh"),
-    [(None, 1), ((4, 0), 1), (32, 1), ((8, 2), 4)],
+    [(None, 1), ((4, 0), 1), (32, 1), ((8, 2), 4)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in ((4, 1), ((8, 2), 1), (4, 4))],
 )
 def test_the_cost_is_the_compilers(rank, refresh):
     """Of the gradient of the kernel, from the FLOPs of the step with and without it."""

@@ -238,6 +238,8 @@ def test_rows_that_are_not_finite_score_infinity():
         *((of, None, 1) for of in POLICIES),
         *((of, None, 4) for of in ("topk", "weightedk", "priority")),
         *((of, "subspace", 1) for of in UNBIASED_POLICIES),
+        *(pytest.param(of, None, 4, marks=pytest.mark.slow) for of in ("randk", "crs", "uniform")),
+        *(pytest.param(of, "subspace", 4, marks=pytest.mark.slow) for of in UNBIASED_POLICIES),
     ],
 )
 def test_cpus_sort_no_rows(policy, memory, groups, without_x64):
