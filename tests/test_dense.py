@@ -264,7 +264,8 @@ def test_an_unused_layer_has_zero_uses_and_a_doubly_used_memory_two():
 
 @pytest.mark.parametrize(
     ("policy", "kind"),
-    [("topk", "rows"), ("weightedk", "rows"), ("randk", "rows"), ("weightedk", None)],
+    [("topk", "rows"), ("weightedk", "rows"), ("randk", "rows"), ("weightedk", None)]
+    + [pytest.param(policy, None, marks=pytest.mark.slow) for policy in ("topk", "randk")],
 )
 def test_the_same_under_transforms(policy, kind):
     """jit, vmap, scan, remat and all of them give what one eager call after the other gives."""
