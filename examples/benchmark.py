@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mem_aop_jax as aop
-from mem_aop_jax.diagnostics import markdown
+from mem_aop_jax._analysis.tables import markdown
 
 try:
     import benchmark_steps as steps

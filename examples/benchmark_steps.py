@@ -12,8 +12,8 @@ import optax
 from jax import lax
 
 import mem_aop_jax as aop
-from mem_aop_jax.flops import input_gradient_flops, weight_gradient_flops
-from mem_aop_jax.rows import after_on_cpu
+from mem_aop_jax._core.flops import input_gradient_flops, weight_gradient_flops
+from mem_aop_jax._core.row_memory import after_on_cpu
 
 PASSES = ("both", "forward", "backward")
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 import mem_aop_jax as aop
-from mem_aop_jax.diagnostics import markdown
+from mem_aop_jax._analysis.tables import markdown
 
 try:
     import paper_data

@@ -6,7 +6,7 @@ import numpy as np
 import runs
 from matplotlib.figure import Figure
 
-from mem_aop_jax.diagnostics import markdown
+from mem_aop_jax._analysis.tables import markdown
 
 
 def write(

@@ -16,8 +16,7 @@ import optax
 from tqdm import tqdm
 
 import mem_aop_jax as aop
-from mem_aop_jax.flops import counted_flops, model_flops_left_out
-from mem_aop_jax.passes import memory_shapes
+from mem_aop_jax._analysis.model_gradients import counted_flops, memory_shapes, model_flops_left_out
 
 EVALUATIONS = 10  # of a run, evenly spaced; the last is after the last step
 WARM_UP = 0.1  # of the steps

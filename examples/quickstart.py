@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import mem_aop_jax as aop
-from mem_aop_jax.flops import counted_flops
+from mem_aop_jax._analysis.model_gradients import counted_flops
 
 try:
     import matplotlib

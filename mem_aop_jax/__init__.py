@@ -1,16 +1,17 @@
 """Mem-AOP-GD (arXiv 2110.09164) for JAX and Flax: cheaper weight gradients of dense layers."""
 
 from mem_aop_jax import linen, nnx
-from mem_aop_jax.allocate import Allocation, allocate
-from mem_aop_jax.config import InputGrad, MemAOP
-from mem_aop_jax.controller import Controller, Decision
-from mem_aop_jax.cost import Cost, cost
-from mem_aop_jax.dense import dense, dot_general
-from mem_aop_jax.diagnostics import Diagnostics, diagnostics
-from mem_aop_jax.memory import Measured, Memory, Probe, Subspace, init_memory
-from mem_aop_jax.plan import Plan, Planned, plan
-from mem_aop_jax.policies import Selection
-from mem_aop_jax.rates import Rates, device_rates
+from mem_aop_jax._analysis.allocate import Allocation, allocate
+from mem_aop_jax._analysis.controller import Controller, Decision
+from mem_aop_jax._analysis.diagnostics import Diagnostics, diagnostics
+from mem_aop_jax._analysis.plan import Plan, Planned, plan
+from mem_aop_jax._core.config import InputGrad, MemAOP
+from mem_aop_jax._core.dense import dense, dot_general
+from mem_aop_jax._core.memory import Memory, Subspace, init_memory
+from mem_aop_jax._core.policies import Selection
+from mem_aop_jax._core.probe import Measured, Probe
+from mem_aop_jax._cost.cost import Cost, cost
+from mem_aop_jax._cost.device_rates import Rates, device_rates
 from mem_aop_jax.transform import (
     carry_memory,
     get_memory,

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from mem_aop_jax import checks, memory
-from mem_aop_jax.carry import carried, rate_factor
-from mem_aop_jax.compat import get_value, set_value
-from mem_aop_jax.config import MemAOP
-from mem_aop_jax.contractions import contraction_sizes, why_exact
-from mem_aop_jax.cost import cost
-from mem_aop_jax.dense import dot_general
-from mem_aop_jax.rules import Layer, Rules, as_rules, check_all_used, config_for
-from mem_aop_jax.shapes import eval_shape
+from mem_aop_jax._compat import get_value, set_value
+from mem_aop_jax._core import memory, validation
+from mem_aop_jax._core.config import MemAOP
+from mem_aop_jax._core.dense import dot_general
+from mem_aop_jax._core.layout import contraction_sizes, why_exact
+from mem_aop_jax._core.memory import carried, rate_factor
+from mem_aop_jax._core.probe import is_memory
+from mem_aop_jax._cost.cost import cost
+from mem_aop_jax._models import Layer, Rules, as_rules, check_all_used, config_for, eval_shape
 
 RNG = "mem_aop"  # nnx.Rngs(mem_aop=...), for the random policies; else the default stream
 
@@ -133,7 +133,7 @@ class Linear(nnx.Linear):
         calls: int = 1,
         **kwargs,
     ):
-        checks.config("Linear", config)
+        validation.config("Linear", config)
         if "dot_general" in kwargs:
             raise ValueError(
                 "Linear: aop.nnx.Linear has a dot_general of its own; leave it unset, or use "
@@ -197,7 +197,7 @@ def wrap(
     if not isinstance(model, nnx.Module):
         raise TypeError(f"wrap: model is of type {type(model).__name__}, not an NNX module.")
     rules = as_rules("wrap", config_or_rules)
-    checks.min_speedup("wrap", min_speedup)
+    validation.min_speedup("wrap", min_speedup)
     calls = _calls(model, example_inputs, kwargs)
     check_all_used("wrap", rules, list(calls))
     products = []
@@ -288,7 +288,7 @@ def update_memory(
     carry = functools.partial(carried, "update_memory", factor=factor)
     nnx.update(
         model,
-        jax.tree.map(carry, old, new, is_leaf=memory.is_memory),
+        jax.tree.map(carry, old, new, is_leaf=is_memory),
     )
     return others
 
@@ -318,7 +318,7 @@ def _calls(model, args, kwargs):
 
     def record(path, call, lhs, rhs, dimension_numbers):
         if why_exact(lhs, rhs, dimension_numbers) is None:
-            checks.floating(path, lhs, rhs)
+            validation.floating(path, lhs, rhs)
             sizes = contraction_sizes(lhs, rhs, dimension_numbers)
             calls.setdefault(path, {})[call] = _Call(sizes, lhs.dtype, rhs.ndim)
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mem_aop_jax.carry import carried, rate_factor
-from mem_aop_jax.memory import Memory, Subspace, first_directions, is_memory
+from mem_aop_jax._core.memory import Memory, Subspace, carried, first_directions, rate_factor
+from mem_aop_jax._core.probe import is_memory
 
 _MISSING = object()
 

@@ -1,18 +1,46 @@
-"""Four CPU devices, and strict arrays: an implicit promotion of dtypes or ranks is an error."""
+"""Four CPU devices, and strict arrays: an implicit promotion of dtypes or ranks is an error.
+
+Nearly all the time goes into compiling. So programs are compiled without most of XLA's
+optimisations, except in tests with the marker `optimized`, which read FLOPs, bytes or memory of
+what was compiled; and what was compiled stays in a cache from run to run.
+"""
 
 import functools
+import os
 
 import chex
 import jax
 import pytest
 
-from mem_aop_jax import kernels, row_kernels
+from mem_aop_jax._kernels import row_access_tpu, subspace_products_tpu
 
 chex.set_n_cpu_devices(4)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_configure(config):
+    cache = os.environ.setdefault(  # in the environment for the processes that tests start, too
+        "JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled"))
+    )
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(autouse=True)
+def _optimizations(request):
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    jax.clear_caches()  # what another test compiled without
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
 
 
 @pytest.fixture
@@ -33,7 +61,9 @@ def without_x64():
 @pytest.fixture
 def interpreted(monkeypatch):
     """Kernels for TPUs run on CPUs, which have one kind of memory."""
-    call = functools.partial(kernels.pl.pallas_call, interpret=True)
-    monkeypatch.setattr(kernels.pl, "pallas_call", call)
-    monkeypatch.setattr(kernels.pltpu, "with_memory_space_constraint", lambda array, _: array)
-    monkeypatch.setattr(row_kernels, "TPU_COPIES_ROWS", True)
+    call = functools.partial(subspace_products_tpu.pl.pallas_call, interpret=True)
+    monkeypatch.setattr(subspace_products_tpu.pl, "pallas_call", call)
+    monkeypatch.setattr(
+        subspace_products_tpu.pltpu, "with_memory_space_constraint", lambda array, _: array
+    )
+    monkeypatch.setattr(row_access_tpu, "TPU_COPIES_ROWS", True)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import mem_aop_jax as aop
-from mem_aop_jax.compat import get_value
+from mem_aop_jax._compat import get_value
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

@@ -21,7 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import mem_aop_jax as aop
-from mem_aop_jax.compat import TPU_COPIES_ROWS
+from mem_aop_jax._compat import TPU_COPIES_ROWS
 
 DEVICES = {"one device": 1, "shard_map": 4, "automatic": 4}
 OTHERS = "no memory", "subspace"  # what they have, "rows" and "of inputs" have, too

@@ -1,0 +1,9 @@
+"""Tables in Markdown."""
+
+from collections.abc import Sequence
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, of which all columns but the first are figures."""
+    lines = header, ("---", *["---:"] * (len(header) - 1)), *rows
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,0 +1,120 @@
+"""What measures a layer, in place of its memory."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mem_aop_jax._core.memory import Memory, Subspace
+
+
+class Measured(NamedTuple):
+    """What is measured of a layer: `()` float32 each.
+
+    Attributes:
+      gradient_norm: Frobenius norm of the exact gradient of the kernel.
+      estimate_norm: that of the approximate one, root mean square over the draws.
+      error: norm of the difference, relative to `gradient_norm`; root mean square over the draws.
+      cosine: between the two, mean over the draws.
+      v: variance over the draws, relative to the square of `gradient_norm`. Of an unbiased
+        estimate it is the square of `error`, up to the number of draws.
+      input_v: the same of the gradient of the inputs, relative to its own square; 0 where it is
+        exact.
+      noise: share of the exact gradient's square that is noise of the batch, from its parts; NaN
+        where the batch has only one part.
+      flops: of the exact layer's step: forward, gradient of the inputs, gradient of the kernel.
+      c: FLOPs of the layer's step, relative to `flops`; mean over the steps.
+      inputs_inside: share of the inputs' energy (sum of squares) inside the subspace; 0 without.
+      cotangents_inside: the same of the cotangents.
+      inputs_rank: how many directions, of the best, would hold 90% of the inputs' energy.
+      cotangents_rank: the same of the cotangents.
+      chosen: share of the candidates' sum of norm products that the chosen ones have, each counted
+        once; mean over the draws.
+      uses: 1.
+    """
+
+    gradient_norm: chex.Array
+    estimate_norm: chex.Array
+    error: chex.Array
+    cosine: chex.Array
+    v: chex.Array
+    input_v: chex.Array
+    noise: chex.Array
+    flops: chex.Array
+    c: chex.Array
+    inputs_inside: chex.Array
+    cotangents_inside: chex.Array
+    inputs_rank: chex.Array
+    cotangents_rank: chex.Array
+    chosen: chex.Array
+    uses: chex.Array
+
+
+class Norms(NamedTuple):
+    """What is left of a layer's rows outside of the first 0, 1, ... directions of a `Subspace`.
+
+    Attributes:
+      inputs: `(rows, rank + 1)` float32, norms of the inputs' residuals.
+      cotangents: `(rows, rank' + 1)` float32, of the cotangents'.
+      of_inputs: `(rows, rank' + 1)` float32, of the products of the cotangents' residuals with the
+        kernel; 0 where nobody asks for the gradient of the inputs.
+      asked_for: `()` float32, 1 where somebody does.
+      uses: as of a memory.
+    """
+
+    inputs: chex.Array
+    cotangents: chex.Array
+    of_inputs: chex.Array
+    asked_for: chex.Array
+    uses: chex.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("memory", "measured", "draw", "noise"),
+    meta_fields=("draws",),
+)
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """In place of a layer's memory: the gradient is exact, and that of the probe what was measured.
+
+    Attributes:
+      memory: the memory that it stands for; None where the configuration has none. Its gradient
+        is 0 (beside `Norms`, the next memory).
+      measured: zeros; its "gradient" is the measurement.
+      draws: how many approximate gradients are drawn; with 0 nothing is measured.
+      draw: None; or a number, `()` int32, and the layer's gradients are approximate, as with the
+        memory alone but with a key of that number's own. Then the probe has no gradient.
+      noise: None; or a factor, `()` float32, on what is wrong with a draw of the gradient of the
+        inputs, which then is added to the exact one. Then nothing is measured.
+    """
+
+    memory: Memory | Subspace | None
+    measured: Measured | Norms
+    draws: int
+    draw: chex.Array | None = None
+    noise: chex.Array | None = None
+
+    @classmethod
+    def of(cls, memory: Memory | Subspace | None, draws: int, stack: tuple[int, ...] = ()):
+        """A probe of a memory, or of a stack of them."""
+        zeros = (jnp.zeros(stack, jnp.float32) for _ in Measured._fields)
+        return cls(memory, Measured(*zeros), draws)
+
+    @property
+    def uses(self) -> chex.Array:
+        """As of a memory."""
+        return self.measured.uses
+
+
+def measured_memory(memory: Memory | Subspace | Probe | None) -> Memory | Subspace | None:
+    """The memory that a probe stands for; any other as it is."""
+    return memory.memory if isinstance(memory, Probe) else memory
+
+
+def is_memory(node: object) -> bool:
+    """Whether a node of a pytree is the memory of a layer, or a probe in its place."""
+    return isinstance(node, Memory | Subspace | Probe)

@@ -1,0 +1,111 @@
+"""Which layers of a model a configuration is for: ordered rules on their paths."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import chex
+import jax
+
+from mem_aop_jax._core.config import MemAOP
+
+Rules = tuple[tuple[str, MemAOP | None], ...]
+
+
+class Layer(NamedTuple):
+    """An approximate layer of a model.
+
+    Attributes:
+      path: the path of its module, joined by "/".
+      rows: number of rows of a batch (the paper's M).
+      in_features: contracted dimensions, multiplied.
+      out_features: the kernel's other dimensions, multiplied.
+      k: number of outer products computed (the paper's K).
+    """
+
+    path: str
+    rows: int
+    in_features: int
+    out_features: int
+    k: int
+
+
+def as_rules(caller: str, config_or_rules: MemAOP | Sequence[tuple[str, MemAOP | None]]) -> Rules:
+    """The rules as a hashable tuple; one configuration is a rule for all paths.
+
+    Raises:
+      TypeError: neither a configuration nor pairs of a pattern and a configuration (or None).
+      ValueError: a pattern that is no regular expression.
+    """
+    if isinstance(config_or_rules, MemAOP):
+        return ((r".*", config_or_rules),)
+    wanted = (
+        "an aop.MemAOP, or a list of rules (regular expression on the path, aop.MemAOP or None), "
+        'for instance [(r"mlp/.*", config), (r".*", None)]'
+    )
+    if isinstance(config_or_rules, str) or not isinstance(config_or_rules, Sequence):
+        raise TypeError(f"{caller}: got {config_or_rules!r}; it must be {wanted}.")
+    for rule in config_or_rules:
+        match rule:
+            case (str(pattern), MemAOP() | None):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(
+                        f"{caller}: the pattern {pattern!r} is no regular expression: {error}."
+                    ) from None
+            case _:
+                raise TypeError(f"{caller}: got the rule {rule!r}; the rules must be {wanted}.")
+    return tuple(map(tuple, config_or_rules))
+
+
+def config_for(rules: Rules, path: str) -> MemAOP | None:
+    """That of the first rule whose pattern matches the whole path; without one None."""
+    i = _decider(rules, path)
+    return None if i is None else rules[i][1]
+
+
+def check_all_used(caller: str, rules: Rules, paths: Sequence[str]) -> None:
+    """Every rule decides about a layer, except one for all paths that finds none left.
+
+    Raises:
+      ValueError: a rule that decides about none of the paths.
+    """
+    deciders = {_decider(rules, path) for path in paths}
+    for i, (pattern, _) in enumerate(rules):
+        matching = [path for path in paths if re.fullmatch(pattern, path)]
+        if i in deciders or (matching and len(matching) == len(paths)):
+            continue
+        found = (
+            f"matches only layers that an earlier rule decides about ({', '.join(matching)})"
+            if matching
+            else "matches no dense layer"
+        )
+        raise ValueError(
+            f"{caller}: the rule for {pattern!r} {found}. The pattern must match the whole path, "
+            f"and the first match wins. The layers are: {', '.join(map(repr, paths)) or 'none'}."
+        )
+
+
+def _decider(rules, path):
+    """The index of the first rule that matches, or None."""
+    return next((i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, path)), None)
+
+
+def eval_shape(function: Callable, *args: chex.ArrayTree, **kwargs: chex.ArrayTree):
+    """What `jax.eval_shape` returns. Only `jax.ShapeDtypeStruct`s in the arguments are abstract.
+
+    All else stays what it is, for a model that branches on it.
+    """
+    leaves, structure = jax.tree.flatten((args, kwargs))
+
+    def is_shape(leaf):
+        return isinstance(leaf, jax.ShapeDtypeStruct)
+
+    def of(traced):
+        traced = iter(traced)
+        some = [next(traced) if is_shape(leaf) else leaf for leaf in leaves]
+        args, kwargs = jax.tree.unflatten(structure, some)
+        return function(*args, **kwargs)
+
+    return jax.eval_shape(of, list(filter(is_shape, leaves)))
