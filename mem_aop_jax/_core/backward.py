@@ -19,8 +19,8 @@ from mem_aop_jax._core.memory import Memory, Subspace
 from mem_aop_jax._core.policies import POLICIES, priority, row_scores
 from mem_aop_jax._core.row_memory import Joined, Rows, Slots, join_on_tpu
 from mem_aop_jax._core.subspace_memory import Residuals, side, sides
-from mem_aop_jax._kernels.dispatch import on_one_tpu
-from mem_aop_jax._kernels.row_access import place, put
+from mem_aop_jax._kernels.dispatch import kernel_or_xla
+from mem_aop_jax._kernels.row_access import replace_product_rows, replace_rows
 from mem_aop_jax._numerics import accumulation_dtype, widest_dtype
 
 _SIGNS, _REFRESH, _INPUTS = range(2**31, 2**31 + 3)  # what keys are for, beside those of the groups
@@ -136,17 +136,17 @@ def _input_gradient(layer, g, kernel, key, dtype):
         return priority(key, scores, drawn)
 
     chosen, weights = _in_groups(draw, jax.random.fold_in(key, _INPUTS), scores)
-    rows = g.outside(chosen, weights, layer.precision, add_held=True, dtype=of_products)
+    rows = g.outside(chosen, weights, layer.precision, add_projection=True, dtype=of_products)
     sampled = times(rows, kernel.T).astype(dtype)
     too_many = jnp.sum(~finite, axis=1, dtype=jnp.int32)[:, None, None] > drawn
     nothing = jnp.where(too_many, jnp.nan, 0).astype(of_products)  # of rows not drawn
     if not g.basis.shape[1]:
         dx = jnp.broadcast_to(nothing.astype(dtype), (*norms.shape, len(kernel)))
-        return put(dx, chosen, sampled)
+        return replace_rows(dx, chosen, sampled)
     # On CPUs many times as fast as U^T W^T, to which XLA else turns it round.
     directions = lax.optimization_barrier(times(kernel, g.basis))
     coordinates = g.coordinates.astype(of_products) + nothing
-    return place(sampled, chosen, coordinates, directions.T, layer.precision)
+    return replace_product_rows(sampled, chosen, coordinates, directions.T, layer.precision)
 
 
 # ---- of the kernel
@@ -164,7 +164,7 @@ def _of_rows(layer, dtype, x, g, memory, key):
 
     if memory is None or not join_on_tpu(layer.config, x, g, memory):
         return by_compiler(x, g, memory, key)
-    return on_one_tpu(by_kernel, by_compiler, x, g, memory, key)
+    return kernel_or_xla(by_kernel, by_compiler, x, g, memory, key)
 
 
 def _kernel_gradient(layer, dtype, candidates, x, g, memory, key):

@@ -22,7 +22,13 @@ from jax import lax
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.memory import Memory
 from mem_aop_jax._kernels import row_access_tpu, row_sums_tpu
-from mem_aop_jax._kernels.row_access import block_of, flat, norms, of_all_groups, take
+from mem_aop_jax._kernels.row_access import (
+    choose_block_rows,
+    flat_indices,
+    flat_rows,
+    gather_rows,
+    grouped_row_norms,
+)
 from mem_aop_jax._numerics import accumulation_dtype, row_norms
 
 
@@ -44,7 +50,7 @@ class Rows(NamedTuple):
     def norms(self) -> tuple[chex.Array, chex.Array]:
         """Of the candidates, `(groups, candidates)`; as `row_norms`."""
         if self.memory is None:
-            return norms(self.x), norms(self.g)
+            return grouped_row_norms(self.x), grouped_row_norms(self.g)
         return tuple(row_norms(rows) for rows in self._joined())
 
     def fit(self) -> chex.Array | bool:
@@ -72,7 +78,7 @@ class Rows(NamedTuple):
           float64), a missing one NaN; the candidates.
         """
         del waiting
-        taken = self._joined(lambda rows: take(rows, chosen))  # before the sum, not to store it
+        taken = self._joined(lambda rows: gather_rows(rows, chosen))  # then the sum is not stored
         return _weighed(taken, weights), self
 
     def next_memory(
@@ -87,7 +93,9 @@ class Rows(NamedTuple):
           after: the gradient, for which the last memory was read. Only after it is a donated
             memory written over, without a copy: the rows are joined anew.
         """
-        rows = self._replace(x=flat(self.x), g=flat(self.g), memory=_in_place(self.memory))
+        rows = self._replace(
+            x=flat_rows(self.x), g=flat_rows(self.g), memory=_in_place(self.memory)
+        )
         rows, waiting = _after(after, (rows, waiting.reshape(-1)))
         signs = None if signs is None else signs.reshape(-1)
         kept = (_kept(a, waiting, decay, signs) for a in rows._joined())
@@ -122,7 +130,7 @@ class Joined(NamedTuple):
         """The rows of a batch, `(groups, rows, features)`, each with the row that waited for it."""
         lengths, sums = zip(
             *(
-                row_sums_tpu.join(flat(of), kept, _block_to_join(of))
+                row_sums_tpu.norms_and_sums(flat_rows(of), kept, _block_to_join(of))
                 for of, kept in zip((x, g), memory[:2], strict=True)
             ),
             strict=True,
@@ -140,14 +148,14 @@ class Joined(NamedTuple):
 
     def take(self, chosen, waiting, weights):
         """As in `Rows`. The others are those that wait, and zeros."""
-        at, waiting = of_all_groups(chosen, waiting.shape[1]), waiting.reshape(-1)
+        at, waiting = flat_indices(chosen, waiting.shape[1]), waiting.reshape(-1)
         taken, left = zip(
             *(
-                row_access_tpu.take_out(
+                row_access_tpu.extract_rows(
                     of,
                     at,
                     waiting,
-                    row_access_tpu.block_of(len(of), len(at), of.shape[1], of.dtype),
+                    row_access_tpu.choose_block_rows(len(of), len(at), of.shape[1], of.dtype),
                 )
                 for of in self.memory[:2]
             ),
@@ -171,13 +179,13 @@ def join_on_tpu(config: MemAOP, x: chex.Array, g: chex.Array, memory: Memory) ->
         and not config.signed
         and config.memory_slots is None
         and x.dtype == g.dtype == memory.inputs.dtype
-        and None not in (*map(_block_to_join, (x, g)), *(block_of(of, 1) for of in (x, g)))
+        and None not in (*map(_block_to_join, (x, g)), *(choose_block_rows(of, 1) for of in (x, g)))
     )
 
 
 def _block_to_join(rows):
     groups, number, features = rows.shape
-    return row_sums_tpu.block_to_join(groups * number, features, rows.dtype, kept=True)
+    return row_sums_tpu.choose_block_rows(groups * number, features, rows.dtype, with_memory=True)
 
 
 class Slots(NamedTuple):
@@ -198,7 +206,11 @@ class Slots(NamedTuple):
         """As in `Rows`."""
         return tuple(
             jnp.concatenate(
-                [norms(fresh), norms(kept).astype(accumulation_dtype(fresh.dtype))], axis=1
+                [
+                    grouped_row_norms(fresh),
+                    grouped_row_norms(kept).astype(accumulation_dtype(fresh.dtype)),
+                ],
+                axis=1,
             )
             for fresh, kept in self._sides()
         )
@@ -215,7 +227,7 @@ class Slots(NamedTuple):
 
         def one_of_both(fresh, kept):
             fresh, kept = (
-                take(a, at).astype(accumulation_dtype(fresh.dtype))
+                gather_rows(a, at).astype(accumulation_dtype(fresh.dtype))
                 for a, at in ((fresh, chosen), (kept, slot))
             )
             return jnp.where(chosen[..., None] < rows, fresh, kept)
@@ -235,7 +247,7 @@ class Slots(NamedTuple):
             kept = _kept(kept.astype(fresh.dtype), waiting[:, rows:].reshape(-1), decay)
             fresh = jnp.pad(fresh, ((0, 0), (0, -rows % number), (0, 0)))
             of_slots = fresh.reshape(groups, -1, number, fresh.shape[-1]).sum(axis=1)
-            return kept + flat(of_slots)
+            return kept + flat_rows(of_slots)
 
         return _stored(slots.memory, *(added(*side) for side in slots._sides()))
 
@@ -253,7 +265,7 @@ def _weighed(taken, weights):
 
 def _in_place(memory):
     """The memory in the shape in which layers hold it: XLA writes nothing over a reshaped one."""
-    return memory._replace(inputs=flat(memory.inputs), cotangents=flat(memory.cotangents))
+    return memory._replace(inputs=flat_rows(memory.inputs), cotangents=flat_rows(memory.cotangents))
 
 
 def _after(first, then):

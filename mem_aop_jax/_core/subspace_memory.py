@@ -21,8 +21,14 @@ from jax import lax
 
 from mem_aop_jax._compat import vary, varying_axes
 from mem_aop_jax._core.memory import Subspace
-from mem_aop_jax._kernels.row_access import take_outside
-from mem_aop_jax._kernels.subspace_products import add_up, largest, of_all_rows, of_side, over_rows
+from mem_aop_jax._kernels.row_access import gather_residuals
+from mem_aop_jax._kernels.subspace_products import (
+    contract_rows,
+    coordinates_and_norms,
+    max_abs,
+    psum_own_products,
+    side_products,
+)
 from mem_aop_jax._numerics import accumulation_dtype, row_norms, safe_divide, widest_dtype
 
 
@@ -34,8 +40,8 @@ class Side(NamedTuple):
       basis: `(features, q)`, in the dtype of products.
       coordinates: `(groups, rows, q)`; 0 in place of what is not finite.
       norms: `(groups, rows)`, of the rows, in the units of `row_norms`.
-      own: as in `OfRows`, of all directions, for the next basis; None where there is none.
-      other: as in `OfRows`.
+      own: as in `SideProducts`, of all directions, for the next basis; None where there is none.
+      other: as in `SideProducts`.
       unit: `()`, of `own`.
     """
 
@@ -64,18 +70,18 @@ class Side(NamedTuple):
         chosen: chex.Array,
         weights: chex.Array | None,
         precision: lax.PrecisionLike,
-        add_held: bool = False,
+        add_projection: bool = False,
         dtype=None,
     ) -> chex.Array:
-        """As `take_outside`, of these rows; None is float32 (float64 for float64)."""
-        return take_outside(
+        """As `gather_residuals`, of these rows; None is float32 (float64 for float64)."""
+        return gather_residuals(
             self.rows,
             chosen,
             weights,
             self.coordinates,
             self.basis,
             precision,
-            add_held=add_held,
+            add_projection=add_projection,
             dtype=dtype or accumulation_dtype(self.rows.dtype),
         )
 
@@ -83,7 +89,7 @@ class Side(NamedTuple):
 def side(rows: chex.Array, basis: chex.Array | None, precision: lax.PrecisionLike) -> Side:
     """What a basis `(features, q)` holds of rows `(groups, rows, features)`; None holds nothing."""
     basis = _of_products(rows, basis)
-    return Side(rows, basis, *of_side(rows, basis, precision))
+    return Side(rows, basis, *coordinates_and_norms(rows, basis, precision))
 
 
 def sides(
@@ -106,9 +112,9 @@ def sides(
       precision: of products.
     """
     bases = [_of_products(rows, basis) for rows, basis in zip((x, g), bases, strict=True)]
-    found = of_all_rows(x, g, *bases, due, rank, precision)
+    found = side_products(x, g, *bases, due, rank, precision)
     return tuple(
-        Side(rows, basis, *of, largest(of.coordinates))
+        Side(rows, basis, *of, max_abs(of.coordinates))
         for rows, basis, of in zip((x, g), bases, found, strict=True)
     )
 
@@ -179,7 +185,7 @@ class Residuals(NamedTuple):
             if not rank:
                 return old
             axes = _shared_axes(side.own, old)
-            new = add_up(side.own, side.unit, axes) if axes else side.own
+            new = psum_own_products(side.own, side.unit, axes) if axes else side.own
             new = jnp.concatenate([new.astype(old.dtype), old[:, rank:]], axis=1)
             return orthonormal(new, old)
 
@@ -189,7 +195,7 @@ class Residuals(NamedTuple):
         bases = refreshed() if due is None else lax.cond(due, refreshed, lambda: tuple(memory[:2]))
         x_b, g_a = x.other, g.other
         v, u = (of.basis.astype(x_b.dtype) for of in (x, g))
-        a_b = over_rows(x.coordinates, g.coordinates, dtype, precision)
+        a_b = contract_rows(x.coordinates, g.coordinates, dtype, precision)
         xr_b = x_b - jnp.matmul(v, a_b, precision=precision)
         left = jnp.concatenate([v, xr_b], axis=-1).T
         right = jnp.concatenate([g_a, u], axis=-1).T

@@ -18,7 +18,7 @@ from jax.interpreters import ad, batching, mlir
 OLD = "TPU v2", "TPU v3"  # kinds of devices
 
 
-def on_one_tpu(kernel: Callable, compute: Callable, *args: chex.ArrayTree) -> chex.ArrayTree:
+def kernel_or_xla(kernel: Callable, compute: Callable, *args: chex.ArrayTree) -> chex.ArrayTree:
     """`compute(*args)`, which `kernel(*args)` computes where each device is a TPU by itself.
 
     The kernel is traced where the program is lowered: nothing is, where it is for another device.
@@ -31,20 +31,20 @@ def on_one_tpu(kernel: Callable, compute: Callable, *args: chex.ArrayTree) -> ch
         with jax.default_matmul_precision(precision), jax.default_prng_impl(keys):
             return jax.tree.leaves(kernel(*jax.tree.unflatten(structure, leaves)))
 
-    found = _on_one_tpu.bind(*leaves, jaxpr=jaxpr, kernel=of_leaves)
+    found = _kernel_or_xla.bind(*leaves, jaxpr=jaxpr, kernel=of_leaves)
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
-_on_one_tpu = Primitive("mem_aop_on_one_tpu")
-_on_one_tpu.multiple_results = True
+_kernel_or_xla = Primitive("mem_aop_kernel_or_xla")
+_kernel_or_xla.multiple_results = True
 
 
-@_on_one_tpu.def_impl
+@_kernel_or_xla.def_impl
 def _run(*args, jaxpr, **_):
     return jaxpr_as_fun(jaxpr)(*args)
 
 
-@_on_one_tpu.def_abstract_eval
+@_kernel_or_xla.def_abstract_eval
 def _results(*_, jaxpr, **__):
     return jaxpr.out_avals
 
@@ -77,7 +77,7 @@ def _is_of_one_device(program):
 
 
 _lowered = mlir.lower_fun(_run)
-ad.primitive_jvps[_on_one_tpu] = _differentiated
-batching.primitive_batchers[_on_one_tpu] = _batched
-mlir.register_lowering(_on_one_tpu, _lowered)
-mlir.register_lowering(_on_one_tpu, _lowered_for_tpu, platform="tpu")
+ad.primitive_jvps[_kernel_or_xla] = _differentiated
+batching.primitive_batchers[_kernel_or_xla] = _batched
+mlir.register_lowering(_kernel_or_xla, _lowered)
+mlir.register_lowering(_kernel_or_xla, _lowered_for_tpu, platform="tpu")

@@ -9,17 +9,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from mem_aop_jax._kernels import row_access_tpu, row_sums_tpu, subspace_products_tpu
-from mem_aop_jax._kernels.dispatch import on_one_tpu
+from mem_aop_jax._kernels.dispatch import kernel_or_xla
 from mem_aop_jax._numerics import accumulation_dtype, row_norms
 
 
 @jax.jit  # as `row_norms`
-def norms(rows: chex.Array) -> chex.Array:
+def grouped_row_norms(rows: chex.Array) -> chex.Array:
     """As `row_norms`, `(groups, rows)`, of rows of any floating dtype."""
-    block = row_sums_tpu.block_to_join(math.prod(rows.shape[:2]), rows.shape[2], rows.dtype, False)
+    block = row_sums_tpu.choose_block_rows(
+        math.prod(rows.shape[:2]), rows.shape[2], rows.dtype, False
+    )
     if block is None:
         return _norms(rows)
-    return on_one_tpu(functools.partial(_norms_by_kernel, block=block), _norms, rows)
+    return kernel_or_xla(functools.partial(_norms_by_kernel, block=block), _norms, rows)
 
 
 def _norms(rows):
@@ -27,17 +29,17 @@ def _norms(rows):
 
 
 def _norms_by_kernel(rows, *, block):
-    return row_sums_tpu.join(flat(rows), None, block)[0].reshape(rows.shape[:2])
+    return row_sums_tpu.norms_and_sums(flat_rows(rows), None, block)[0].reshape(rows.shape[:2])
 
 
 @jax.jit  # as `row_norms`
-def take(rows: chex.Array, chosen: chex.Array) -> chex.Array:
+def gather_rows(rows: chex.Array, chosen: chex.Array) -> chex.Array:
     """The chosen rows of each group, `(groups, k, features)`; NaN for one that there is not."""
-    block = block_of(rows, chosen.size)
+    block = choose_block_rows(rows, chosen.size)
     if block is None:
         return _take(rows, chosen)
     by_kernel = functools.partial(_take_by_kernel, block=block)
-    return on_one_tpu(by_kernel, _take, rows, chosen)
+    return kernel_or_xla(by_kernel, _take, rows, chosen)
 
 
 @jax.vmap
@@ -46,7 +48,7 @@ def _take(rows, chosen):
 
 
 def _take_by_kernel(rows, chosen, *, block):
-    found = row_access_tpu.take(flat(rows), of_all_groups(chosen, rows.shape[1]), block)
+    found = row_access_tpu.gather_rows(flat_rows(rows), flat_indices(chosen, rows.shape[1]), block)
     there = _is_there(chosen, rows)[..., None]
     return jnp.where(there, found.reshape(*chosen.shape, -1), jnp.nan)
 
@@ -55,8 +57,10 @@ def _is_there(chosen, rows):
     return (chosen >= 0) & (chosen < rows.shape[1])
 
 
-@functools.partial(jax.jit, static_argnames=("precision", "add_held", "dtype"))  # as `row_norms`
-def take_outside(
+@functools.partial(
+    jax.jit, static_argnames=("precision", "add_projection", "dtype")
+)  # as `row_norms`
+def gather_residuals(
     rows: chex.Array,
     chosen: chex.Array,
     weights: chex.Array | None,
@@ -64,7 +68,7 @@ def take_outside(
     basis: chex.Array,
     precision: lax.PrecisionLike,
     *,
-    add_held: bool = False,
+    add_projection: bool = False,
     dtype,
 ) -> chex.Array:
     """What a basis does not hold of the chosen rows, times weights; NaN for a row that is missing.
@@ -76,7 +80,7 @@ def take_outside(
       coordinates: `(groups, rows, q)`, of all rows.
       basis: `(features, q)`.
       precision: of the product.
-      add_held: whether to add what the basis holds, without weights.
+      add_projection: whether to add what the basis holds, without weights.
       dtype: of the result, `(groups, k, features)`; inside it is float32 (float64 for float64).
     """
     if weights is None:
@@ -85,39 +89,39 @@ def take_outside(
         rows,
         chosen,
         weights.astype(accumulation_dtype(rows.dtype)),
-        take(coordinates, chosen),
+        gather_rows(coordinates, chosen),
         basis,
     )
-    options = {"precision": precision, "add_held": add_held, "dtype": dtype}
+    options = {"precision": precision, "add_projection": add_projection, "dtype": dtype}
     by_compiler = functools.partial(_take_outside, **options)
-    block = block_of(rows, chosen.size, basis.shape[1])
+    block = choose_block_rows(rows, chosen.size, basis.shape[1])
     options["precision"] = subspace_products_tpu.precision_of_products(
         coordinates, basis, precision
     )
     if not basis.shape[1] or block is None or options["precision"] is None:
         return by_compiler(*args)
     by_kernel = functools.partial(_take_outside_by_kernel, block=block, **options)
-    return on_one_tpu(by_kernel, by_compiler, *args)
+    return kernel_or_xla(by_kernel, by_compiler, *args)
 
 
-def _take_outside(rows, chosen, weights, coordinates, basis, *, precision, add_held, dtype):
-    rows = take(rows, chosen).astype(accumulation_dtype(rows.dtype))
+def _take_outside(rows, chosen, weights, coordinates, basis, *, precision, add_projection, dtype):
+    rows = gather_rows(rows, chosen).astype(accumulation_dtype(rows.dtype))
     coordinates, basis = coordinates.astype(rows.dtype), basis.astype(rows.dtype)
     held = jnp.matmul(coordinates, basis.T, precision=precision)
     rest = weights[..., None] * (rows - held)
-    return (held + rest if add_held else rest).astype(dtype)
+    return (held + rest if add_projection else rest).astype(dtype)
 
 
 def _take_outside_by_kernel(rows, chosen, weights, coordinates, basis, **options):
-    at = of_all_groups(chosen, rows.shape[1])
+    at = flat_indices(chosen, rows.shape[1])
     weights = jnp.where(_is_there(chosen, rows), weights, jnp.nan).reshape(-1)
-    found = row_access_tpu.take_outside(
-        flat(rows), at, weights, flat(coordinates), basis.T, **options
+    found = row_access_tpu.gather_residuals(
+        flat_rows(rows), at, weights, flat_rows(coordinates), basis.T, **options
     )
     return found.reshape(*chosen.shape, -1)
 
 
-def place(
+def replace_product_rows(
     sampled: chex.Array,
     chosen: chex.Array,
     coordinates: chex.Array,
@@ -137,7 +141,7 @@ def place(
     args = sampled, chosen, coordinates, directions
     groups, rows, rank = coordinates.shape
     sizes = groups * rows, chosen.size, sampled.shape[2]
-    block = row_access_tpu.block_of(*sizes, sampled.dtype, rank)
+    block = row_access_tpu.choose_block_rows(*sizes, sampled.dtype, rank)
     of_kernel = subspace_products_tpu.precision_of_products(coordinates, directions, precision)
     if (
         block is None
@@ -146,40 +150,42 @@ def place(
     ):
         return by_compiler(*args)
     by_kernel = functools.partial(_place_by_kernel, block=block, precision=of_kernel)
-    return on_one_tpu(by_kernel, by_compiler, *args)
+    return kernel_or_xla(by_kernel, by_compiler, *args)
 
 
 def _place(sampled, chosen, coordinates, directions, *, precision):
     rows = jnp.matmul(coordinates, directions, precision=precision)
-    return put(rows.astype(sampled.dtype), chosen, sampled)  # no copy of it in float32
+    return replace_rows(rows.astype(sampled.dtype), chosen, sampled)  # no copy of it in float32
 
 
 def _place_by_kernel(sampled, chosen, coordinates, directions, *, block, precision):
     groups, rows, _ = coordinates.shape
     number = jnp.arange(chosen.size, dtype=jnp.int32)
-    at = jnp.full(groups * rows, -1, jnp.int32).at[of_all_groups(chosen, rows)].set(number)
-    found = row_access_tpu.place(flat(sampled), at, flat(coordinates), directions, block, precision)
+    at = jnp.full(groups * rows, -1, jnp.int32).at[flat_indices(chosen, rows)].set(number)
+    found = row_access_tpu.replace_product_rows(
+        flat_rows(sampled), at, flat_rows(coordinates), directions, block, precision
+    )
     return found.reshape(groups, rows, -1)
 
 
 @jax.vmap
-def put(rows: chex.Array, chosen: chex.Array, sampled: chex.Array) -> chex.Array:
+def replace_rows(rows: chex.Array, chosen: chex.Array, sampled: chex.Array) -> chex.Array:
     """The rows of each group, with the chosen ones, none twice, replaced."""
     return rows.at[chosen].set(sampled, unique_indices=True)
 
 
-def block_of(rows: chex.Array, chosen: int, rank: int = 0) -> int | None:
-    """As `row_access_tpu.block_of`, of `(groups, rows, features)`."""
+def choose_block_rows(rows: chex.Array, chosen: int, rank: int = 0) -> int | None:
+    """As `row_access_tpu.choose_block_rows`, of `(groups, rows, features)`."""
     groups, number, features = rows.shape
-    return row_access_tpu.block_of(groups * number, chosen, features, rows.dtype, rank)
+    return row_access_tpu.choose_block_rows(groups * number, chosen, features, rows.dtype, rank)
 
 
-def of_all_groups(chosen: chex.Array, rows: int) -> chex.Array:
+def flat_indices(chosen: chex.Array, rows: int) -> chex.Array:
     """Indices `(groups, k)` of rows of each group as indices of the rows of all, `(groups k,)`."""
     first = rows * jnp.arange(len(chosen), dtype=chosen.dtype)
     return (jnp.clip(chosen, 0, rows - 1) + first[:, None]).reshape(-1)
 
 
-def flat(rows: chex.Array) -> chex.Array:
+def flat_rows(rows: chex.Array) -> chex.Array:
     """The rows of all groups."""
     return rows.reshape(-1, rows.shape[-1])

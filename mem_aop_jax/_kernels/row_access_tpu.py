@@ -27,11 +27,11 @@ NUMBERS = 2**16  # of rows, of which the memory for scalars holds three arrays
 STAYS, GONE = -2, -1  # states of a row that was not chosen; else when it last was, which is more
 
 
-def block_of(rows: int, chosen: int, features: int, dtype, rank: int = 0) -> int | None:
+def choose_block_rows(rows: int, chosen: int, features: int, dtype, rank: int = 0) -> int | None:
     """How many rows these kernels have on the chip, None if they cannot run.
 
     Args:
-      rows: how many rows there are, of `place` in its result.
+      rows: how many rows there are, of `replace_product_rows` in its result.
       chosen: how many of them are chosen or sampled.
       features: of the rows.
       dtype: of the rows.
@@ -46,13 +46,13 @@ def block_of(rows: int, chosen: int, features: int, dtype, rank: int = 0) -> int
     return next(fit, None)
 
 
-def take(rows: chex.Array, chosen: chex.Array, block: int) -> chex.Array:
+def gather_rows(rows: chex.Array, chosen: chex.Array, block: int) -> chex.Array:
     """The chosen rows.
 
     Args:
       rows: `(rows, features)`, float32 or bfloat16.
       chosen: `(k,)` int32, each one of the rows; some may be the same.
-      block: from `block_of`.
+      block: from `choose_block_rows`.
     """
     (found,) = _by_words(_take, [_whole(chosen, block)], [], [], rows, block)
     return found[: len(chosen)]
@@ -62,7 +62,7 @@ def _take(numbers, shifts, rows, out, *buffers, block):
     out[...] = _rows_of(_arrive(numbers, rows, *buffers, block), shifts[...], out.dtype)
 
 
-def take_outside(
+def gather_residuals(
     rows: chex.Array,
     chosen: chex.Array,
     weights: chex.Array,
@@ -70,38 +70,48 @@ def take_outside(
     basis: chex.Array,
     block: int,
     precision: lax.Precision,
-    add_held: bool,
+    add_projection: bool,
     dtype,
 ) -> chex.Array:
     """What a basis does not hold of the chosen rows, with weights.
 
     Args:
-      rows: as in `take`.
-      chosen: as in `take`.
+      rows: as in `gather_rows`.
+      chosen: as in `gather_rows`.
       weights: `(k,)` float32.
       coordinates: `(k, q)`, those of the chosen rows.
       basis: `(q, features)`.
-      block: from `block_of`.
+      block: from `choose_block_rows`.
       precision: of the product of these.
-      add_held: whether to add what the basis holds.
+      add_projection: whether to add what the basis holds.
       dtype: of the result.
     """
     numbers, *blocks = (_whole(of, block) for of in (chosen, weights[:, None], coordinates))
-    kernel = functools.partial(_take_outside, precision=precision, add_held=add_held)
+    kernel = functools.partial(_take_outside, precision=precision, add_projection=add_projection)
     (found,) = _by_words(kernel, [numbers], blocks, [basis], rows, block, dtype)
     return found[: len(chosen)]
 
 
 def _take_outside(
-    numbers, shifts, weights, coordinates, basis, rows, out, *buffers, block, precision, add_held
+    numbers,
+    shifts,
+    weights,
+    coordinates,
+    basis,
+    rows,
+    out,
+    *buffers,
+    block,
+    precision,
+    add_projection,
 ):
     found = _rows_of(_arrive(numbers, rows, *buffers, block), shifts[...], rows.dtype)
     held = _product(coordinates, basis, precision)
     rest = weights[...] * (found.astype(jnp.float32) - held)
-    out[...] = (rest + held if add_held else rest).astype(out.dtype)
+    out[...] = (rest + held if add_projection else rest).astype(out.dtype)
 
 
-def place(
+def replace_product_rows(
     sampled: chex.Array,
     at: chex.Array,
     coordinates: chex.Array,
@@ -116,7 +126,7 @@ def place(
       at: `(rows,)` int32, which of these a row is; -1 is none.
       coordinates: `(rows, q)`.
       directions: `(q, features)`.
-      block: from `block_of`.
+      block: from `choose_block_rows`.
       precision: of the product.
     """
     kernel = functools.partial(_place, precision=precision)
@@ -133,17 +143,17 @@ def _place(numbers, shifts, coordinates, directions, sampled, out, *buffers, blo
     out[...] = jnp.where(is_sampled, found, inside).astype(out.dtype)
 
 
-def take_out(
+def extract_rows(
     rows: chex.Array, chosen: chex.Array, stay: chex.Array, block: int
 ) -> tuple[chex.Array, chex.Array]:
     """The chosen rows; and in the place of all rows those that stay, and zeros.
 
     Args:
-      rows: as in `take`.
-      chosen: as in `take`.
+      rows: as in `gather_rows`.
+      chosen: as in `gather_rows`.
       stay: `(rows,)` bool, none of the chosen ones. Only if there are others, too, that do not
         stay, all rows are looked through.
-      block: from `block_of`.
+      block: from `choose_block_rows`.
     """
     numbers = _whole(chosen, block)
     order = jnp.arange(len(numbers), dtype=jnp.int32)

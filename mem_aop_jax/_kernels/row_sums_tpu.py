@@ -46,17 +46,17 @@ def norms_of_block(rows, sums):
     )
 
 
-def block_to_join(rows: int, features: int, dtype, kept: bool) -> int | None:
-    """How many rows `join` has on the chip, with a memory or without; None: it cannot run."""
+def choose_block_rows(rows: int, features: int, dtype, with_memory: bool) -> int | None:
+    """How many rows `norms_and_sums` has on the chip; None if it cannot run."""
     if not whole_tiles(rows, features, dtype):
         return None
-    arrays = 3 if kept else 1
+    arrays = 3 if with_memory else 1
     of_row = 2 * arrays * jnp.dtype(dtype).itemsize * features + 4 * len(SCALES) * LANES
     most = VMEM - 3 * 2**19  # what registers do not hold of many features
     return next((of for of in (2 * LANES, LANES) if not rows % of and of * of_row <= most), None)
 
 
-def join(
+def norms_and_sums(
     rows: chex.Array, kept: chex.Array | None, block: int
 ) -> tuple[chex.Array, chex.Array | None]:
     """The norms of rows + kept, `(rows,)` in the units of `row_norms`; and these sums.
@@ -64,7 +64,7 @@ def join(
     Args:
       rows: `(rows, features)`, float32 or bfloat16.
       kept: the same, in whose place the sums are; None is none, and there are no sums.
-      block: from `block_to_join`.
+      block: from `choose_block_rows`.
     """
     arrays = [left_in_hbm(of) for of in (rows, kept) if of is not None]
     of_block = pl.BlockSpec((block, rows.shape[1]), lambda step: (step, 0))

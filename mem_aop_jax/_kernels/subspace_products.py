@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from mem_aop_jax._kernels import subspace_products_tpu
-from mem_aop_jax._kernels.dispatch import on_one_tpu
-from mem_aop_jax._kernels.row_access import flat, norms
+from mem_aop_jax._kernels.dispatch import kernel_or_xla
+from mem_aop_jax._kernels.row_access import flat_rows, grouped_row_norms
 from mem_aop_jax._numerics import accumulation_dtype, safe_divide, widest_dtype
 
 
-class OfRows(NamedTuple):
+class SideProducts(NamedTuple):
     """What is computed of all rows of X or of G, `(..., rows, features)`.
 
     Attributes:
@@ -32,7 +32,7 @@ class OfRows(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "precision"))  # as `row_norms`
-def of_all_rows(
+def side_products(
     x: chex.Array,
     g: chex.Array,
     v: chex.Array,
@@ -40,7 +40,7 @@ def of_all_rows(
     due: chex.Array | None,
     rank: int,
     precision: lax.PrecisionLike,
-) -> tuple[OfRows, OfRows]:
+) -> tuple[SideProducts, SideProducts]:
     """Of the inputs and of the cotangents, with the directions of each.
 
     Args:
@@ -56,16 +56,16 @@ def of_all_rows(
     by_compiler = functools.partial(_by_compiler, rank=rank, precision=precision)
     of_kernel = subspace_products_tpu.precision_of_products(x, g, precision)
     ranks = v.shape[1], u.shape[1]
-    block = subspace_products_tpu.block_of_rows(
+    block = subspace_products_tpu.choose_block_rows(
         math.prod(x.shape[:2]), x.shape[2], g.shape[2], ranks, x.dtype
     )
     if of_kernel is None or block is None:
         return by_compiler(*args)
     by_kernel = functools.partial(_by_kernel, rank=rank, block=block, precision=of_kernel)
-    return on_one_tpu(by_kernel, by_compiler, *args)
+    return kernel_or_xla(by_kernel, by_compiler, *args)
 
 
-def over_rows(a: chex.Array, b: chex.Array, dtype, precision: lax.PrecisionLike) -> chex.Array:
+def contract_rows(a: chex.Array, b: chex.Array, dtype, precision: lax.PrecisionLike) -> chex.Array:
     """A^T B, as (B^T A)^T: with the few columns of B first it is fast on CPUs."""
     a, b = (c.reshape(math.prod(c.shape[:-1]), c.shape[-1]).astype(dtype) for c in (a, b))
     product = lax.dot_general(
@@ -78,10 +78,10 @@ def over_rows(a: chex.Array, b: chex.Array, dtype, precision: lax.PrecisionLike)
     return lax.optimization_barrier(product).T  # or XLA turns it round again
 
 
-def of_side(
+def coordinates_and_norms(
     rows: chex.Array, basis: chex.Array, precision: lax.PrecisionLike
 ) -> tuple[chex.Array, chex.Array]:
-    """The coordinates and norms of `OfRows`."""
+    """The coordinates and norms of `SideProducts`."""
     dtype = basis.dtype
     coordinates = jnp.matmul(
         rows.astype(dtype),
@@ -90,16 +90,19 @@ def of_side(
         preferred_element_type=accumulation_dtype(dtype),
     )
     coordinates = jnp.where(jnp.isfinite(coordinates), coordinates, 0).astype(dtype)
-    return coordinates, norms(rows)
+    return coordinates, grouped_row_norms(rows)
 
 
 def _by_compiler(x, g, v, u, due=None, *, rank, precision):
     """In one pass over X and one over G for the products; on CPUs `own` is apart, if it is due."""
-    (a, x_norms), (b, g_norms) = of_side(x, v, precision), of_side(g, u, precision)
+    (a, x_norms), (b, g_norms) = (
+        coordinates_and_norms(x, v, precision),
+        coordinates_and_norms(g, u, precision),
+    )
     others = [b[..., :rank], a]
-    units = [safe_divide(of, largest(of).astype(of.dtype)) for of in (a, b)]
+    units = [safe_divide(of, max_abs(of).astype(of.dtype)) for of in (a, b)]
     dtype = widest_dtype(v.dtype, u.dtype)
-    times = functools.partial(over_rows, dtype=dtype, precision=precision)
+    times = functools.partial(contract_rows, dtype=dtype, precision=precision)
 
     def together(x, g, units, others, due=None):
         del due
@@ -126,16 +129,16 @@ def _by_compiler(x, g, v, u, due=None, *, rank, precision):
         of_x, of_g = together(*args)
     else:
         of_x, of_g = lax.platform_dependent(*args, due, cpu=apart, default=together)
-    return OfRows(a, x_norms, *of_x), OfRows(b, g_norms, *of_g)
+    return SideProducts(a, x_norms, *of_x), SideProducts(b, g_norms, *of_g)
 
 
-def largest(coordinates: chex.Array) -> chex.Array:
-    """`()`, in float32 or float64: the unit of `OfRows.own`."""
+def max_abs(coordinates: chex.Array) -> chex.Array:
+    """`()`, in float32 or float64: the unit of `SideProducts.own`."""
     return jnp.max(jnp.abs(coordinates), initial=0).astype(accumulation_dtype(coordinates.dtype))
 
 
-def add_up(own: chex.Array, unit: chex.Array, axes: tuple[str, ...]) -> chex.Array:
-    """`OfRows.own`, of which each device along these mesh axes has that of its own rows."""
+def psum_own_products(own: chex.Array, unit: chex.Array, axes: tuple[str, ...]) -> chex.Array:
+    """`SideProducts.own`, of which each device along these mesh axes has that of its own rows."""
     return lax.psum(own * safe_divide(unit, lax.pmax(unit, axes)).astype(own.dtype), axes)
 
 
@@ -143,9 +146,9 @@ def _by_kernel(x, g, v, u, due=None, *, rank, block, precision):
     """The same, with `own` at any rate."""
     del due
     groups, rows = x.shape[:2]
-    sides = subspace_products_tpu.one_pass(flat(x), flat(g), v, u, block, precision)
+    sides = subspace_products_tpu.one_pass(flat_rows(x), flat_rows(g), v, u, block, precision)
     of_x, of_g = (
-        OfRows(a.reshape(groups, rows, -1), lengths.reshape(groups, rows), *products)
+        SideProducts(a.reshape(groups, rows, -1), lengths.reshape(groups, rows), *products)
         for a, lengths, *products in sides
     )
     return of_x._replace(other=of_x.other[:, :rank]), of_g

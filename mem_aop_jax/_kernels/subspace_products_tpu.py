@@ -7,8 +7,7 @@ For a step with subspaces (`one_pass`)
 
 for which XLA reads X and G three times each. The products with few columns stay on the chip, as
 does their unit, which grows as larger rows come. Inside, what has few columns is transposed, so
-that it fills the lanes. For all others (`join`) the norms alone, or those of the sums of the rows
-and a memory, which are stored on the way. Grids walk over blocks of rows, of all features.
+that it fills the lanes. Grids walk over blocks of rows, of all features.
 """
 
 import functools
@@ -50,7 +49,7 @@ def precision_of_products(
     return found.pop() if fits else None
 
 
-def block_of_rows(
+def choose_block_rows(
     rows: int, in_features: int, out_features: int, ranks: tuple[int, int], dtype
 ) -> int | None:
     """How many rows the kernel has on the chip.
@@ -75,14 +74,14 @@ def one_pass(
     rows: int,
     precision: lax.Precision,
 ) -> tuple[tuple[chex.Array, ...], tuple[chex.Array, ...]]:
-    """As `all_rows.of_all_rows`, of `(rows, features)` arrays, all bfloat16 or all float32.
+    """As `all_rows.side_products`, of `(rows, features)` arrays, all bfloat16 or all float32.
 
     Args:
       x: the inputs.
       g: the cotangents.
       v: directions of the inputs, `(in_features, q)`.
       u: directions of the cotangents.
-      rows: of a block, from `block_of_rows`.
+      rows: of a block, from `choose_block_rows`.
       precision: of products.
     """
     ranks = v.shape[1], u.shape[1]

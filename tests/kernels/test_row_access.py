@@ -52,7 +52,7 @@ def test_take(dtype):
     """With neighbours, which share words, one row that comes twice, and one that is not finite."""
     x = normal(1, M, N, dtype=dtype).at[3, 5].set(jnp.nan).at[8, 0].set(-jnp.inf)
     chosen = jnp.concatenate([jnp.array([3, 2, 8, 3, 255, 254], jnp.int32), some(K)])
-    assert_equal(row_access_tpu.take(x, chosen, 16), x[chosen])
+    assert_equal(row_access_tpu.gather_rows(x, chosen, 16), x[chosen])
 
 
 @BOTH
@@ -64,22 +64,30 @@ def test_take_out(dtype, bad):
     chosen = some(K, seed=2)
     chosen = jnp.concatenate([chosen, chosen[:3], chosen[:9] ^ 1])  # twice, and neighbours
     stay = jnp.ones(M, bool).at[chosen].set(False).at[jnp.array(bad, jnp.int32)].set(False)
-    found, rest = row_access_tpu.take_out(x, chosen, stay, 16)
+    found, rest = row_access_tpu.extract_rows(x, chosen, stay, 16)
     assert_equal(found, x[chosen])
     assert_equal(rest, jnp.where(stay[:, None], x, 0).astype(dtype))
 
 
 @BOTH
-@pytest.mark.parametrize("add_held", [False, True])
-def test_take_outside(dtype, add_held):
+@pytest.mark.parametrize("add_projection", [False, True])
+def test_take_outside(dtype, add_projection):
     x, basis = normal(1, M, N, dtype=dtype), normal(2, 24, N, dtype=dtype)
     chosen, weights, coordinates = some(K), normal(3, K), normal(4, K, 24, dtype=dtype)
-    found = row_access_tpu.take_outside(
-        x, chosen, weights, coordinates, basis, 16, lax.Precision.HIGHEST, add_held, jnp.float32
+    found = row_access_tpu.gather_residuals(
+        x,
+        chosen,
+        weights,
+        coordinates,
+        basis,
+        16,
+        lax.Precision.HIGHEST,
+        add_projection,
+        jnp.float32,
     )
     held, taken = (a.astype(jnp.float32) for a in (coordinates, x[chosen]))
     held = held @ basis.astype(jnp.float32)
-    assert_close(found, weights[:, None] * (taken - held) + (held if add_held else 0))
+    assert_close(found, weights[:, None] * (taken - held) + (held if add_projection else 0))
 
 
 @BOTH
@@ -88,7 +96,9 @@ def test_place(dtype):
     at = at.at[some(K)].set(jnp.arange(K, dtype=jnp.int32))
     coordinates, directions = normal(2, M, 8, dtype=dtype), normal(3, 8, N, dtype=dtype)
     coordinates = coordinates.at[4].set(jnp.nan)
-    found = row_access_tpu.place(sampled, at, coordinates, directions, 128, lax.Precision.HIGHEST)
+    found = row_access_tpu.replace_product_rows(
+        sampled, at, coordinates, directions, 128, lax.Precision.HIGHEST
+    )
     inside = coordinates.astype(jnp.float32) @ directions.astype(jnp.float32)
     wanted = jnp.where(at[:, None] < 0, inside, sampled[at].astype(jnp.float32)).astype(dtype)
     assert_close(found, wanted, 1e-5 if dtype == jnp.float32 else 1e-2)
@@ -97,7 +107,7 @@ def test_place(dtype):
 
 def test_which_sizes_they_take(monkeypatch):
     def block(rows, features, dtype=jnp.bfloat16, rank=0, chosen=1):
-        return row_access_tpu.block_of(rows, chosen, features, dtype, rank)
+        return row_access_tpu.choose_block_rows(rows, chosen, features, dtype, rank)
 
     assert block(8192, 4096) == block(8192, 4096, rank=32) == block(8192, 4096, jnp.float32) == 128
     assert block(8192, 16384) == 32
@@ -124,7 +134,7 @@ def both(function, *args, **options):
         return compute(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_access, "on_one_tpu", by_kernel)
+        patch.setattr(row_access, "kernel_or_xla", by_kernel)
         wanted = function.__wrapped__(*args, **options)
     return found[0], wanted
 
@@ -133,13 +143,13 @@ def both(function, *args, **options):
 def test_rows_of_groups(dtype):
     x = normal(1, 2, M, N, dtype=dtype)
     chosen = jnp.stack([some(K), some(K, seed=5)]).at[0, 3].set(M).at[1, 7].set(5 * M)
-    assert_equal(*both(row_access.take, x, chosen))
-    assert_close(*both(row_access.norms, x))
+    assert_equal(*both(row_access.gather_rows, x, chosen))
+    assert_close(*both(row_access.grouped_row_norms, x))
     basis, coordinates = normal(2, N, 16, dtype=dtype), normal(3, 2, M, 16, dtype=dtype)
     for weights in (None, normal(4, 2, K)):
-        options = {"dtype": dtype, "add_held": weights is not None}
+        options = {"dtype": dtype, "add_projection": weights is not None}
         found, wanted = both(
-            row_access.take_outside, x, chosen, weights, coordinates, basis, None, **options
+            row_access.gather_residuals, x, chosen, weights, coordinates, basis, None, **options
         )
         assert_close(found, wanted, 1e-5 if dtype == jnp.float32 else 1e-2)
         assert np.isnan(np.asarray(found[0, 3], np.float32)).all()
@@ -149,17 +159,21 @@ def test_rows_of_groups(dtype):
 def test_place_in_groups(dtype):
     sampled, chosen = normal(1, 2, K, N, dtype=dtype), jnp.stack([some(K), some(K, seed=5)])
     coordinates, directions = normal(2, 2, M, 16, dtype=dtype), normal(3, 16, N, dtype=dtype)
-    found, wanted = both(jax.jit(row_access.place), sampled, chosen, coordinates, directions, None)
+    found, wanted = both(
+        jax.jit(row_access.replace_product_rows), sampled, chosen, coordinates, directions, None
+    )
     assert_close(found, wanted, 1e-5 if dtype == jnp.float32 else 1e-2)
 
 
 def test_half_a_word_has_no_kernel(monkeypatch):
     """The last of an odd number of rows in bfloat16."""
     used = []
-    monkeypatch.setattr(row_access, "on_one_tpu", lambda *args: used.append(args))
+    monkeypatch.setattr(row_access, "kernel_or_xla", lambda *args: used.append(args))
     for dtype, k, kernels in [(jnp.bfloat16, 41, 0), (jnp.bfloat16, 42, 1), (jnp.float32, 41, 2)]:
         sampled, coordinates = normal(1, 1, k, N, dtype=dtype), normal(2, 1, M, 8, dtype=dtype)
-        row_access.place(sampled, some(k)[None], coordinates, normal(3, 8, N, dtype=dtype), None)
+        row_access.replace_product_rows(
+            sampled, some(k)[None], coordinates, normal(3, 8, N, dtype=dtype), None
+        )
         assert len(used) == kernels
 
 
@@ -176,14 +190,14 @@ def on_a_tpu(monkeypatch):
 
     used = []
     for module in (backward, row_access):
-        monkeypatch.setattr(module, "on_one_tpu", kernel_alone)
+        monkeypatch.setattr(module, "kernel_or_xla", kernel_alone)
     for module, name in [
-        (row_memory, "take"),
-        (row_memory, "norms"),
-        (subspace_memory, "take_outside"),
+        (row_memory, "gather_rows"),
+        (row_memory, "grouped_row_norms"),
+        (subspace_memory, "gather_residuals"),
     ]:
         monkeypatch.setattr(module, name, getattr(row_access, name).__wrapped__)
-    monkeypatch.setattr(row_access, "take", row_access.take.__wrapped__)
+    monkeypatch.setattr(row_access, "gather_rows", row_access.gather_rows.__wrapped__)
     return used
 
 
@@ -302,23 +316,23 @@ def x(monkeypatch, without_x64):
 
 
 def test_a_kernel_for_one_device(x):
-    assert kernels_in(row_access.norms, x) == 1
-    assert kernels_in(jax.vmap(lambda x: row_access.norms(x[None])), x) == 0
+    assert kernels_in(row_access.grouped_row_norms, x) == 1
+    assert kernels_in(jax.vmap(lambda x: row_access.grouped_row_norms(x[None])), x) == 0
 
 
 def test_no_kernel_where_nobody_wants_it(x, monkeypatch):
     monkeypatch.setenv("MEM_AOP_JAX_KERNELS", "0")
-    assert kernels_in(row_access.norms, x) == 0
+    assert kernels_in(row_access.grouped_row_norms, x) == 0
 
 
 def test_no_kernel_with_x64(x):
     jax.config.update("jax_enable_x64", True)
-    assert kernels_in(row_access.norms, x) == 0
+    assert kernels_in(row_access.grouped_row_norms, x) == 0
 
 
 def test_no_kernel_for_old_chips(x, monkeypatch):
     monkeypatch.setattr(dispatch, "OLD", {jax.devices()[0].device_kind})
-    assert kernels_in(row_access.norms, x) == 0
+    assert kernels_in(row_access.grouped_row_norms, x) == 0
 
 
 @pytest.mark.usefixtures("without_x64")
@@ -349,7 +363,7 @@ def test_differentiated_and_batched():
         return {"twice": 2 * x, "number": number}
 
     def function(x, number):
-        return dispatch.on_one_tpu(lambda *_: None, doubled, x, number)
+        return dispatch.kernel_or_xla(lambda *_: None, doubled, x, number)
 
     x, number = normal(1, 3), jnp.int32(7)
     assert_equal(function(x, number)["twice"], 2 * x)

@@ -133,7 +133,7 @@ def test_a_layer_with_it(monkeypatch):
         )
 
     wanted = steps()
-    monkeypatch.setattr(subspace_memory, "of_all_rows", by_kernel)
+    monkeypatch.setattr(subspace_memory, "side_products", by_kernel)
     for a, b in zip(wanted, steps(), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.max(np.abs(a)))
 
@@ -143,17 +143,17 @@ def test_a_layer_with_it(monkeypatch):
 def test_norms_and_sums(dtype, size):
     rows, kept = (a.reshape(ROWS, -1)[:, :IN] for a in arguments(dtype=dtype, size=size)[:2])
     rows = rows.at[3, 5].set(jnp.nan).at[7].set(0)
-    norms, nothing = row_sums_tpu.join(rows, None, 128)
+    norms, nothing = row_sums_tpu.norms_and_sums(rows, None, 128)
     assert nothing is None
     np.testing.assert_allclose(norms, row_norms(rows.astype(jnp.float32)), rtol=1e-5)
-    norms, sums = row_sums_tpu.join(rows, kept, 256)
+    norms, sums = row_sums_tpu.norms_and_sums(rows, kept, 256)
     np.testing.assert_array_equal(accumulation_dtype(sums), accumulation_dtype(rows + kept))
     np.testing.assert_allclose(norms, row_norms(sums.astype(jnp.float32)), rtol=1e-5)
 
 
 def test_a_sum_that_outgrows_its_dtype():
     rows = jnp.full((128, 128), 3e38, jnp.float32).at[0].set(1)
-    norms, sums = row_sums_tpu.join(rows, rows, 128)
+    norms, sums = row_sums_tpu.norms_and_sums(rows, rows, 128)
     assert np.isfinite(norms[0])
     assert np.all(np.isinf(norms[1:]))
     assert np.all(np.isinf(sums[1:]))
@@ -161,7 +161,7 @@ def test_a_sum_that_outgrows_its_dtype():
 
 def test_which_sizes_they_take():
     def block(rows, in_features, out_features, rank=16, dtype=jnp.bfloat16):
-        return subspace_products_tpu.block_of_rows(
+        return subspace_products_tpu.choose_block_rows(
             rows, in_features, out_features, (rank, rank), dtype
         )
 
@@ -176,12 +176,12 @@ def test_which_sizes_they_take():
     assert block(8192, 8192, 4096, dtype=jnp.float32) is None
     assert block(128, 128, 128, dtype=jnp.float16) is None
 
-    def block(rows, features, dtype=jnp.bfloat16, kept=True):
-        return row_sums_tpu.block_to_join(rows, features, dtype, kept)
+    def block(rows, features, dtype=jnp.bfloat16, with_memory=True):
+        return row_sums_tpu.choose_block_rows(rows, features, dtype, with_memory)
 
     assert block(8192, 4096) == 256
     assert block(8192 + 128, 4096) == block(8192, 8192) == 128
-    assert block(8192, 8192, kept=False) == 256
+    assert block(8192, 8192, with_memory=False) == 256
     for wrong in [(0, 128), (100, 128), (128, 100), (128, 32768), (128, 128, jnp.float16)]:
         assert block(*wrong) is None
 
