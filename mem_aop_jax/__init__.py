@@ -7,7 +7,8 @@ from mem_aop_jax._analysis.diagnostics import Diagnostics, diagnostics
 from mem_aop_jax._analysis.plan import Plan, Planned, plan
 from mem_aop_jax._core.config import InputGrad, MemAOP
 from mem_aop_jax._core.dense import dense, dot_general
-from mem_aop_jax._core.memory import Memory, Subspace, init_memory
+from mem_aop_jax._core.memory import Memory, Subspace
+from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._core.policies import Selection
 from mem_aop_jax._core.probe import Measured, Probe
 from mem_aop_jax._cost.cost import Cost, cost

@@ -61,6 +61,11 @@ def accumulation_dtype(dtype: chex.ArrayDType) -> jnp.dtype:
     return jnp.zeros((), jnp.float64 if dtype == jnp.float64 else jnp.float32).dtype
 
 
+def widened(values: chex.Array) -> chex.Array:
+    """Values in the dtype in which they are added up."""
+    return values.astype(accumulation_dtype(values.dtype))
+
+
 def widest_dtype(*dtypes: chex.ArrayDType) -> jnp.dtype:
     """The one with the most bytes, of equals the first."""
     return max(dtypes, key=lambda dtype: dtype.itemsize)

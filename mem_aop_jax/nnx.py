@@ -13,11 +13,12 @@ import optax
 from flax import nnx
 
 from mem_aop_jax._compat import get_value, set_value
-from mem_aop_jax._core import memory, validation
+from mem_aop_jax._core import validation
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.dense import dot_general
 from mem_aop_jax._core.layout import contraction_sizes, why_exact
-from mem_aop_jax._core.memory import carried, rate_factor
+from mem_aop_jax._core.memory import carried, memory_name, rate_factor
+from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._core.probe import is_memory
 from mem_aop_jax._cost.cost import cost
 from mem_aop_jax._models import Layer, Rules, as_rules, check_all_used, config_for, eval_shape
@@ -56,17 +57,17 @@ class DotGeneral(nnx.Module):
         self.call = 0  # the next one; after all calls of a forward pass it is 0 again
         self.deterministic = False  # the name that eval() and train() set
         for call, (_, *sizes, _) in enumerate(self.layers):
-            new = memory.init_memory(config, *sizes, dtype)
+            new = init_memory(config, *sizes, dtype)
             if new is not None:
                 stacked = jax.tree.map(lambda a: jnp.broadcast_to(a, (*stack, *a.shape)), new)
-                setattr(self, memory.memory_name(call), Memory(stacked))
+                setattr(self, memory_name(call), Memory(stacked))
         if key is not None and stack:
             key = jax.random.split(key, stack)
         self.key = nnx.data(None if key is None else nnx.RngKey(key, tag=RNG))
 
     def __call__(self, lhs: chex.Array, rhs: chex.Array, *args, **options) -> chex.Array:
         """`jax.lax.dot_general`, with the same arguments."""
-        layer, variable = self.layers[self.call], getattr(self, memory.memory_name(self.call), None)
+        layer, variable = self.layers[self.call], getattr(self, memory_name(self.call), None)
         self.call = (self.call + 1) % len(self.layers)
         own = {"memory": None, "key": None}
         if not self.deterministic:

@@ -1,115 +1,22 @@
-"""The dense primitive: an exact layer whose weight gradient is K of M outer products.
-
-    forward     Y  = X W                         X (M, N), W (N, P), Y (M, P); G = dL/dY (M, P)
-    backward    dX = G W^T                       exact, unless an InputGrad is asked for
-                Xh = mem_X + X,  Gh = mem_G + G
-                S  = policy(scores), K rows      scores[m] = (||Xh[m]|| ||Gh[m]||)^2
-                dW = Xh[S]^T Gh[S]               in place of X^T G
-    memory      mem_X, mem_G <- sqrt(decay) * (Xh, Gh with the rows of S set to 0)
-
-This is arXiv 2110.09164 in gradient units: the optimizer applies the learning rate. Other memories
-are in rows.py (signs, slots) and subspace.py; each says what the policy chooses from. The next
-memory is returned as the cotangent of the memory, so every JAX transform of a gradient carries it.
-"""
+"""What users call: a layer that is checked, then computed by the primitive."""
 
 import dataclasses
-import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
-from jax.sharding import AxisType
 
-from mem_aop_jax._compat import axes_of, vary
 from mem_aop_jax._core import validation
-from mem_aop_jax._core.backward import Layer, approximates_inputs, estimate
+from mem_aop_jax._core.candidates import Call
 from mem_aop_jax._core.config import MemAOP
+from mem_aop_jax._core.input_gradient import approximates_inputs
 from mem_aop_jax._core.layout import as_static, contraction_sizes, warn_once, why_exact
 from mem_aop_jax._core.measure import measured
 from mem_aop_jax._core.memory import Memory, Subspace
-from mem_aop_jax._core.probe import Probe, measured_memory
-
-
-def _product(layer, x, kernel, memory, key, **options):
-    """X W: exact; what is approximate of its gradients is left to a term."""
-    # In shard_map: one kernel on all devices, whose transpose sums dW.
-    kernel = vary(kernel, axes_of(x, memory, key))
-    constant = lax.stop_gradient(x)
-    rows, _, _ = contraction_sizes(x, kernel, layer.dimension_numbers)
-    measures = isinstance(memory, Probe)
-    of_inputs = not measures and approximates_inputs(layer.config, rows, memory, key)
-    y = lax.dot_general(
-        constant if of_inputs else x,  # differentiable in X as usual
-        lax.stop_gradient(kernel),
-        layer.dimension_numbers,
-        precision=layer.precision,
-        **options,
-    )
-    term, term_x = _kernel_term, constant
-    if of_inputs or measures:
-        term, term_x = _both_terms, vary(x, axes_of(x, kernel))
-    return y + term(layer, lax.stop_gradient(y), term_x, kernel, memory, key)
-
-
-def _zeros(layer, y, x, kernel, memory, key):
-    """Zeros like y, which XLA drops: a term with the approximate gradients.
-
-    It is apart from the product so that nobody who differentiates only the inputs, where their
-    gradient is exact, pays for it or needs a memory.
-    """
-    del layer, x, kernel
-    zeros = jnp.zeros_like(y)
-    zeros = jnp.where(jnp.isnan(y), zeros, zeros)  # under vmap batched where y, the memory or
-    for leaf in jax.tree.leaves((memory, key)):  # the key is: each example has its own cotangent
-        zeros = jnp.where(_scalar(leaf) == 0, zeros, zeros)
-    return zeros
-
-
-_kernel_term = jax.custom_vjp(_zeros, nondiff_argnums=(0,))
-_both_terms = jax.custom_vjp(_zeros, nondiff_argnums=(0,))  # not under an eager shard_map
-
-
-def _forward(layer, *args, of_inputs=None):
-    _, x, kernel, memory, key = args
-    rows, _, _ = contraction_sizes(x, kernel, layer.dimension_numbers)
-    validation.differentiable(layer.name, layer.config, rows, measured_memory(memory), key)
-    return _zeros(layer, *args), (of_inputs, x, kernel, memory, key)
-
-
-def _forward_of_both(layer, *args):
-    """Knows whether the inputs are differentiated, and whether the kernel is."""
-    _, of_inputs, *of_kernel = jax.tree.map(lambda arg: arg.perturbed, args[:4], is_leaf=_is_primal)
-    args = jax.tree.map(lambda arg: arg.value, args, is_leaf=_is_primal)
-    of_inputs = () if of_inputs else None  # static, in the structure
-    if any(jax.tree.leaves(of_kernel)):
-        return _forward(layer, *args, of_inputs=of_inputs)
-    return _zeros(layer, *args), (of_inputs, *args[1:])
-
-
-def _is_primal(node):
-    return isinstance(node, CustomVJPPrimal)
-
-
-def _backward(layer, residuals, g):
-    of_inputs, x, kernel, memory, key = residuals
-    if isinstance(g, SymbolicZero):
-        return (None,) * 5
-    measures, of_inputs = isinstance(memory, Probe), of_inputs is not None
-    rule = functools.partial(measured if measures else _estimated, layer, of_inputs)
-    like = (x if of_inputs else None), kernel, memory
-    dx, dw, memory = _automatic(rule, like)(x, jnp.asarray(g), kernel, memory, key)
-    return None, dx, dw, memory, None
-
-
-_kernel_term.defvjp(_forward, _backward)
-_both_terms.defvjp(_forward_of_both, _backward, symbolic_zeros=True)
-
-
-def _estimated(layer, of_inputs, x, g, kernel, memory, key):
-    """dX, dW and the next memory."""
-    return estimate(layer, of_inputs, x, g, kernel, memory, key)[:3]
+from mem_aop_jax._core.memory_kinds import check_memory
+from mem_aop_jax._core.primitive import estimated, product
+from mem_aop_jax._core.probe import Probe, without_probe
 
 
 def dense(
@@ -239,35 +146,19 @@ def _check_config(name, config, memory):
 
 
 def _approximate(x, kernel, dimension_numbers, precision, memory, config, key, name, **options):
-    """`_product`, of inputs that are checked first."""
+    """The product of inputs that are checked first."""
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     validation.floating(name, x, kernel)
-    own = measured_memory(memory)
-    if own is not None:
-        sizes = contraction_sizes(x, kernel, dimension_numbers)
-        own = validation.memory(name, config, x, sizes, own)
-    if isinstance(memory, Probe) and memory.draw is not None:
-        key = None if key is None else jax.random.fold_in(key, memory.draw)
-    elif isinstance(memory, Probe):
-        own = dataclasses.replace(memory, memory=own)
-    layer = Layer(config, dimension_numbers, precision, name)
-    return _product(layer, x, kernel, own, key, **options)
-
-
-def _automatic(rule, like):
-    """The rule, with explicit axes of a mesh made automatic, and results sharded like `like`.
-
-    Selection depends on values, so shardings cannot be read off the types of its results.
-    """
-    types = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(like)]
-    if not any(AxisType.Explicit in sharding.mesh.axis_types for sharding in types):
-        return rule
-    shardings = jax.tree.unflatten(jax.tree.structure(like), types)
-    return jax.sharding.auto_axes(rule, out_sharding=shardings)
-
-
-def _scalar(leaf):
-    """Some number that depends on an array or a PRNG key."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return leaf.sum()
+    sizes = contraction_sizes(x, kernel, dimension_numbers)
+    own_memory = without_probe(memory)
+    if own_memory is not None:
+        own_memory = check_memory(name, config, x, sizes, own_memory)
+    call = Call(config, dimension_numbers, precision, name)
+    if isinstance(memory, Probe) and memory.draw is None:
+        probe = dataclasses.replace(memory, memory=own_memory)
+        return product(call, measured, True, True, x, kernel, probe, key, **options)
+    if isinstance(memory, Probe) and key is not None:
+        key = jax.random.fold_in(key, memory.draw)
+    approximate = approximates_inputs(config, sizes[0], own_memory, key)
+    exact = not approximate
+    return product(call, estimated, approximate, exact, x, kernel, own_memory, key, **options)

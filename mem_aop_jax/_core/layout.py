@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mem_aop_jax._core.memory import Memory, Subspace
-from mem_aop_jax._core.probe import Probe, is_memory, measured_memory
+from mem_aop_jax._core.probe import Probe, is_memory, without_probe
 
 
 def as_static(dimension_numbers: lax.DotDimensionNumbers) -> lax.DotDimensionNumbers:
@@ -44,7 +44,7 @@ def why_exact(
     _, (lhs_batch, _) = dimension_numbers
     if len(lhs_batch):
         return "it has batch dimensions, and Mem-AOP needs one kernel for all rows."
-    memory = measured_memory(memory)
+    memory = without_probe(memory)
     if is_memory(memory):
         rows, in_features, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
         inputs, cotangents = (() if a is None else jnp.shape(a) for a in memory[:2])

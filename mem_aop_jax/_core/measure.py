@@ -7,13 +7,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mem_aop_jax._core.backward import Layer, approximates_inputs, estimate
+from mem_aop_jax._core.candidates import Call
 from mem_aop_jax._core.flops import exact_flops, relative_cost
+from mem_aop_jax._core.input_gradient import approximates_inputs
 from mem_aop_jax._core.layout import as_inputs, as_kernel, as_matrix, as_rows, first_free_size
 from mem_aop_jax._core.memory import Subspace
+from mem_aop_jax._core.orthonormal import orthonormal
 from mem_aop_jax._core.policies import row_scores
+from mem_aop_jax._core.primitive import estimate
 from mem_aop_jax._core.probe import Measured, Norms, Probe
-from mem_aop_jax._core.subspace_memory import orthonormal
 from mem_aop_jax._numerics import accumulation_dtype, safe_divide
 
 HELD = 0.9  # the share of the energy that `Measured.inputs_rank` directions hold
@@ -22,7 +24,7 @@ ITERATIONS = 4  # of the subspaces, for each batch of which the `Norms` are take
 
 
 def measured(
-    layer: Layer,
+    call: Call,
     of_inputs: bool,
     x: chex.Array,
     g: chex.Array,
@@ -33,27 +35,27 @@ def measured(
     """In place of `estimate`: what is added to the exact gradient of the inputs; the exact one of
     the kernel; and what the probe measured.
     """
-    like, parts = x, parts_of(first_free_size(layer.dimension_numbers, x))
-    x, g = (a[0] for a in as_rows(layer.dimension_numbers, 1, x, g))
-    flat = layer._replace(dimension_numbers=(((1,), (0,)), ((), ())))
-    matrix = as_matrix(layer.dimension_numbers, kernel)
+    like, parts = x, parts_of(first_free_size(call.dimension_numbers, x))
+    x, g = (a[0] for a in as_rows(call.dimension_numbers, 1, x, g))
+    flat = call._replace(dimension_numbers=(((1,), (0,)), ((), ())))
+    matrix = as_matrix(call.dimension_numbers, kernel)
     dtype = max(accumulation_dtype(x.dtype), accumulation_dtype(g.dtype))
-    dw = jnp.matmul(x.T.astype(dtype), g.astype(dtype), precision=layer.precision)
-    dw = as_kernel(layer.dimension_numbers, dw.astype(kernel.dtype), kernel.shape)
-    draws_inputs = of_inputs and approximates_inputs(layer.config, len(x), probe.memory, key)
+    dw = jnp.matmul(x.T.astype(dtype), g.astype(dtype), precision=call.precision)
+    dw = as_kernel(call.dimension_numbers, dw.astype(kernel.dtype), kernel.shape)
+    draws_inputs = of_inputs and approximates_inputs(call.config, len(x), probe.memory, key)
     dx = jnp.zeros_like(like) if of_inputs else None
 
     nothing = jax.tree.map(jnp.zeros_like, probe)
     if probe.noise is not None:
         if draws_inputs:
             drawn = estimate(flat, True, x, g, matrix, probe.memory, key).inputs
-            exact = jnp.matmul(g.astype(dtype), matrix.T.astype(dtype), precision=layer.precision)
+            exact = jnp.matmul(g.astype(dtype), matrix.T.astype(dtype), precision=call.precision)
             noise = probe.noise.astype(dtype)
             off = jnp.where(noise == 0, 0, (drawn.astype(dtype) - exact) * noise)
-            dx = as_inputs(layer.dimension_numbers, off.astype(like.dtype), like.shape)
+            dx = as_inputs(call.dimension_numbers, off.astype(like.dtype), like.shape)
         return dx, dw, nothing
     if isinstance(probe.measured, Norms):
-        return dx, dw, _norms(layer.name, probe, x, g, matrix if of_inputs else None)
+        return dx, dw, _norms(call.name, probe, x, g, matrix if of_inputs else None)
     if not probe.draws:
         used = nothing.measured._replace(uses=jnp.ones_like(probe.uses))
         return dx, dw, dataclasses.replace(nothing, measured=used)
@@ -62,20 +64,20 @@ def measured(
         drawn = estimate(flat, draws_inputs, x, g, matrix, probe.memory, key)
         scores, finite = row_scores(*(n.reshape(-1) for n in drawn.norms))
         products = jnp.sqrt(jnp.where(finite, scores, 0))  # in units of the largest
-        of_chosen = jnp.sum(jnp.where(drawn.not_chosen.reshape(-1), 0, products))
+        of_chosen = jnp.sum(jnp.where(drawn.unchosen.reshape(-1), 0, products))
         chosen = of_chosen / jnp.maximum(products.sum(), 1)  # of which the largest is 1
         return drawn.kernel, drawn.inputs, chosen
 
-    found = _measure(probe, layer.config, x, g, matrix, parts, key, draw)
+    found = _measure(probe, call.config, x, g, matrix, parts, key, draw)
     return dx, dw, dataclasses.replace(nothing, measured=found)
 
 
 def _measure(probe, config, x, g, kernel, parts, key, draw):
-    """What is measured of a layer.
+    """What is measured of a call.
 
     Args:
       probe: the probe.
-      config: of the layer.
+      config: of the call.
       x: `(rows, in_features)`.
       g: `(rows, out_features)`.
       kernel: `(in_features, out_features)`.

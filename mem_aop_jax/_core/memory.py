@@ -9,7 +9,6 @@ import numpy as np
 import optax
 
 from mem_aop_jax._compat import varying_axes
-from mem_aop_jax._core.config import MemAOP, floating_dtype
 from mem_aop_jax._numerics import accumulation_dtype
 
 
@@ -51,54 +50,6 @@ class Subspace(NamedTuple):
     inputs: chex.Array
     cotangents: chex.Array | None
     uses: chex.Array
-
-
-def init_memory(
-    config: MemAOP | None,
-    rows: int,
-    in_features: int,
-    out_features: int,
-    dtype: chex.ArrayDType = jnp.float32,
-) -> Memory | Subspace | None:
-    """The first memory for a layer of `in_features` x `out_features` and a batch of `rows` rows.
-
-    Args:
-      config: the layer's configuration.
-      rows: the product of all dimensions of the layer's inputs but the last.
-      in_features: the inputs' last dimension.
-      out_features: the outputs' last dimension.
-      dtype: the inputs' dtype, that of the memory unless `config.memory_dtype` says otherwise.
-
-    Returns:
-      A `Memory` of zeros; a `Subspace` of random directions, always the same; or None where the
-      configuration has none.
-
-    Raises:
-      TypeError: `config` is no `MemAOP`, or `dtype` is not floating.
-      ValueError: `config.k` is larger than `rows`.
-    """
-    if config is None:
-        return None
-    if not isinstance(config, MemAOP):
-        raise TypeError(f"init_memory: config is of type {type(config).__name__}, not aop.MemAOP.")
-    config.selected_rows(rows, "init_memory")
-    dtype = floating_dtype("dtype", dtype)
-    uses = jnp.zeros((), jnp.float32)
-    match config.memory_kind:
-        case "rows":
-            dtype, rows = config.stored_dtype(dtype), config.memory_slots or rows
-            inputs, cotangents = (jnp.zeros((rows, n), dtype) for n in (in_features, out_features))
-            return Memory(inputs, cotangents, uses)
-        case "subspace":
-            ranks = config.held_ranks(in_features, out_features)
-            return Subspace(
-                first_directions((in_features, ranks[0]), accumulation_dtype(dtype)),
-                first_directions((out_features, ranks[1]), accumulation_dtype(dtype))
-                if ranks[1]
-                else None,
-                uses,
-            )
-    return None
 
 
 def first_directions(shape: tuple[int, ...], dtype: chex.ArrayDType) -> chex.Array:

@@ -135,6 +135,19 @@ POLICIES: dict[str, Policy] = {
 RANDOM_POLICIES = frozenset(POLICIES) - {"topk"}  # those that cannot do without a key
 
 
+def map_groups(
+    select: Callable[[chex.PRNGKey | None, chex.Array], Selection],
+    key: chex.PRNGKey | None,
+    scores: chex.Array,
+) -> Selection:
+    """`select(key, scores)` of each group of scores `(groups, candidates)`, each with its key."""
+    groups = len(scores)
+    if groups == 1:
+        return jax.tree.map(lambda a: a[None], select(key, scores[0]))
+    keys = None if key is None else jax.random.split(key, groups)
+    return jax.vmap(select)(keys, scores)
+
+
 def row_scores(
     input_norms: chex.Array, cotangent_norms: chex.Array, fit: chex.Array | bool = True
 ) -> tuple[chex.Array, chex.Array]:

@@ -110,7 +110,7 @@ class Probe:
         return self.measured.uses
 
 
-def measured_memory(memory: Memory | Subspace | Probe | None) -> Memory | Subspace | None:
+def without_probe(memory: Memory | Subspace | Probe | None) -> Memory | Subspace | None:
     """The memory that a probe stands for; any other as it is."""
     return memory.memory if isinstance(memory, Probe) else memory
 

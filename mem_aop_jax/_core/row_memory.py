@@ -1,8 +1,12 @@
-"""Row memory: what was not chosen waits, as rows, for the next batch.
+"""Row memory: the rows that were not chosen wait for the next batch.
 
-The paper's: row m of the memory is added to row m of the batch, and the sum is one candidate. With
-slots, the rows that wait are added up in a fixed number of them, row m in slot m mod slots, and the
-slots are candidates of their own, beside the rows of the batch.
+The paper's: row m of the memory is added to row m of the batch, and the sum is one candidate:
+
+    Xh = mem_X + X,  Gh = mem_G + G
+    mem_X, mem_G <- sqrt(decay) * (Xh, Gh with the rows of S set to 0)
+
+With slots, the rows that wait are added up in a fixed number of them, row m in slot m mod slots,
+and the slots are candidates of their own, beside the rows of the batch.
 
 The outer product of a sum of rows has cross terms, of one row's inputs with another's cotangents.
 With random signs (the same for inputs and cotangents) every true term stays what it is, and every
@@ -11,15 +15,16 @@ rows enters, and comes out once. So what has come out and what still waits add u
 to the sum of all outer products.
 """
 
+import dataclasses
 import math
-from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mem_aop_jax._core.config import MemAOP
+from mem_aop_jax._compat import varying_axes
+from mem_aop_jax._core.candidates import SIGNS_KEY, Candidates, MemoryKind, weighted
 from mem_aop_jax._core.memory import Memory
 from mem_aop_jax._kernels import row_access_tpu, row_sums_tpu
 from mem_aop_jax._kernels.row_access import (
@@ -29,181 +34,178 @@ from mem_aop_jax._kernels.row_access import (
     gather_rows,
     grouped_row_norms,
 )
-from mem_aop_jax._numerics import accumulation_dtype, row_norms
+from mem_aop_jax._numerics import accumulation_dtype, row_norms, widened
 
 
-class Rows(NamedTuple):
-    """The rows of a batch, each with the row that waited for it.
+class RowMemory(MemoryKind):
+    """`MemAOP(memory="rows")`."""
 
-    Attributes:
-      x: `(groups, rows, in_features)`.
-      g: `(groups, rows, out_features)`.
-      memory: None, or with the shapes of x and g.
-      show_lost: whether the gradient shows non-finite rows that were not chosen.
-    """
+    state = Memory
 
-    x: chex.Array
-    g: chex.Array
-    memory: Memory | None
-    show_lost = False
+    def init(self, config, rows, in_features, out_features, dtype):
+        """A `Memory` of zeros."""
+        rows, dtype = config.memory_slots or rows, config.stored_dtype(dtype)
+        inputs, cotangents = (jnp.zeros((rows, n), dtype) for n in (in_features, out_features))
+        return Memory(inputs, cotangents, jnp.zeros((), jnp.float32))
 
-    def norms(self) -> tuple[chex.Array, chex.Array]:
-        """Of the candidates, `(groups, candidates)`; as `row_norms`."""
-        if self.memory is None:
-            return grouped_row_norms(self.x), grouped_row_norms(self.g)
-        return tuple(row_norms(rows) for rows in self._joined())
+    def check(self, name, config, x, sizes, memory):
+        """Raises an error if the memory belongs to another batch size, layer, dtype or device."""
+        dtype = config.stored_dtype(x.dtype)
+        m, n, p = sizes
+        rows, belongs = m, "batch size: keep the batch size (drop a last partial batch)"
+        if config.memory_slots is not None:
+            rows, belongs = config.memory_slots, "number of slots: keep memory_slots"
+            share = memory.inputs.shape[0] if memory.inputs.ndim else 0
+            if share and rows % share == 0 and share % config.groups == 0:
+                rows = share  # of a device under shard_map
+        anew = f"aop.init_memory(config, {m}, {n}, {p}, jnp.{dtype})"
+        for field, shape in (("inputs", (rows, n)), ("cotangents", (rows, p))):
+            array = getattr(memory, field)
+            if array.shape != shape:
+                raise ValueError(
+                    f"{name}: memory.{field} has shape {array.shape}, but a batch of {m} rows "
+                    f"through a kernel of shape {(n, p)} needs {shape}. A memory belongs to one "
+                    f"layer and one {belongs}, start anew with {anew}, or, to evaluate, leave the "
+                    "memory out."
+                )
+            replicated = varying_axes(x) - varying_axes(array)
+            if replicated:
+                raise ValueError(
+                    f"{name}: memory.{field} is the same on all devices of the mesh axes "
+                    f"{sorted(replicated)}, over which the batch is sharded. A memory's rows "
+                    "belong to the batch's rows: give it the batch's PartitionSpec in shard_map's "
+                    "in_specs and out_specs (and P() for `uses`)."
+                )
+            if array.dtype != dtype:
+                raise TypeError(
+                    f"{name}: memory.{field} has dtype {array.dtype}, but inputs of {x.dtype} "
+                    f"with memory_dtype={config.memory_dtype} need {dtype}. Start anew with "
+                    f"{anew}, or set memory_dtype=jnp.{array.dtype} in the configuration."
+                )
 
-    def fit(self) -> chex.Array | bool:
-        """Which finite candidates stay finite in the memory."""
-        if self.memory is None:
-            return True
-        x, g = (_fit(rows, self.memory.inputs.dtype) for rows in self._joined())
+    def candidates(self, call, x, g, memory, key, differentiates_inputs):
+        """The sums of the rows and the memory; with slots, the rows and the slots."""
+        del differentiates_inputs
+        memory = memory._replace(
+            inputs=memory.inputs.reshape(len(x), -1, x.shape[-1]),
+            cotangents=memory.cotangents.reshape(len(g), -1, g.shape[-1]),
+        )
+        of_config = RowsWithMemory if call.config.memory_slots is None else RowsAndSlots
+        return of_config(call, x, g, memory, key)
+
+    def tpu_candidates(self, call, x, g, memory):
+        """Sums in the memory's place, where kernels can write the next memory."""
+        config = call.config
+        blocks = *map(_sum_block_rows, (x, g)), *(choose_block_rows(rows, 1) for rows in (x, g))
+        if (
+            None in blocks
+            or callable(config.policy)
+            or config.decay != 1
+            or config.signed
+            or config.memory_slots is not None
+            or not x.dtype == g.dtype == memory.inputs.dtype
+        ):
+            return None
+        return RowsJoinedInPlace.join
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsWithMemory(Candidates):
+    """Row m of the batch and row m of the memory, added: the paper's Xh and Gh."""
+
+    def norms(self):
+        """Norms of the sums."""
+        return tuple(map(row_norms, self._sums()))
+
+    def storable(self):
+        """All but those that a narrower dtype of the memory cannot hold."""
+        x, g = (_fits(rows, self.memory.inputs.dtype) for rows in self._sums())
         return x & g
 
-    def take(
-        self,
-        chosen: chex.Array,
-        waiting: chex.Array,
-        weights: tuple[chex.Array | None, chex.Array | None],
-    ) -> tuple[tuple[chex.Array, chex.Array], "Rows"]:
-        """The chosen candidates, and what is to be asked for the next memory.
+    def gather(self, chosen):
+        """Adds the chosen rows only, so that no sum of all rows is stored."""
+        factors = self._sums(lambda rows: gather_rows(rows, chosen.indices))
+        return weighted(factors, chosen), self
 
-        Args:
-          chosen: `(groups, k)`, which.
-          waiting: `(groups, candidates)` bool: neither chosen nor lost.
-          weights: of the inputs and of the cotangents, `(groups, k)` floating; None is all ones.
-
-        Returns:
-          `(groups, k, in_features)` and `(groups, k, out_features)` in float32 (float64 for
-          float64), a missing one NaN; the candidates.
-        """
-        del waiting
-        taken = self._joined(lambda rows: gather_rows(rows, chosen))  # then the sum is not stored
-        return _weighed(taken, weights), self
-
-    def next_memory(
-        self, waiting: chex.Array, decay: float, signs: chex.Array | None, after: chex.ArrayTree
-    ) -> Memory:
-        """The memory for the next batch.
-
-        Args:
-          waiting: as in `take`.
-          decay: as in `MemAOP`.
-          signs: `(groups, rows)`, 1 or -1; None is 1.
-          after: the gradient, for which the last memory was read. Only after it is a donated
-            memory written over, without a copy: the rows are joined anew.
-        """
-        rows = self._replace(
-            x=flat_rows(self.x), g=flat_rows(self.g), memory=_in_place(self.memory)
-        )
-        rows, waiting = _after(after, (rows, waiting.reshape(-1)))
+    def next_memory(self, chosen, dw):
+        """Adds the rows anew, and sets the chosen ones to 0."""
+        memory = _flat(self.memory)
+        arrays = flat_rows(self.x), flat_rows(self.g), memory
+        (x, g, memory), waiting = _after(dw, arrays, chosen.waiting.reshape(-1))
+        signs = _signs(self)
         signs = None if signs is None else signs.reshape(-1)
-        kept = (_kept(a, waiting, decay, signs) for a in rows._joined())
-        return _stored(rows.memory, *kept)
+        sums = dataclasses.replace(self, x=x, g=g, memory=memory)._sums()
+        kept = (_kept(rows, waiting, self.call.config.decay, signs) for rows in sums)
+        return _stored(memory, *kept)
 
-    def _joined(self, of=lambda rows: rows):
-        memory = self.memory or (None, None)
-        return tuple(
-            sum(
-                of(a).astype(accumulation_dtype(fresh.dtype))
-                for a in (kept, fresh)
-                if a is not None
-            )
-            for kept, fresh in zip(memory[:2], (self.x, self.g), strict=True)
-        )
+    def _sums(self, select=lambda rows: rows):
+        """Xh and Gh, or a selection of their rows."""
+
+        def add(kept, fresh):
+            dtype = accumulation_dtype(fresh.dtype)
+            return select(kept).astype(dtype) + select(fresh).astype(dtype)
+
+        return add(self.memory.inputs, self.x), add(self.memory.cotangents, self.g)
 
 
-class Joined(NamedTuple):
-    """`Rows` that kernels of a TPU joined where the memory was. Methods as in `Rows`.
+@dataclasses.dataclass(frozen=True)
+class RowsJoinedInPlace(Candidates):
+    """As `RowsWithMemory`, of sums that kernels of a TPU wrote in the memory's place.
 
     Attributes:
-      memory: of the sums.
-      lengths: their norms, `(groups, rows)`.
+      sum_norms: norms of the sums, `(groups, rows)` each.
     """
 
-    memory: Memory
-    lengths: tuple[chex.Array, chex.Array]
-    show_lost = False
+    sum_norms: tuple[chex.Array, chex.Array]
 
     @classmethod
-    def of(cls, x: chex.Array, g: chex.Array, memory: Memory) -> "Joined":
-        """The rows of a batch, `(groups, rows, features)`, each with the row that waited for it."""
-        lengths, sums = zip(
+    def join(cls, call, x, g, memory, key):
+        """Adds the rows of the batch to those of the memory."""
+        norms, sums = zip(
             *(
-                row_sums_tpu.norms_and_sums(flat_rows(of), kept, _block_to_join(of))
-                for of, kept in zip((x, g), memory[:2], strict=True)
+                row_sums_tpu.norms_and_sums(flat_rows(fresh), kept, _sum_block_rows(fresh))
+                for fresh, kept in zip((x, g), memory[:2], strict=True)
             ),
             strict=True,
         )
         memory = memory._replace(inputs=sums[0], cotangents=sums[1])
-        return cls(memory, tuple(of.reshape(x.shape[:2]) for of in lengths))
+        return cls(call, x, g, memory, key, tuple(n.reshape(x.shape[:2]) for n in norms))
 
     def norms(self):
-        """As in `Rows`."""
-        return self.lengths
+        """Norms of the sums, known from when they were added."""
+        return self.sum_norms
 
-    def fit(self):
-        """True: they are in the dtype of the memory."""
-        return True
+    def gather(self, chosen):
+        """Takes the chosen rows out of the memory: zeros are left, and the rows that wait."""
+        indices = flat_indices(chosen.indices, chosen.waiting.shape[1])
+        waiting = chosen.waiting.reshape(-1)
 
-    def take(self, chosen, waiting, weights):
-        """As in `Rows`. The others are those that wait, and zeros."""
-        at, waiting = flat_indices(chosen, waiting.shape[1]), waiting.reshape(-1)
-        taken, left = zip(
-            *(
-                row_access_tpu.extract_rows(
-                    of,
-                    at,
-                    waiting,
-                    row_access_tpu.choose_block_rows(len(of), len(at), of.shape[1], of.dtype),
-                )
-                for of in self.memory[:2]
-            ),
-            strict=True,
-        )
-        memory = self.memory._replace(inputs=left[0], cotangents=left[1])
-        taken = (of.reshape(*chosen.shape, -1).astype(accumulation_dtype(of.dtype)) for of in taken)
-        return _weighed(taken, weights), self._replace(memory=memory)
+        def extract(rows):
+            block_rows = row_access_tpu.choose_block_rows(
+                len(rows), len(indices), rows.shape[1], rows.dtype
+            )
+            taken, rest = row_access_tpu.extract_rows(rows, indices, waiting, block_rows)
+            taken = taken.reshape(*chosen.indices.shape, -1)
+            return widened(taken), rest
 
-    def next_memory(self, waiting, decay, signs, after):
-        """As in `Rows`, where decay is 1 and there are no signs."""
-        del waiting, decay, signs, after
+        factors, rest = zip(*map(extract, self.memory[:2]), strict=True)
+        memory = self.memory._replace(inputs=rest[0], cotangents=rest[1])
+        return weighted(factors, chosen), dataclasses.replace(self, memory=memory)
+
+    def next_memory(self, chosen, dw):
+        """What `gather` left."""
         return self.memory
 
 
-def join_on_tpu(config: MemAOP, x: chex.Array, g: chex.Array, memory: Memory) -> bool:
-    """Whether the next memory is one that `Joined` can write."""
-    return (
-        isinstance(config.policy, str)
-        and config.decay == 1
-        and not config.signed
-        and config.memory_slots is None
-        and x.dtype == g.dtype == memory.inputs.dtype
-        and None not in (*map(_block_to_join, (x, g)), *(choose_block_rows(of, 1) for of in (x, g)))
-    )
+@dataclasses.dataclass(frozen=True)
+class RowsAndSlots(Candidates):
+    """The rows of the batch, and after them the slots of the memory.
 
-
-def _block_to_join(rows):
-    groups, number, features = rows.shape
-    return row_sums_tpu.choose_block_rows(groups * number, features, rows.dtype, with_memory=True)
-
-
-class Slots(NamedTuple):
-    """The rows of a batch, and after them the slots of the memory. Methods as in `Rows`.
-
-    Attributes:
-      x: `(groups, rows, in_features)`.
-      g: `(groups, rows, out_features)`.
-      memory: `(groups, slots, in_features)` and `(groups, slots, out_features)`.
+    A slot that outgrows its dtype is infinite, and chosen in the next step.
     """
 
-    x: chex.Array
-    g: chex.Array
-    memory: Memory
-    show_lost = False
-
     def norms(self):
-        """As in `Rows`."""
+        """Norms of the rows, then of the slots."""
         return tuple(
             jnp.concatenate(
                 [
@@ -215,63 +217,65 @@ class Slots(NamedTuple):
             for fresh, kept in self._sides()
         )
 
-    def fit(self):
-        """True: a slot that outgrows its dtype is infinite, and chosen in the next step."""
-        return True
-
-    def take(self, chosen, waiting, weights):
-        """As in `Rows`."""
-        del waiting
+    def gather(self, chosen):
+        """Rows or slots."""
         rows = self.x.shape[1]
-        slot = jnp.where(chosen < rows, 0, chosen - rows)
+        slots = jnp.where(chosen.indices < rows, 0, chosen.indices - rows)
 
-        def one_of_both(fresh, kept):
+        def row_or_slot(fresh, kept):
             fresh, kept = (
-                gather_rows(a, at).astype(accumulation_dtype(fresh.dtype))
-                for a, at in ((fresh, chosen), (kept, slot))
+                gather_rows(source, indices).astype(accumulation_dtype(fresh.dtype))
+                for source, indices in ((fresh, chosen.indices), (kept, slots))
             )
-            return jnp.where(chosen[..., None] < rows, fresh, kept)
+            return jnp.where(chosen.indices[..., None] < rows, fresh, kept)
 
-        return _weighed((one_of_both(*side) for side in self._sides()), weights), self
+        return weighted(tuple(row_or_slot(*side) for side in self._sides()), chosen), self
 
-    def next_memory(self, waiting, decay, signs, after):
-        """As in `Rows`."""
-        groups, number, _ = self.memory.inputs.shape
-        slots, waiting = _after(after, (self._replace(memory=_in_place(self.memory)), waiting))
-        rows = self.x.shape[1]
+    def next_memory(self, chosen, dw):
+        """Adds the rows that wait to the slots that wait."""
+        groups, slots, _ = self.memory.inputs.shape
+        arrays = self.x, self.g, _flat(self.memory)
+        (x, g, memory), waiting = _after(dw, arrays, chosen.waiting)
+        rows, decay, signs = self.x.shape[1], self.call.config.decay, _signs(self)
 
-        def added(fresh, kept):
-            fresh = _kept(
-                fresh.astype(accumulation_dtype(fresh.dtype)), waiting[:, :rows], decay, signs
-            )
+        def add(fresh, kept):
+            fresh = _kept(widened(fresh), waiting[:, :rows], decay, signs)
             kept = _kept(kept.astype(fresh.dtype), waiting[:, rows:].reshape(-1), decay)
-            fresh = jnp.pad(fresh, ((0, 0), (0, -rows % number), (0, 0)))
-            of_slots = fresh.reshape(groups, -1, number, fresh.shape[-1]).sum(axis=1)
-            return kept + flat_rows(of_slots)
+            fresh = jnp.pad(fresh, ((0, 0), (0, -rows % slots), (0, 0)))
+            return kept + flat_rows(fresh.reshape(groups, -1, slots, fresh.shape[-1]).sum(axis=1))
 
-        return _stored(slots.memory, *(added(*side) for side in slots._sides()))
+        return _stored(memory, add(x, memory.inputs), add(g, memory.cotangents))
 
     def _sides(self):
         return (self.x, self.memory.inputs), (self.g, self.memory.cotangents)
 
 
-def _weighed(taken, weights):
-    """Chosen rows of inputs and of cotangents, times the weights of each."""
-    return tuple(
-        rows if of is None else rows * of[..., None].astype(rows.dtype)
-        for rows, of in zip(taken, weights, strict=True)
-    )
+def _sum_block_rows(rows):
+    """How many rows the kernel that adds them to a memory has on the chip; None: it cannot run."""
+    groups, number, features = rows.shape
+    return row_sums_tpu.choose_block_rows(groups * number, features, rows.dtype, with_memory=True)
 
 
-def _in_place(memory):
-    """The memory in the shape in which layers hold it: XLA writes nothing over a reshaped one."""
+def _signs(candidates):
+    """`(groups, rows)` random 1 and -1, or None where the memory is not signed."""
+    if not candidates.call.config.signed:
+        return None
+    key = jax.random.fold_in(candidates.key, SIGNS_KEY)
+    return jax.random.rademacher(key, candidates.x.shape[:2], jnp.float32)
+
+
+def _flat(memory):
+    """The memory in the shape that layers hold: XLA does not write over a reshaped one."""
     return memory._replace(inputs=flat_rows(memory.inputs), cotangents=flat_rows(memory.cotangents))
 
 
-def _after(first, then):
-    """The candidates and which of them wait, in a computation that has to wait for `first`."""
-    candidates, waiting, first = lax.optimization_barrier((*then, first))
-    return candidates, after_on_cpu(first, waiting)
+def _after(first, arrays, waiting):
+    """`arrays` and `waiting`, for computations that have to wait for `first`.
+
+    A donated memory is written over, without a copy, only after it was read for the gradient.
+    """
+    arrays, waiting, first = lax.optimization_barrier((arrays, waiting, first))
+    return arrays, after_on_cpu(first, waiting)
 
 
 @jax.jit  # also where the caller is not: what depends on the platform is compiled each time
@@ -282,14 +286,15 @@ def after_on_cpu(first: chex.Array, then: chex.Array) -> chex.Array:
     """
 
     def on_cpu(then, first):
-        some = jnp.max(first[:1, :1], initial=0)
-        return jnp.where((some != some) & (some > 0), jnp.zeros_like(then), then)  # never 0
+        largest = jnp.max(first[:1, :1], initial=0)
+        never = (largest != largest) & (largest > 0)
+        return jnp.where(never, jnp.zeros_like(then), then)
 
     return lax.platform_dependent(then, first, cpu=on_cpu, default=lambda then, first: then)
 
 
 def _kept(rows, waiting, decay, signs=None):
-    """The rows that wait; 0 in place of the others, which may not be finite."""
+    """The rows that wait, decayed; 0 in place of the others, which may not be finite."""
     rows = math.sqrt(decay) * rows
     if signs is not None:
         rows *= signs[..., None].astype(rows.dtype)
@@ -297,13 +302,14 @@ def _kept(rows, waiting, decay, signs=None):
 
 
 def _stored(memory, inputs, cotangents):
+    """A memory with these rows, in the dtypes of the old one."""
     return memory._replace(
         inputs=inputs.astype(memory.inputs.dtype),
         cotangents=cotangents.astype(memory.cotangents.dtype),
     )
 
 
-def _fit(rows, dtype):
+def _fits(rows, dtype):
     """Which finite rows stay finite in a dtype: all, unless its range is narrower."""
     if jnp.finfo(dtype).maxexp >= jnp.finfo(rows.dtype).maxexp:
         return True

@@ -12,266 +12,163 @@ U <- orth(G^T B). Nothing of the size of X or G is formed beside them, and of th
 Gr only the chosen rows.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mem_aop_jax._compat import vary, varying_axes
-from mem_aop_jax._core.memory import Subspace
-from mem_aop_jax._kernels.row_access import gather_residuals
-from mem_aop_jax._kernels.subspace_products import (
-    contract_rows,
-    coordinates_and_norms,
-    max_abs,
-    psum_own_products,
-    side_products,
-)
-from mem_aop_jax._numerics import accumulation_dtype, row_norms, safe_divide, widest_dtype
+from mem_aop_jax._compat import varying_axes
+from mem_aop_jax._core.candidates import REFRESH_KEY, Candidates, MemoryKind
+from mem_aop_jax._core.memory import Subspace, first_directions
+from mem_aop_jax._core.orthonormal import orthonormal
+from mem_aop_jax._core.projection import Projection, project_both
+from mem_aop_jax._kernels.subspace_products import contract_rows, psum_own_products
+from mem_aop_jax._numerics import accumulation_dtype, widest_dtype
 
 
-class Side(NamedTuple):
-    """The rows of X or of G, and what a basis holds of them.
+class SubspaceMemory(MemoryKind):
+    """`MemAOP(memory="subspace")`."""
+
+    state = Subspace
+
+    def init(self, config, rows, in_features, out_features, dtype):
+        """A `Subspace` of random directions, always the same."""
+        del rows
+        v, u = (
+            first_directions(shape, accumulation_dtype(dtype)) if shape[1] else None
+            for shape in _shapes(config, in_features, out_features)
+        )
+        return Subspace(v, u, jnp.zeros((), jnp.float32))
+
+    def check(self, name, config, x, sizes, memory):
+        """Raises an error if the memory is for other features, ranks or another dtype."""
+        m, n, p = sizes
+        dtype = accumulation_dtype(x.dtype)
+
+        def show(shape):
+            return f"{dtype} {shape}" if shape[1] else "None"
+
+        for field, shape in zip(("inputs", "cotangents"), _shapes(config, n, p), strict=True):
+            array = getattr(memory, field)
+            given = "None" if array is None else f"{array.dtype} {array.shape}"
+            if given != show(shape):
+                raise ValueError(
+                    f"{name}: memory.{field} is {given}, but rank={config.rank} and "
+                    f"input_grad={config.input_grad} for a kernel of shape {(n, p)} and inputs of "
+                    f"{x.dtype} need {show(shape)}. Start anew with aop.init_memory(config, {m}, "
+                    f"{n}, {p}, jnp.{x.dtype})."
+                )
+
+    def candidates(self, call, x, g, memory, key, differentiates_inputs):
+        """The residuals, of the directions that this step takes out.
+
+        Directions that only the gradient of the inputs takes out are refreshed where it is asked
+        for; what the memory holds beyond stays, but for what makes it orthogonal to the others.
+        """
+        rank = call.config.ranks(x.shape[-1], g.shape[-1])[1]
+        directions = memory.cotangents
+        if directions is not None and not differentiates_inputs:
+            directions = directions[:, :rank]
+        due = _refresh_is_due(call.config, memory, key)
+        bases = memory.inputs, directions
+        projections = project_both(x, g, bases, rank, due, call.precision)
+        return Residuals(call, x, g, memory, key, *projections, rank, due)
+
+
+@dataclasses.dataclass(frozen=True)
+class Residuals(Candidates):
+    """The rows of a batch outside of the subspaces.
 
     Attributes:
-      rows: `(groups, rows, features)`.
-      basis: `(features, q)`, in the dtype of products.
-      coordinates: `(groups, rows, q)`; 0 in place of what is not finite.
-      norms: `(groups, rows)`, of the rows, in the units of `row_norms`.
-      own: as in `SideProducts`, of all directions, for the next basis; None where there is none.
-      other: as in `SideProducts`.
-      unit: `()`, of `own`.
+      inputs: the inputs on their directions.
+      cotangents: the cotangents on all directions that this step takes out of them.
+      rank: how many of these the kernel's gradient takes out.
+      due: as in `project_both`.
     """
 
-    rows: chex.Array
-    basis: chex.Array
-    coordinates: chex.Array
-    norms: chex.Array
-    own: chex.Array | None = None
-    other: chex.Array | None = None
-    unit: chex.Array | None = None
+    inputs: Projection
+    cotangents: Projection
+    rank: int
+    due: chex.Array | None
 
-    def first(self, rank: int) -> "Side":
-        """What the first directions of the basis hold."""
-        return self._replace(basis=self.basis[:, :rank], coordinates=self.coordinates[..., :rank])
+    @property
+    def shows_lost_rows(self):
+        """They show in X^T B and G^T A, if B and A have columns."""
+        return min(side.basis.shape[1] for side in self._sides()) > 0
 
-    def residual_norms(self) -> chex.Array:
-        """`(groups, rows)`: of what the basis does not hold, in the units of `row_norms`."""
-        share = safe_divide(
-            row_norms(self.coordinates.astype(accumulation_dtype(self.rows.dtype))), self.norms
-        )
-        # At least a little for every row: products in bfloat16, as on TPUs, tell no less.
-        return self.norms * jnp.sqrt(jnp.maximum(1 - jnp.square(share), 1e-3))
+    def norms(self):
+        """Norms of the residuals."""
+        return tuple(side.residual_norms() for side in self._sides())
 
-    def outside(
-        self,
-        chosen: chex.Array,
-        weights: chex.Array | None,
-        precision: lax.PrecisionLike,
-        add_projection: bool = False,
-        dtype=None,
-    ) -> chex.Array:
-        """As `gather_residuals`, of these rows; None is float32 (float64 for float64)."""
-        return gather_residuals(
-            self.rows,
-            chosen,
-            weights,
-            self.coordinates,
-            self.basis,
-            precision,
-            add_projection=add_projection,
-            dtype=dtype or accumulation_dtype(self.rows.dtype),
-        )
+    def gather(self, chosen):
+        """The chosen rows of Xr and Gr. `chosen` has weights, which are NaN for a void gradient."""
+        widest = widest_dtype(self.x.dtype, self.g.dtype)
+        dtype = None if jnp.float16 in (self.x.dtype, self.g.dtype) else widest
+        weights = chosen.side_weights(self.x.shape[-1], self.g.shape[-1])
+        return tuple(
+            side.residuals(chosen.indices, weight, self.call.precision, dtype=dtype)
+            for side, weight in zip(self._sides(), weights, strict=True)
+        ), self
+
+    def exact_part(self):
+        """[V, Xr^T B]^T and [G^T A, U]^T, for all rows."""
+        (x, g), precision = self._sides(), self.call.precision
+        x_b, g_a = x.other, g.other
+        v, u = (side.basis.astype(x_b.dtype) for side in (x, g))
+        dtype = widest_dtype(x.basis.dtype, g.basis.dtype)
+        a_b = contract_rows(x.coordinates, g.coordinates, dtype, precision)
+        xr_b = x_b - jnp.matmul(v, a_b, precision=precision)
+        return jnp.concatenate([v, xr_b], axis=-1).T, jnp.concatenate([g_a, u], axis=-1).T
+
+    def next_memory(self, chosen, dw):
+        """One subspace iteration on, if a refresh is due."""
+        del chosen, dw
+        old = tuple(self.memory[:2])
+
+        def refreshed():
+            return tuple(map(_next_basis, (self.inputs, self.cotangents), old))
+
+        bases = refreshed() if self.due is None else lax.cond(self.due, refreshed, lambda: old)
+        return Subspace(*bases, self.memory.uses)
+
+    def cotangent_projection(self):
+        """On the directions of the memory."""
+        return self.cotangents
+
+    def _sides(self):
+        """What the kernel's gradient takes out."""
+        return self.inputs, self.cotangents.first(self.rank)
 
 
-def side(rows: chex.Array, basis: chex.Array | None, precision: lax.PrecisionLike) -> Side:
-    """What a basis `(features, q)` holds of rows `(groups, rows, features)`; None holds nothing."""
-    basis = _of_products(rows, basis)
-    return Side(rows, basis, *coordinates_and_norms(rows, basis, precision))
-
-
-def sides(
-    x: chex.Array,
-    g: chex.Array,
-    bases: tuple[chex.Array | None, chex.Array | None],
-    rank: int,
-    due: chex.Array | None,
-    precision: lax.PrecisionLike,
-) -> tuple[Side, Side]:
-    """As `side`, of the inputs and of the cotangents, with what `Residuals` needs of all rows.
-
-    Args:
-      x: `(groups, rows, in_features)`.
-      g: `(groups, rows, out_features)`.
-      bases: of the inputs and of the cotangents.
-      rank: how many directions of the cotangents the kernel's gradient takes out.
-      due: `()` bool, whether this step refreshes the subspaces (on a CPU in a pass of its own over
-        X and G); None is always (in the same pass).
-      precision: of products.
-    """
-    bases = [_of_products(rows, basis) for rows, basis in zip((x, g), bases, strict=True)]
-    found = side_products(x, g, *bases, due, rank, precision)
+def _shapes(config, in_features, out_features):
+    """Of the directions that a `Subspace` holds: `(features, rank)` of each side."""
     return tuple(
-        Side(rows, basis, *of, max_abs(of.coordinates))
-        for rows, basis, of in zip((x, g), bases, found, strict=True)
+        zip((in_features, out_features), config.held_ranks(in_features, out_features), strict=True)
     )
 
 
-def _of_products(rows, basis):
-    """The basis in the dtype of products with rows."""
-    dtype = jnp.float32 if rows.dtype == jnp.float16 else rows.dtype  # in which sums could overflow
-    if basis is None:
-        basis = jnp.zeros((rows.shape[-1], 0), dtype)
-    return vary(basis, varying_axes(rows)).astype(dtype)
+def _next_basis(side, old):
+    """The directions of a side, one subspace iteration on; those beyond its rank follow."""
+    rank = side.own.shape[1]
+    if not rank:
+        return old
+    # The mesh axes (of `jax.shard_map`) over which devices share a basis, but not the rows.
+    axes = tuple(sorted(varying_axes(side.own) - varying_axes(old)))
+    new = psum_own_products(side.own, side.unit, axes) if axes else side.own
+    return orthonormal(jnp.concatenate([new.astype(old.dtype), old[:, rank:]], axis=1), old)
 
 
-class Residuals(NamedTuple):
-    """The rows of a batch outside of the subspaces. Methods as in `rows.Rows`.
+def _refresh_is_due(config, memory, key):
+    """`()` bool, whether this step refreshes a subspace, on all devices that share it; None always.
 
-    Attributes:
-      x: the inputs.
-      g: the cotangents, with the directions that the kernel's gradient takes out. Others, which the
-        gradient of the inputs takes out besides, are refreshed with them; what the memory holds
-        beyond all of them stays, but for what makes it orthogonal to them.
-      memory: the subspaces.
-      due: as in `sides`.
-      precision: of products.
+    Drawn at random, so that no layer has to count steps; always in the first step.
     """
-
-    x: Side
-    g: Side
-    memory: Subspace
-    due: chex.Array | None
-    precision: lax.PrecisionLike
-
-    @property
-    def show_lost(self):
-        """As in `Rows`: in X^T B and G^T A, if B and A have columns."""
-        return min(self.x.basis.shape[1], self.g.basis.shape[1]) > 0
-
-    def norms(self):
-        """As in `Rows`."""
-        return self.x.residual_norms(), self.g.residual_norms()
-
-    def fit(self):
-        """True: none enters the memory."""
-        return True
-
-    def take(self, chosen, waiting, weights):
-        """As in `Rows`."""
-        del waiting
-        of_both = widest_dtype(self.x.rows.dtype, self.g.rows.dtype)
-        dtype = None if jnp.float16 in (of.rows.dtype for of in (self.x, self.g)) else of_both
-        taken = (
-            of.outside(chosen, weight, self.precision, dtype=dtype)
-            for of, weight in zip((self.x, self.g), weights, strict=True)
-        )
-        return tuple(taken), self
-
-    def whole(self) -> tuple[chex.Array, chex.Array, Subspace]:
-        """What is computed of all rows.
-
-        Returns:
-          left `(2 q, in_features)` and right `(2 q, out_features)`, whose left^T right is the part
-          of dW in the subspaces; the next memory.
-        """
-        x, g, memory, due, precision = self
-        dtype = widest_dtype(x.basis.dtype, g.basis.dtype)
-
-        def next_basis(side, old):
-            rank = side.own.shape[1]
-            if not rank:
-                return old
-            axes = _shared_axes(side.own, old)
-            new = psum_own_products(side.own, side.unit, axes) if axes else side.own
-            new = jnp.concatenate([new.astype(old.dtype), old[:, rank:]], axis=1)
-            return orthonormal(new, old)
-
-        def refreshed():
-            return next_basis(x, memory.inputs), next_basis(g, memory.cotangents)
-
-        bases = refreshed() if due is None else lax.cond(due, refreshed, lambda: tuple(memory[:2]))
-        x_b, g_a = x.other, g.other
-        v, u = (of.basis.astype(x_b.dtype) for of in (x, g))
-        a_b = contract_rows(x.coordinates, g.coordinates, dtype, precision)
-        xr_b = x_b - jnp.matmul(v, a_b, precision=precision)
-        left = jnp.concatenate([v, xr_b], axis=-1).T
-        right = jnp.concatenate([g_a, u], axis=-1).T
-        return left, right, Subspace(*bases, memory.uses)
-
-
-@jax.jit
-def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:
-    """Orthonormal columns that span `columns`, and directions of `old` where these have too few.
-
-    Cholesky-QR, three times, the first time shifted, on columns of unit length: after a few steps
-    of subspace iteration they are nearly orthogonal, however different their lengths. Columns that
-    are not finite leave `old` as it is.
-
-    Args:
-      columns: `(features, q)` float32 or float64, of any rank and size.
-      old: `(features, q)`, orthonormal columns.
-    """
-    dtype = old.dtype
-    columns = columns.astype(dtype)
-    columns = safe_divide(columns, jnp.max(jnp.abs(columns), initial=0))
-    columns = safe_divide(columns, jnp.linalg.norm(columns, axis=0, keepdims=True))
-    columns += 1e-3 * old  # then the rank is q
-    rank = columns.shape[1]
-    identity = jnp.eye(rank, dtype=dtype)
-    for shift in (rank**2 * jnp.finfo(dtype).eps, 0, 0):  # more than the rounding of the first
-        gram = jnp.matmul(columns.T, columns, precision="highest") + shift * identity
-        inverse = lax.platform_dependent(
-            gram, cpu=inverse_in_blocks, cuda=inverse_by_elimination, default=inverse_factor
-        )
-        columns = jnp.matmul(columns, inverse.T, precision="highest")  # solving for N x q is slow
-    return jnp.where(jnp.all(jnp.isfinite(columns)), columns, old)
-
-
-def inverse_factor(gram: chex.Array) -> chex.Array:
-    """The inverse of the Cholesky factor of a Gram matrix, `(q, q)`."""
-    return _inverse_of_factor(jnp.linalg.cholesky(gram))
-
-
-def _inverse_of_factor(lower):
-    identity = jnp.eye(len(lower), dtype=lower.dtype)
-    return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-
-
-def inverse_in_blocks(gram: chex.Array) -> chex.Array:
-    """The same, of blocks for which the BLAS of JAX on CPUs starts no threads of its own.
-
-    They would wait for those of XLA, for milliseconds.
-    """
-
-    def of_block(lower):
-        half = len(lower) // 2
-        if half < 12:
-            return _inverse_of_factor(lower)
-        first, last = (of_block(lower[part, part]) for part in (slice(half), slice(half, None)))
-        below = -jnp.matmul(
-            jnp.matmul(last, lower[half:, :half], precision="highest"), first, precision="highest"
-        )
-        return jnp.block([[first, jnp.zeros_like(below.T)], [below, last]])
-
-    return of_block(jnp.linalg.cholesky(gram))
-
-
-def inverse_by_elimination(gram: chex.Array) -> chex.Array:
-    """The same in a few kernels of a GPU, which waits long for its libraries."""
-    rank = len(gram)
-    if rank > 64:  # so many steps
-        return inverse_factor(gram)
-    both = jnp.concatenate([gram, jnp.eye(rank, dtype=gram.dtype)], axis=1)
-    for step in range(rank):
-        below = jnp.arange(rank) > step
-        factor = jnp.where(below, both[:, step] / both[step, step], 0)
-        both -= jnp.outer(factor, both[step])
-    return both[:, rank:] / jnp.sqrt(jnp.diagonal(both))[:, None]
-
-
-def _shared_axes(of_rows, basis):
-    """The mesh axes (of `jax.shard_map`) over which devices share a basis, but not the rows."""
-    return tuple(sorted(varying_axes(of_rows) - varying_axes(basis)))
+    if config.refresh == 1:
+        return None
+    drawn = jax.random.uniform(jax.random.fold_in(key, REFRESH_KEY))
+    axes = tuple(varying_axes(drawn) - varying_axes(memory.uses))
+    if axes:
+        drawn = lax.psum(drawn, axes) % 1  # uniform, too
+    return (drawn < 1 / config.refresh) | (memory.uses == 0)

@@ -5,14 +5,10 @@ Every function takes the layer's name first.
 
 import numbers
 
-import jax
 import jax.numpy as jnp
 
-from mem_aop_jax._compat import varying_axes
 from mem_aop_jax._core.config import MemAOP
-from mem_aop_jax._core.memory import Memory, Subspace
 from mem_aop_jax._core.policies import Selection
-from mem_aop_jax._numerics import accumulation_dtype
 
 
 def config(name, given):
@@ -56,89 +52,6 @@ def floating(name, x, kernel):
             raise TypeError(
                 f"{name}: {argument} has dtype {array.dtype}; Mem-AOP needs a floating dtype. "
                 f"Convert it, for instance with {argument}.astype(jnp.float32)."
-            )
-
-
-def memory(name, config, x, sizes, given):
-    """The given memory as JAX arrays, if it is one for inputs x and these sizes.
-
-    `sizes` is (rows, in_features, out_features).
-    """
-    kind = config.memory_kind
-    if kind is None:
-        raise ValueError(
-            f"{name}: got a memory, but the configuration has memory={config.memory!r}, which with "
-            f"policy={config.policy!r} is none; pass memory=None to the layer, or configure "
-            "MemAOP(memory='rows') or 'subspace'."
-        )
-    wanted = Memory if kind == "rows" else Subspace
-    if not isinstance(given, wanted):
-        raise TypeError(
-            f"{name}: memory is of type {type(given).__name__}; with memory={kind!r} it must be an "
-            f"aop.{wanted.__name__} (a restored dict becomes one again with "
-            f"aop.{wanted.__name__}(**memory))."
-        )
-    given = jax.tree.map(jnp.asarray, given)
-    check = _rows if kind == "rows" else _subspace
-    check(name, config, x, sizes, given)
-    if given.uses.shape != () or given.uses.dtype != jnp.float32:
-        raise ValueError(
-            f"{name}: memory.uses has shape {given.uses.shape} and dtype {given.uses.dtype}; it "
-            "must be a float32 scalar. Use the memory that the last step returned, unchanged."
-        )
-    return given
-
-
-def _rows(name, config, x, sizes, given):
-    dtype = config.stored_dtype(x.dtype)
-    m, n, p = sizes
-    held, belongs = m, "layer and one batch size: keep the batch size (drop a last partial batch)"
-    if config.memory_slots is not None:
-        held, belongs = config.memory_slots, "layer and one number of slots: keep memory_slots"
-        share = given.inputs.shape[0] if given.inputs.ndim else 0
-        if share and held % share == 0 and share % config.groups == 0:
-            held = share  # of a device under shard_map
-    anew = f"aop.init_memory(config, {m}, {n}, {p}, jnp.{dtype})"
-    for field, shape in (("inputs", (held, n)), ("cotangents", (held, p))):
-        array = getattr(given, field)
-        if array.shape != shape:
-            raise ValueError(
-                f"{name}: memory.{field} has shape {array.shape}, but a batch of {m} rows through "
-                f"a kernel of shape {(n, p)} needs {shape}. A memory belongs to one "
-                f"{belongs}, start anew with {anew}, or, to evaluate, leave the memory out."
-            )
-        replicated = varying_axes(x) - varying_axes(array)
-        if replicated:
-            raise ValueError(
-                f"{name}: memory.{field} is the same on all devices of the mesh axes "
-                f"{sorted(replicated)}, over which the batch is sharded. A memory's rows belong to "
-                "the batch's rows: give it the batch's PartitionSpec in shard_map's in_specs and "
-                "out_specs (and P() for `uses`)."
-            )
-        if array.dtype != dtype:
-            raise TypeError(
-                f"{name}: memory.{field} has dtype {array.dtype}, but inputs of {x.dtype} with "
-                f"memory_dtype={config.memory_dtype} need {dtype}. Start anew with {anew}, or set "
-                f"memory_dtype=jnp.{array.dtype} in the configuration."
-            )
-
-
-def _subspace(name, config, x, sizes, given):
-    m, n, p = sizes
-    ranks, dtype = config.held_ranks(n, p), accumulation_dtype(x.dtype)
-    wanted = [
-        (features, rank) if rank else None for features, rank in zip((n, p), ranks, strict=True)
-    ]
-    for field, shape in zip(("inputs", "cotangents"), wanted, strict=True):
-        array = getattr(given, field)
-        found = None if array is None else array.shape
-        if found != shape or (array is not None and array.dtype != dtype):
-            raise ValueError(
-                f"{name}: memory.{field} is {'None' if array is None else f'{array.dtype} {found}'}"
-                f", but rank={config.rank} and input_grad={config.input_grad} for a kernel of "
-                f"shape {(n, p)} and inputs of {x.dtype} need "
-                f"{'None' if shape is None else f'{dtype} {shape}'}. Start anew with "
-                f"aop.init_memory(config, {m}, {n}, {p}, jnp.{x.dtype})."
             )
 
 
@@ -194,4 +107,4 @@ def selection(name, config, policy, returned, k):
                 f"{name}: policy {policy} returned weights of shape {weights.shape} and dtype "
                 f"{weights.dtype}; they must be floating of shape ({k},), or None for ones."
             )
-    return indices, weights
+    return Selection(indices, weights)

@@ -1,0 +1,179 @@
+"""What a policy chooses from: the protocol that every memory follows.
+
+The backward pass (`primitive.py`) computes the gradient of a kernel in four steps, the same for
+every memory, and asks the candidates for what differs:
+
+    select      S = policy(scores, K)          norms(), storable()
+    gather      the chosen outer products      gather()
+    multiply    their sum                      exact_part()
+    store       the next memory                next_memory()
+
+To add a memory, write one file beside `row_memory.py`: a subclass of `Candidates`, and a
+`MemoryKind` that makes it. Then name it in two tables: `MEMORIES` in `config.py` (its name, its
+options, whether its policy returns weights) and `MEMORY_KINDS` in `memory_kinds.py`.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax.numpy as jnp
+from jax import lax
+
+from mem_aop_jax._core.config import MemAOP
+from mem_aop_jax._core.projection import Projection, project
+
+# What a layer's key is folded with, one number for each use, beside those of the groups.
+SIGNS_KEY, REFRESH_KEY, INPUTS_KEY = range(2**31, 2**31 + 3)
+
+
+class Call(NamedTuple):
+    """The static part of one call of a layer. The name is for errors."""
+
+    config: MemAOP
+    dimension_numbers: lax.DotDimensionNumbers
+    precision: lax.PrecisionLike
+    name: str
+
+
+class Chosen(NamedTuple):
+    """The candidates that a policy chose in each group.
+
+    Attributes:
+      indices: `(groups, k)` int32; not below the number of candidates for one that is missing.
+      weights: `(groups, k)` floating; None is all ones.
+      waiting: `(groups, candidates)` bool, those that go into the next memory: neither chosen, nor
+        lost because they hold a NaN or an infinity or outgrow it.
+      is_void: `()` bool, whether the gradient must be NaN: the memory was misused, or a lost
+        candidate would not show in it.
+    """
+
+    indices: chex.Array
+    weights: chex.Array | None
+    waiting: chex.Array
+    is_void: chex.Array | bool
+
+    def side_weights(
+        self, in_features: int, out_features: int
+    ) -> tuple[chex.Array | None, chex.Array | None]:
+        """The weights of the inputs and of the cotangents: the smaller factor has them."""
+        if out_features <= in_features:
+            return None, self.weights
+        return self.weights, None
+
+
+Factors = tuple[chex.Array, chex.Array]  # X and G `(groups, k, features)`, or their norms
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates(abc.ABC):
+    """The outer products that a policy chooses from, in groups.
+
+    Attributes:
+      call: the static part of the layer's call.
+      x: `(groups, rows, in_features)`, the inputs.
+      g: `(groups, rows, out_features)`, the cotangents of the outputs.
+      memory: of the layer; None where it has none.
+      key: of the layer, for what the memory draws at random.
+    """
+
+    call: Call
+    x: chex.Array
+    g: chex.Array
+    memory: Any
+    key: chex.PRNGKey | None
+
+    @property
+    def shows_lost_rows(self) -> bool:
+        """Whether a row with a NaN or an infinity shows in the gradient without being chosen."""
+        return False
+
+    @abc.abstractmethod
+    def norms(self) -> Factors:
+        """Euclidean norms of both factors, `(groups, candidates)` each, as `row_norms` has them."""
+
+    def storable(self) -> chex.Array | bool:
+        """`(groups, candidates)` bool: which finite candidates stay finite in the memory."""
+        return True
+
+    @abc.abstractmethod
+    def gather(self, chosen: Chosen) -> tuple[Factors, "Candidates"]:
+        """The chosen candidates, weighted (see `weighted`), and the candidates for the next steps.
+
+        Both factors are `(groups, k, features)`, float32 (float64 for float64) unless they are
+        rounded already; NaN in place of a missing candidate.
+        """
+
+    def exact_part(self) -> Factors | None:
+        """L `(n, in_features)` and R `(n, out_features)`: L^T R is added to dW; None adds nothing.
+
+        For a memory that computes a part of the gradient for all rows.
+        """
+        return None
+
+    @abc.abstractmethod
+    def next_memory(self, chosen: Chosen, dw: chex.Array) -> Any:
+        """The memory for the next batch, in the shapes and dtypes in which the layer holds it.
+
+        The caller sets its `uses`. `dw` is the gradient, for which the old memory was read: a
+        memory that waits for it (see `row_memory`) is written in place.
+        """
+
+    def cotangent_projection(self) -> Projection:
+        """The cotangents on the directions that an input gradient takes out of them."""
+        return project(self.g, None, self.call.precision)
+
+
+def weighted(factors: Factors, chosen: Chosen) -> Factors:
+    """The gathered rows of inputs and cotangents times the weights; NaN if the gradient is void."""
+    xs, gs = factors
+    weights = chosen.side_weights(xs.shape[-1], gs.shape[-1])
+    xs, gs = (
+        rows if factor is None else rows * factor[..., None].astype(rows.dtype)
+        for rows, factor in zip((xs, gs), weights, strict=True)
+    )
+    if chosen.weights is None:  # else the weights are NaN
+        gs = jnp.where(chosen.is_void, jnp.nan, gs)
+    return xs, gs
+
+
+class MemoryKind(abc.ABC):
+    """What a kind of memory, a name in `MemAOP(memory=...)`, is to a layer.
+
+    Attributes:
+      state: the NamedTuple that a layer holds from step to step. Its last field is `uses`.
+    """
+
+    state: type
+
+    @abc.abstractmethod
+    def init(
+        self, config: MemAOP, rows: int, in_features: int, out_features: int, dtype: jnp.dtype
+    ) -> Any:
+        """The first memory of a layer whose inputs have this dtype."""
+
+    @abc.abstractmethod
+    def check(
+        self, name: str, config: MemAOP, x: chex.Array, sizes: tuple[int, int, int], memory: Any
+    ) -> None:
+        """Raises an error unless the memory is one for inputs x and (rows, in, out) features."""
+
+    @abc.abstractmethod
+    def candidates(
+        self,
+        call: Call,
+        x: chex.Array,
+        g: chex.Array,
+        memory: Any,
+        key: chex.PRNGKey | None,
+        differentiates_inputs: bool,
+    ) -> Candidates:
+        """What the policy chooses from; arguments as in `Candidates`."""
+
+    def tpu_candidates(
+        self, call: Call, x: chex.Array, g: chex.Array, memory: Any
+    ) -> Callable[..., Candidates] | None:
+        """`candidates` for kernels of a TPU; None where there are none for these arrays."""
+        return None

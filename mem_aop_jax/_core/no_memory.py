@@ -1,0 +1,25 @@
+"""Without a memory: the policy chooses from the rows of the batch, and the rest is lost."""
+
+import dataclasses
+
+from mem_aop_jax._core.candidates import Candidates, weighted
+from mem_aop_jax._kernels.row_access import gather_rows, grouped_row_norms
+from mem_aop_jax._numerics import widened
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows(Candidates):
+    """The rows of the batch."""
+
+    def norms(self):
+        """Norms of the rows."""
+        return grouped_row_norms(self.x), grouped_row_norms(self.g)
+
+    def gather(self, chosen):
+        """The chosen rows."""
+        rows = tuple(widened(gather_rows(rows, chosen.indices)) for rows in (self.x, self.g))
+        return weighted(rows, chosen), self
+
+    def next_memory(self, chosen, dw):
+        """None."""
+        return None

@@ -1,0 +1,333 @@
+"""The primitive: an exact product, of whose kernel gradient K of M outer products are computed.
+
+    forward     Y  = X W                  X (M, N), W (N, P), Y (M, P)
+    backward    dX = G W^T                G = dL/dY (M, P); exact, unless an InputGrad is asked for
+    select      S  = policy(scores, K)    scores[m] = (||Xh[m]|| ||Gh[m]||)^2
+                                          Xh = mem_X + X,  Gh = mem_G + G
+    gather      Xh[S], Gh[S]
+    multiply    dW = Xh[S]^T Gh[S]        in place of X^T G
+    store       mem_X, mem_G <- sqrt(decay) * (Xh, Gh with the rows of S set to 0)
+
+This is arXiv 2110.09164 in gradient units: the optimizer applies the learning rate. Here it stands
+for the paper's memory of rows; what other memories choose from, add and store is in their files,
+behind one protocol (`candidates.py`). The next memory is returned as the cotangent of the memory,
+so every JAX transform of a gradient carries it.
+
+The two gradients of the product come apart as two summands of the output, of which the second is 0:
+
+    Y = X stop(W)  +  term(stop(Y), stop(X), W, memory, key)
+
+        dX, as JAX        dW and the next memory, by the term's custom rule:
+        differentiates    select, gather, multiply, store
+        a product
+
+XLA drops the zeros. Whoever differentiates X alone, as to evaluate, meets only the first summand:
+he pays for no selection and needs no memory. With an approximate dX the first summand is constant,
+and X goes into the term.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.sharding import AxisType
+
+from mem_aop_jax._compat import axes_of, vary, varying_axes
+from mem_aop_jax._core import validation
+from mem_aop_jax._core.candidates import Call, Candidates, Chosen
+from mem_aop_jax._core.input_gradient import input_gradient
+from mem_aop_jax._core.layout import as_inputs, as_kernel, as_matrix, as_rows, contraction_sizes
+from mem_aop_jax._core.memory_kinds import MEMORY_KINDS
+from mem_aop_jax._core.no_memory import Rows
+from mem_aop_jax._core.policies import POLICIES, map_groups, row_scores
+from mem_aop_jax._core.probe import without_probe
+from mem_aop_jax._kernels.dispatch import kernel_or_xla
+from mem_aop_jax._numerics import accumulation_dtype, widest_dtype
+
+# (call, differentiates_inputs, x, g, kernel, memory, key) -> dX or None, dW, next memory
+Rule = Callable[..., tuple[chex.Array | None, chex.Array, chex.ArrayTree]]
+
+
+def product(
+    call: Call,
+    rule: Rule,
+    differentiates_inputs: bool,
+    exact_inputs: bool,
+    x: chex.Array,
+    kernel: chex.Array,
+    memory,
+    key: chex.PRNGKey | None,
+    **options,
+) -> chex.Array:
+    """Y = X W, whose gradients are what the docstring of this module says.
+
+    Args:
+      call: what is static about it.
+      rule: the backward rule of the term.
+      differentiates_inputs: whether the rule is asked for a gradient of the inputs.
+      exact_inputs: whether JAX adds the exact one.
+      x: the inputs.
+      kernel: the kernel.
+      memory: of the layer, or a `Probe`.
+      key: of the layer.
+      **options: of `lax.dot_general`.
+    """
+    # In shard_map: one kernel on all devices, whose transpose sums dW.
+    kernel = vary(kernel, axes_of(x, memory, key))
+    constant = lax.stop_gradient(x)
+    y = lax.dot_general(
+        x if exact_inputs else constant,
+        lax.stop_gradient(kernel),
+        call.dimension_numbers,
+        precision=call.precision,
+        **options,
+    )
+    term, term_x = _kernel_term, constant
+    if differentiates_inputs:
+        term, term_x = _kernel_and_inputs_term, vary(x, axes_of(x, kernel))
+    return y + term(call, rule, lax.stop_gradient(y), term_x, kernel, memory, key)
+
+
+def _zeros(call, rule, y, x, kernel, memory, key):
+    """Zeros like y; under vmap batched where y, the memory or the key is.
+
+    So each example of the batch has a cotangent, and a next memory, of its own.
+    """
+    del call, rule, x, kernel
+    zeros = jnp.zeros_like(y)
+    zeros = jnp.where(jnp.isnan(y), zeros, zeros)
+    for leaf in jax.tree.leaves((memory, key)):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        zeros = jnp.where(leaf.sum() == 0, zeros, zeros)
+    return zeros
+
+
+_kernel_term = jax.custom_vjp(_zeros, nondiff_argnums=(0, 1))
+_kernel_and_inputs_term = jax.custom_vjp(  # not under an eager shard_map, for symbolic zeros
+    _zeros, nondiff_argnums=(0, 1)
+)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("x", "kernel", "memory", "key"),
+    meta_fields=("differentiates_inputs",),
+)
+@dataclasses.dataclass(frozen=True)
+class _Residuals:
+    """What the forward pass leaves for the backward pass."""
+
+    x: chex.Array
+    kernel: chex.Array
+    memory: chex.ArrayTree
+    key: chex.PRNGKey | None
+    differentiates_inputs: bool
+
+
+def _forward(call, rule, y, x, kernel, memory, key):
+    _check_differentiable(call, x, kernel, memory, key)
+    zeros = _zeros(call, rule, y, x, kernel, memory, key)
+    return zeros, _Residuals(x, kernel, memory, key, differentiates_inputs=False)
+
+
+def _forward_with_inputs(call, rule, *primals):
+    """As `_forward`; each primal says whether it is differentiated (`perturbed`)."""
+
+    def each(attribute):
+        is_primal = lambda node: isinstance(node, CustomVJPPrimal)  # noqa: E731
+        return jax.tree.map(lambda p: getattr(p, attribute), primals, is_leaf=is_primal)
+
+    y, x, kernel, memory, key = each("value")
+    _, x_perturbed, *kernel_and_memory_perturbed, _ = each("perturbed")
+    if any(jax.tree.leaves(kernel_and_memory_perturbed)):
+        _check_differentiable(call, x, kernel, memory, key)
+    zeros = _zeros(call, rule, y, x, kernel, memory, key)
+    return zeros, _Residuals(x, kernel, memory, key, x_perturbed)
+
+
+def _check_differentiable(call, x, kernel, memory, key):
+    rows, _, _ = contraction_sizes(x, kernel, call.dimension_numbers)
+    validation.differentiable(call.name, call.config, rows, without_probe(memory), key)
+
+
+def _backward(call, rule, residuals, g):
+    x, kernel, memory = residuals.x, residuals.kernel, residuals.memory
+    if isinstance(g, SymbolicZero):
+        return (None,) * 5
+    rule = functools.partial(rule, call, residuals.differentiates_inputs)
+    like = (x if residuals.differentiates_inputs else None), kernel, memory
+    rule = _with_automatic_axes(rule, like)
+    dx, dw, memory = rule(x, jnp.asarray(g), kernel, memory, residuals.key)
+    return None, dx, dw, memory, None
+
+
+_kernel_term.defvjp(_forward, _backward)
+_kernel_and_inputs_term.defvjp(_forward_with_inputs, _backward, symbolic_zeros=True)
+
+
+def _with_automatic_axes(rule, like):
+    """The rule, with explicit axes of a mesh made automatic, and results sharded like `like`.
+
+    Selection depends on values, so shardings cannot be read off the types of its results.
+    """
+    types = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(like)]
+    if not any(AxisType.Explicit in sharding.mesh.axis_types for sharding in types):
+        return rule
+    shardings = jax.tree.unflatten(jax.tree.structure(like), types)
+    return jax.sharding.auto_axes(rule, out_sharding=shardings)
+
+
+# ---- the backward rule
+
+
+class Estimate(NamedTuple):
+    """The approximate gradients of a layer.
+
+    Attributes:
+      inputs: like the inputs; None where it was not asked for.
+      kernel: like the kernel.
+      memory: the next one.
+      norms: of the candidates' inputs and cotangents, `(groups, candidates)` each.
+      unchosen: `(groups, candidates)` bool.
+    """
+
+    inputs: chex.Array | None
+    kernel: chex.Array
+    memory: chex.ArrayTree
+    norms: tuple[chex.Array, chex.Array]
+    unchosen: chex.Array
+
+
+def estimate(
+    call: Call,
+    differentiates_inputs: bool,
+    x: chex.Array,
+    g: chex.Array,
+    kernel: chex.Array,
+    memory,
+    key: chex.PRNGKey | None,
+) -> Estimate:
+    """The gradient of the kernel, the next memory, and where asked for the gradient of the inputs.
+
+    Args:
+      call: what is static about it.
+      differentiates_inputs: whether the gradient of the inputs is asked for. Where it is not, the
+        directions that it alone takes out follow no rows.
+      x: the inputs.
+      g: the outputs' cotangents.
+      kernel: the kernel.
+      memory: of the layer.
+      key: of the layer.
+    """
+    shape = x.shape
+    x, g = (vary(a, axes_of(x, g, memory, key)) for a in (x, g))  # one batch for many memories
+    x, g = as_rows(call.dimension_numbers, call.config.groups, x, g)
+    kind = None if memory is None else MEMORY_KINDS[call.config.memory_kind]
+
+    def choose_from(x, g, memory, key):
+        if kind is None:
+            return Rows(call, x, g, memory, key)
+        return kind.candidates(call, x, g, memory, key, differentiates_inputs)
+
+    candidates = choose_from(x, g, memory, key)
+    dx = None
+    if differentiates_inputs:
+        directions = candidates.cotangent_projection().first(call.config.input_grad.rank)
+        matrix = as_matrix(call.dimension_numbers, kernel)
+        dx = input_gradient(call, directions, matrix, key, x.dtype)
+        dx = as_inputs(call.dimension_numbers, dx, shape)
+
+    join = kind and kind.tpu_candidates(call, x, g, memory)
+    if join is None:
+        dw, *rest = _kernel_gradient(candidates, kernel.dtype)
+    else:
+        dw, *rest = kernel_or_xla(
+            lambda *args: _kernel_gradient(join(call, *args), kernel.dtype),
+            lambda *args: _kernel_gradient(choose_from(*args), kernel.dtype),
+            *(x, g, memory, key),
+        )
+    return Estimate(dx, as_kernel(call.dimension_numbers, dw, kernel.shape), *rest)
+
+
+def estimated(*args) -> tuple[chex.Array | None, chex.Array, chex.ArrayTree]:
+    """The rule of training: dX, dW and the next memory of `estimate`, for its arguments."""
+    return estimate(*args)[:3]
+
+
+def _kernel_gradient(candidates, dtype):
+    """dW `(in_features, out_features)`, and what else an `Estimate` has."""
+    norms = candidates.norms()
+    unchosen, chosen = _select(candidates, norms)
+    factors, candidates = candidates.gather(chosen)
+    dw = _multiply(candidates, chosen, factors).astype(dtype)
+    return dw, _store(candidates, chosen, dw), norms, unchosen
+
+
+def _select(candidates: Candidates, norms) -> tuple[chex.Array, Chosen]:
+    """S, the candidates that the policy chooses by their scores."""
+    call, memory = candidates.call, candidates.memory
+    groups, rows, _ = candidates.x.shape
+    k = call.config.selected_rows(groups * rows, call.name) // groups
+    policy = POLICIES.get(call.config.policy, call.config.policy)
+
+    def select(key, scores):
+        selection = validation.selection(call.name, call.config, policy, policy(key, scores, k), k)
+        indices = selection.indices + jnp.where(selection.indices < 0, scores.size, 0)
+        missing = jnp.where(indices < 0, scores.size, indices)
+        return selection._replace(indices=missing.astype(jnp.int32))
+
+    scores, storable = row_scores(*norms, candidates.storable())
+    indices, weights = map_groups(select, candidates.key, scores)
+    unchosen = jax.vmap(lambda group, indices: group.at[indices].set(False))(
+        jnp.ones_like(storable), indices
+    )
+    # A memory that was added up or scaled since the last step is meaningless.
+    is_void = False if memory is None else (memory.uses != 0) & (memory.uses != 1)
+    if not candidates.shows_lost_rows:
+        is_void |= jnp.any(~storable & unchosen)
+    if weights is not None:
+        weights = jnp.where(is_void, jnp.nan, weights)
+    return unchosen, Chosen(indices, weights, storable & unchosen, is_void)
+
+
+def _multiply(candidates: Candidates, chosen: Chosen, factors) -> chex.Array:
+    """Xh[S]^T Gh[S] + L^T R, one product, accumulated in float32 (float64 for float64)."""
+    xs, gs = (rows.reshape(-1, rows.shape[-1]) for rows in factors)
+    dtypes = candidates.x.dtype, candidates.g.dtype
+    exact = candidates.exact_part()
+    if exact is not None:
+        xs, gs = (
+            jnp.concatenate([rows.astype(all_rows.dtype), all_rows])
+            for rows, all_rows in zip((xs, gs), exact, strict=True)
+        )
+        dtypes = (widest_dtype(*dtypes),) * 2  # rounded to neither
+    # In float16 a sum of rows could overflow, or a row with its weight.
+    if jnp.float16 not in dtypes or (candidates.memory is None and chosen.weights is None):
+        xs, gs = xs.astype(dtypes[0]), gs.astype(dtypes[1])
+    return lax.dot_general(
+        xs,
+        gs,
+        (((0,), (0,)), ((), ())),
+        precision=candidates.call.precision,
+        preferred_element_type=max(map(accumulation_dtype, (xs.dtype, gs.dtype))),
+    )
+
+
+def _store(candidates: Candidates, chosen: Chosen, dw):
+    """The next memory, used once."""
+    memory = candidates.next_memory(chosen, dw)
+    if memory is None:
+        return None
+    uses = candidates.memory.uses
+    once = vary(jnp.ones_like(uses), varying_axes(uses))
+    first = jax.tree.leaves(memory)[0]
+    if varying_axes(first) == varying_axes(once):  # under vmap: one for each batch,
+        once = jnp.where(jnp.any(first), once, once)  # so that a sum of memories shows
+    return memory._replace(uses=once)
