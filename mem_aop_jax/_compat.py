@@ -25,14 +25,14 @@ def vary(x, axes: frozenset[str]):
         return x
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, new, to="varying")
-    return jax.lax.pvary(x, new)  # jax < 0.9
+    return jax.lax.pvary(x, new)  # type: ignore[attr-defined]  # jax < 0.9
 
 
 def shape_like(shape: tuple[int, ...], dtype, arrays) -> jax.ShapeDtypeStruct:
     """That of a result which differs over the mesh axes over which any of the arrays does."""
     axes = axes_of(arrays)
     if hasattr(jax.typeof(arrays[0]), "vma"):  # jax < 0.10
-        return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
+        return jax.ShapeDtypeStruct(shape, dtype, vma=axes)  # type: ignore[call-arg]
     kind = jax.typeof(arrays[0]).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=type(kind)(varying=axes))
 

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mem_aop_jax._core.memory import Memory, Subspace, carried, first_directions, rate_factor
+from mem_aop_jax._core.memory import (
+    LayerMemory,
+    Memory,
+    Subspace,
+    carried,
+    first_directions,
+    rate_factor,
+)
 from mem_aop_jax._core.probe import is_memory
 
 _MISSING = object()
@@ -77,7 +84,7 @@ def carry_memory(
     """
 
     for leaf in jax.tree.leaves(memory, is_leaf=is_memory):
-        if not isinstance(leaf, Memory | Subspace):
+        if not isinstance(leaf, LayerMemory):
             raise TypeError(
                 f"carry_memory: memory has a leaf of type {type(leaf).__name__}; it must be a "
                 "pytree of aop.Memory or aop.Subspace alone, such as variables[aop.linen."
@@ -120,7 +127,7 @@ def mem_aop_sgd(
     return optax.chain(carry_memory(memory, learning_rate), optax.sgd(learning_rate, momentum))
 
 
-def get_memory(opt_state: chex.ArrayTree) -> chex.ArrayTree:
+def get_memory(opt_state: optax.OptState) -> chex.ArrayTree:
     """The memory in an optimizer state, wherever `carry_memory` stands in the chain.
 
     Raises:
@@ -143,7 +150,7 @@ def get_memory(opt_state: chex.ArrayTree) -> chex.ArrayTree:
     return states[0].memory
 
 
-def replace_memory(opt_state: chex.ArrayTree, memory: chex.ArrayTree) -> chex.ArrayTree:
+def replace_memory(opt_state: optax.OptState, memory: chex.ArrayTree) -> optax.OptState:
     """The optimizer state with another memory, for instance an empty one for a new batch size.
 
     Moments and counts stay, so a schedule goes on where it was.
@@ -239,8 +246,8 @@ def _find(kind, tree):
 def _live_memory(memory):
     """Arrays; a first memory where there are only shapes."""
     first = first_directions if isinstance(memory, Subspace) else jnp.zeros
-    of_rows = [_live_array(leaf, first) for leaf in memory[:2]]
-    return type(memory)(*of_rows, _live_array(memory.uses, jnp.zeros))
+    matrices = [_live_array(leaf, first) for leaf in memory[:-1]]
+    return type(memory)(*matrices, _live_array(memory.uses, jnp.zeros))
 
 
 def _live_array(leaf, first):

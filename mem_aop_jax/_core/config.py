@@ -4,6 +4,7 @@ import dataclasses
 import numbers
 import operator
 from collections.abc import Hashable, Iterable
+from typing import Any, Literal, NamedTuple, get_args
 
 import chex
 import jax
@@ -11,7 +12,26 @@ import jax.numpy as jnp
 
 from mem_aop_jax._core.policies import POLICIES, RANDOM_POLICIES, UNBIASED_POLICIES, Policy
 
-MEMORIES = ("auto", "rows", "subspace")
+PolicyName = Literal["topk", "weightedk", "randk", "priority", "crs", "uniform"]
+MemoryName = Literal["auto", "rows", "subspace"]
+
+
+class MemoryRules(NamedTuple):
+    """What a kind of memory asks of a configuration.
+
+    Attributes:
+      options: the attributes of `MemAOP` that only this memory has.
+      weights: whether a policy must return weights beside it, or must not; None: as it likes.
+    """
+
+    options: tuple[str, ...]
+    weights: bool | None
+
+
+MEMORIES = {
+    "rows": MemoryRules(("decay", "memory_dtype", "signed", "memory_slots"), weights=False),
+    "subspace": MemoryRules(("rank", "refresh"), weights=True),
+}
 
 
 @jax.tree_util.register_static
@@ -39,9 +59,9 @@ class InputGrad:
     rank: int = 32
 
     def __post_init__(self):
-        ratio = _fraction("ratio", self.ratio, include_zero=False, of="InputGrad")
+        ratio = _fraction("ratio", self.ratio, include_zero=False, owner="InputGrad")
         object.__setattr__(self, "ratio", ratio)
-        object.__setattr__(self, "rank", _count("rank", self.rank, least=0, of="InputGrad"))
+        object.__setattr__(self, "rank", _count("rank", self.rank, least=0, owner="InputGrad"))
 
 
 @jax.tree_util.register_static
@@ -98,8 +118,8 @@ class MemAOP:
 
     k: int | None = None
     ratio: float | None = None
-    policy: str | Policy = "topk"
-    memory: str | None = "auto"
+    policy: PolicyName | Policy = "topk"
+    memory: MemoryName | None = "auto"
     decay: float = 1.0
     memory_dtype: chex.ArrayDType | None = None
     signed: bool = False
@@ -136,11 +156,11 @@ class MemAOP:
                 f"MemAOP got policy={self.policy!r}, which is not hashable; give a function, or an "
                 "object with __hash__ (for instance a frozen dataclass)."
             )
-        if not (self.memory is None or _is_one_of(self.memory, MEMORIES)):
+        if not (self.memory is None or _is_one_of(self.memory, get_args(MemoryName))):
             raise ValueError(
                 f"MemAOP got memory={self.memory!r}; it is one of "
-                f"{', '.join(map(repr, MEMORIES))}, None: 'rows' keeps the rows that were not "
-                "chosen, 'subspace' keeps directions, None keeps nothing."
+                f"{', '.join(map(repr, get_args(MemoryName)))}, None: 'rows' keeps the rows that were "
+                "not chosen, 'subspace' keeps directions, None keeps nothing."
             )
         self._check_policy_and_memory()
         object.__setattr__(self, "decay", _fraction("decay", self.decay, include_zero=True))
@@ -183,14 +203,14 @@ class MemAOP:
 
     def _check_options_of_memory(self):
         kind = self.memory_kind
-        of_rows = dict.fromkeys(("decay", "memory_dtype", "signed", "memory_slots"), "rows")
-        for name, wanted in (of_rows | dict.fromkeys(("rank", "refresh"), "subspace")).items():
-            if kind != wanted and getattr(self, name) != getattr(type(self), name):
-                raise ValueError(
-                    f"MemAOP got {name}={getattr(self, name)}, which memory={kind!r} does not have "
-                    f"(memory={self.memory!r}, policy={self.policy!r}); leave it out, or use "
-                    f"memory={wanted!r}."
-                )
+        for owner, (options, _) in MEMORIES.items():
+            for name in options:
+                if kind != owner and getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"MemAOP got {name}={getattr(self, name)}, which memory={kind!r} does not "
+                        f"have (memory={self.memory!r}, policy={self.policy!r}); leave it out, or "
+                        f"use memory={owner!r}."
+                    )
         if self.input_grad and self.input_grad.rank and kind != "subspace":
             raise ValueError(
                 f"MemAOP got input_grad={self.input_grad}, whose directions a subspace keeps, and "
@@ -210,20 +230,20 @@ class MemAOP:
 
         Those that the kernel's gradient takes out before it samples.
         """
-        of_inputs, of_cotangents = self.rank if isinstance(self.rank, tuple) else (self.rank,) * 2
-        return min(of_inputs, in_features), min(of_cotangents, out_features)
+        inputs, cotangents = self.rank if isinstance(self.rank, tuple) else (self.rank,) * 2
+        return min(inputs, in_features), min(cotangents, out_features)
 
     def held_ranks(self, in_features: int, out_features: int) -> tuple[int, int]:
-        """The same of a `Subspace`: the input gradient may take more of the cotangents' out."""
-        of_inputs, of_cotangents = self.ranks(in_features, out_features)
+        """The ranks that a `Subspace` holds: the input gradient may ask for more cotangents'."""
+        inputs, cotangents = self.ranks(in_features, out_features)
         wanted = self.input_grad.rank if self.input_grad else 0
-        return of_inputs, max(of_cotangents, min(wanted, out_features))
+        return inputs, max(cotangents, min(wanted, out_features))
 
     @property
     def needs_key(self) -> bool:
         """Whether a named policy, the memory or the input gradient draws at random."""
-        drawn = self.signed, self.refresh > 1, self._draws_inputs, self.policy in RANDOM_POLICIES
-        return any(drawn)
+        draws = self.signed, self.refresh > 1, self._draws_inputs, self.policy in RANDOM_POLICIES
+        return any(draws)
 
     @property
     def _draws_inputs(self):
@@ -231,14 +251,13 @@ class MemAOP:
 
     @property
     def why_key(self) -> str:
-        """What draws at random, for an error message."""
-        drawing = f"policy {self.policy!r}"
-        if self._draws_inputs and self.policy not in RANDOM_POLICIES:
-            drawing = f"input_grad={self.input_grad}"
+        """The option that draws at random, for an error message."""
         if self.signed or self.refresh > 1:
             option = "signed=True" if self.signed else f"refresh={self.refresh}"
-            drawing = f"a memory with {option}"
-        return f"{drawing} draws at random"
+            return f"a memory with {option} draws at random"
+        if self._draws_inputs and self.policy not in RANDOM_POLICIES:
+            return f"input_grad={self.input_grad} draws at random"
+        return f"policy {self.policy!r} draws at random"
 
     def stored_dtype(self, inputs: chex.ArrayDType) -> jnp.dtype:
         """The dtype of the memory of a layer whose inputs have dtype `inputs`."""
@@ -284,15 +303,15 @@ def _is_one_of(value: object, names: Iterable[str]) -> bool:
     return isinstance(value, str) and value in names
 
 
-def _count(name: str, value: int, least: int = 1, of: str = "MemAOP") -> int:
+def _count(name: str, value: Any, least: int = 1, owner: str = "MemAOP") -> int:
     try:
         count = operator.index(None if isinstance(value, bool) else value)
     except TypeError:
         raise TypeError(
-            f"{of} got {name}={value!r}; it must be an integer, at least {least}."
+            f"{owner} got {name}={value!r}; it must be an integer, at least {least}."
         ) from None
     if count < least:
-        raise ValueError(f"{of} got {name}={count}; it must be at least {least}.")
+        raise ValueError(f"{owner} got {name}={count}; it must be at least {least}.")
     return count
 
 
@@ -306,12 +325,12 @@ def _rank(rank: int | tuple[int, int]) -> int | tuple[int, int]:
     return _count("rank", rank[0]), _count("rank", rank[1], least=0)
 
 
-def _fraction(name: str, value: float, *, include_zero: bool, of: str = "MemAOP") -> float:
+def _fraction(name: str, value: float, *, include_zero: bool, owner: str = "MemAOP") -> float:
     bounds = "[0, 1]" if include_zero else "(0, 1]"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{of} got {name}={value!r}; it must be a number in {bounds}.")
+        raise TypeError(f"{owner} got {name}={value!r}; it must be a number in {bounds}.")
     if not 0 <= value <= 1 or (value == 0 and not include_zero):  # NaN fails too
-        raise ValueError(f"{of} got {name}={value}; it must lie in {bounds}.")
+        raise ValueError(f"{owner} got {name}={value}; it must lie in {bounds}.")
     return float(value)
 
 

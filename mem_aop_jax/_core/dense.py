@@ -13,7 +13,7 @@ from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.input_gradient import approximates_inputs
 from mem_aop_jax._core.layout import as_static, contraction_sizes, warn_once, why_exact
 from mem_aop_jax._core.measure import measured
-from mem_aop_jax._core.memory import Memory, Subspace
+from mem_aop_jax._core.memory import LayerMemory
 from mem_aop_jax._core.memory_kinds import check_memory
 from mem_aop_jax._core.primitive import estimated, product
 from mem_aop_jax._core.probe import Probe, without_probe
@@ -22,7 +22,7 @@ from mem_aop_jax._core.probe import Probe, without_probe
 def dense(
     x: chex.Array,
     kernel: chex.Array,
-    memory: Memory | Subspace | None = None,
+    memory: LayerMemory | None = None,
     *,
     config: MemAOP | None = None,
     key: chex.PRNGKey | None = None,
@@ -92,7 +92,7 @@ def dot_general(
     precision: lax.PrecisionLike = None,
     preferred_element_type: chex.ArrayDType | None = None,
     *,
-    memory: Memory | Subspace | None = None,
+    memory: LayerMemory | None = None,
     config: MemAOP | None = None,
     key: chex.PRNGKey | None = None,
     name: str = "dot_general",

@@ -8,7 +8,7 @@ import chex
 import jax.numpy as jnp
 from jax import lax
 
-from mem_aop_jax._core.memory import Memory, Subspace
+from mem_aop_jax._core.memory import LayerMemory, Memory
 from mem_aop_jax._core.probe import Probe, is_memory, without_probe
 
 
@@ -33,7 +33,7 @@ def why_exact(
     lhs: chex.Array,
     rhs: chex.Array,
     dimension_numbers: lax.DotDimensionNumbers,
-    memory: Memory | Subspace | Probe | None = None,
+    memory: LayerMemory | Probe | None = None,
     kernel_shape: tuple[int, ...] | None = None,
     slots: bool = False,
 ) -> str | None:

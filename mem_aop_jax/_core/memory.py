@@ -52,6 +52,9 @@ class Subspace(NamedTuple):
     uses: chex.Array
 
 
+LayerMemory = Memory | Subspace  # what a layer may hold
+
+
 def first_directions(shape: tuple[int, ...], dtype: chex.ArrayDType) -> chex.Array:
     """Random orthonormal columns, `(..., features, rank)`, the same for each layer of a stack."""
     columns = jnp.linalg.qr(jax.random.normal(jax.random.key(0), shape[-2:], dtype))[0]
@@ -59,7 +62,7 @@ def first_directions(shape: tuple[int, ...], dtype: chex.ArrayDType) -> chex.Arr
 
 
 def memory_name(call: int) -> str:
-    """What a layer calls the memory of its n-th call in a forward pass, counted from 0."""
+    """The name of the memory of a layer's n-th call in a forward pass, counted from 0."""
     return f"memory_{call}" if call else "memory"
 
 
@@ -68,34 +71,33 @@ def rate_factor(
 ) -> chex.Array | None:
     """sqrt(eta_t / eta_{t+1}), 1 where eta_{t+1} is 0; None for a constant rate.
 
-    The paper's memory has a factor sqrt(eta) that one in gradient units has not.
+    The paper's memory has a factor sqrt(eta) that a memory in gradient units lacks.
     """
     if not callable(learning_rate):
         return None
-    now, then = jnp.asarray(learning_rate(count)), jnp.asarray(learning_rate(count + 1))
-    return jnp.where(then == 0, jnp.ones_like(then), jnp.sqrt(now / jnp.where(then == 0, 1, then)))
+    rate, next_rate = (jnp.asarray(learning_rate(step)) for step in (count, count + 1))
+    divisor = jnp.where(next_rate == 0, 1, next_rate)
+    return jnp.where(next_rate == 0, jnp.ones_like(next_rate), jnp.sqrt(rate / divisor))
 
 
 def carried(
-    caller: str, old: Memory | Subspace, new: Memory | Subspace, factor: chex.Array | None
-) -> Memory | Subspace:
+    caller: str, old: LayerMemory, new: LayerMemory, factor: chex.Array | None
+) -> LayerMemory:
     """The memory for the next step, after a step with `old` whose gradient is `new`.
 
-    That of a layer which took no part in the loss is the old one. `factor` is from `rate_factor`,
-    for rows; memories may be stacked.
+    A layer that took no part in the loss keeps the old one. Rows are rescaled by `factor`, from
+    `rate_factor`. Memories may be stacked.
 
     Raises:
       ValueError: a memory that was added up, scaled or averaged on its way.
     """
     _check_untouched(caller, old, new)
     uses = jnp.asarray(new.uses)
-    unused = uses[..., None, None] == 0  # of stacked memories each has its own
-    inputs, cotangents = jax.tree.map(
-        lambda was, now: jnp.where(unused, was, now), tuple(old[:2]), tuple(new[:2])
-    )
+    unused = uses[..., None, None] == 0  # a stack of memories has one for each
+    matrices = jax.tree.map(lambda a, b: jnp.where(unused, a, b), old[:-1], new[:-1])
     if isinstance(new, Memory):
-        inputs, cotangents = _rescaled(inputs, factor), _rescaled(cotangents, factor)
-    return type(new)(inputs, cotangents, uses)
+        matrices = [_rescaled(rows, factor) for rows in matrices]
+    return type(new)(*matrices, uses)
 
 
 def _rescaled(rows, factor):
@@ -117,7 +119,8 @@ def _check_untouched(caller, old, new):
             "that is called twice) or scaled. Each use in a step needs a memory of its own, whose "
             "gradient must come here unchanged."
         )
-    shared = varying_axes(jnp.asarray(old.inputs)) - varying_axes(jnp.asarray(new.inputs))
+    old_axes, new_axes = (varying_axes(jnp.asarray(memory[0])) for memory in (old, new))
+    shared = old_axes - new_axes
     if shared:
         raise ValueError(
             f"{caller}: the new memory was averaged or added up over the mesh axes "

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from mem_aop_jax._core.candidates import MemoryKind
 from mem_aop_jax._core.config import MemAOP, floating_dtype
-from mem_aop_jax._core.memory import Memory, Subspace
+from mem_aop_jax._core.memory import LayerMemory
 from mem_aop_jax._core.row_memory import RowMemory
 from mem_aop_jax._core.subspace_memory import SubspaceMemory
 
@@ -19,7 +19,7 @@ def init_memory(
     in_features: int,
     out_features: int,
     dtype: chex.ArrayDType = jnp.float32,
-) -> Memory | Subspace | None:
+) -> LayerMemory | None:
     """The first memory for a layer of `in_features` x `out_features` and a batch of `rows` rows.
 
     Args:
@@ -51,7 +51,7 @@ def init_memory(
 
 def check_memory(
     name: str, config: MemAOP, x: chex.Array, sizes: tuple[int, int, int], memory
-) -> Memory | Subspace:
+) -> LayerMemory:
     """The memory as JAX arrays.
 
     Args:

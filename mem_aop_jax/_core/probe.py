@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mem_aop_jax._core.memory import Memory, Subspace
+from mem_aop_jax._core.memory import LayerMemory
 
 
 class Measured(NamedTuple):
@@ -92,14 +92,14 @@ class Probe:
         inputs, which then is added to the exact one. Then nothing is measured.
     """
 
-    memory: Memory | Subspace | None
+    memory: LayerMemory | None
     measured: Measured | Norms
     draws: int
     draw: chex.Array | None = None
     noise: chex.Array | None = None
 
     @classmethod
-    def of(cls, memory: Memory | Subspace | None, draws: int, stack: tuple[int, ...] = ()):
+    def of(cls, memory: LayerMemory | None, draws: int, stack: tuple[int, ...] = ()):
         """A probe of a memory, or of a stack of them."""
         zeros = (jnp.zeros(stack, jnp.float32) for _ in Measured._fields)
         return cls(memory, Measured(*zeros), draws)
@@ -110,11 +110,11 @@ class Probe:
         return self.measured.uses
 
 
-def without_probe(memory: Memory | Subspace | Probe | None) -> Memory | Subspace | None:
+def without_probe(memory: LayerMemory | Probe | None) -> LayerMemory | None:
     """The memory that a probe stands for; any other as it is."""
     return memory.memory if isinstance(memory, Probe) else memory
 
 
 def is_memory(node: object) -> bool:
     """Whether a node of a pytree is the memory of a layer, or a probe in its place."""
-    return isinstance(node, Memory | Subspace | Probe)
+    return isinstance(node, LayerMemory | Probe)

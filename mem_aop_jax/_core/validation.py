@@ -7,7 +7,7 @@ import numbers
 
 import jax.numpy as jnp
 
-from mem_aop_jax._core.config import MemAOP
+from mem_aop_jax._core.config import MEMORIES, MemAOP
 from mem_aop_jax._core.policies import Selection
 
 
@@ -56,7 +56,7 @@ def floating(name, x, kernel):
 
 
 def differentiable(name, config, rows, memory, key):
-    """All that the backward pass needs beside the inputs."""
+    """A memory and a key, where the backward pass needs them, and k that fits the rows."""
     if config.memory_kind is not None and memory is None:
         raise ValueError(
             f"{name}: differentiated with respect to its kernel without its memory. Pass the "
@@ -75,7 +75,7 @@ def differentiable(name, config, rows, memory, key):
 
 
 def selection(name, config, policy, returned, k):
-    """What a policy returned, if it is a choice of k rows that goes with the memory."""
+    """What a policy returned, as JAX arrays; k rows, with weights if the memory asks for them."""
     wanted = f"aop.Selection(indices, weights) with {k} integer indices, of shape ({k},)"
     if not isinstance(returned, Selection):
         raise TypeError(
@@ -88,16 +88,17 @@ def selection(name, config, policy, returned, k):
             f"{name}: policy {policy} returned indices of shape {indices.shape} and dtype "
             f"{indices.dtype}; it must return {wanted}."
         )
-    if weights is None and config.memory_kind == "subspace":
+    wants_weights = MEMORIES[config.memory_kind].weights if config.memory_kind else None
+    if weights is None and wants_weights is True:
         raise ValueError(
-            f"{name}: policy {policy} returned no weights. With memory='subspace' the rows that it "
-            "does not choose are lost: their weight must be on those that it chooses, so that the "
+            f"{name}: policy {policy} returned no weights. With memory={config.memory_kind!r} the "
+            "rows that it does not choose are lost: their weight must be on those that it chooses, so that the "
             "sum is unbiased. Return weights, or use memory='rows' or None."
         )
-    if weights is not None and config.memory_kind == "rows":
+    if weights is not None and wants_weights is False:
         raise ValueError(
-            f"{name}: policy {policy} returned weights. With memory='rows' the rows that it does "
-            "not choose come back, so weights would count them twice. Return weights=None, or use "
+            f"{name}: policy {policy} returned weights. With memory={config.memory_kind!r} the rows "
+            "that it does not choose come back, so weights would count them twice. Return weights=None, or use "
             "memory=None or 'subspace'."
         )
     if weights is not None:

@@ -19,7 +19,7 @@ from mem_aop_jax._core import validation
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.dense import dot_general
 from mem_aop_jax._core.layout import contraction_sizes, warn_once, why_exact
-from mem_aop_jax._core.memory import Memory, Subspace, memory_name
+from mem_aop_jax._core.memory import LayerMemory, memory_name
 from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._core.probe import Probe, is_memory
 from mem_aop_jax._models import Layer, eval_shape
@@ -214,7 +214,7 @@ def scopes_of(module: nn.Module) -> list[Scope]:
 class Lent(NamedTuple):
     """What stands beside a layer's parameters inside of a wrapped model."""
 
-    memory: Memory | Subspace | None
+    memory: LayerMemory | None
     key: chex.PRNGKey | None
 
 
