@@ -157,10 +157,10 @@ class MemAOP:
                 "object with __hash__ (for instance a frozen dataclass)."
             )
         if not (self.memory is None or _is_one_of(self.memory, get_args(MemoryName))):
+            names = ", ".join(map(repr, get_args(MemoryName)))
             raise ValueError(
-                f"MemAOP got memory={self.memory!r}; it is one of "
-                f"{', '.join(map(repr, get_args(MemoryName)))}, None: 'rows' keeps the rows that were "
-                "not chosen, 'subspace' keeps directions, None keeps nothing."
+                f"MemAOP got memory={self.memory!r}; it is one of {names}, None: 'rows' keeps the "
+                "rows that were not chosen, 'subspace' keeps directions, None keeps nothing."
             )
         self._check_policy_and_memory()
         object.__setattr__(self, "decay", _fraction("decay", self.decay, include_zero=True))

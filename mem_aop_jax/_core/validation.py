@@ -92,14 +92,14 @@ def selection(name, config, policy, returned, k):
     if weights is None and wants_weights is True:
         raise ValueError(
             f"{name}: policy {policy} returned no weights. With memory={config.memory_kind!r} the "
-            "rows that it does not choose are lost: their weight must be on those that it chooses, so that the "
-            "sum is unbiased. Return weights, or use memory='rows' or None."
+            "rows that it does not choose are lost: their weight must be on those that it "
+            "chooses, so that the sum is unbiased. Return weights, or use memory='rows' or None."
         )
     if weights is not None and wants_weights is False:
         raise ValueError(
-            f"{name}: policy {policy} returned weights. With memory={config.memory_kind!r} the rows "
-            "that it does not choose come back, so weights would count them twice. Return weights=None, or use "
-            "memory=None or 'subspace'."
+            f"{name}: policy {policy} returned weights. With memory={config.memory_kind!r} the "
+            "rows that it does not choose come back, so weights would count them twice. Return "
+            "weights=None, or use memory=None or 'subspace'."
         )
     if weights is not None:
         weights = jnp.asarray(weights)
