@@ -29,6 +29,11 @@ class Layer(NamedTuple):
     out_features: int
     k: int
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(rows, in_features, out_features)."""
+        return self.rows, self.in_features, self.out_features
+
 
 def as_rules(caller: str, config_or_rules: MemAOP | Sequence[tuple[str, MemAOP | None]]) -> Rules:
     """The rules as a hashable tuple; one configuration is a rule for all paths.
@@ -56,7 +61,7 @@ def as_rules(caller: str, config_or_rules: MemAOP | Sequence[tuple[str, MemAOP |
                     ) from None
             case _:
                 raise TypeError(f"{caller}: got the rule {rule!r}; the rules must be {wanted}.")
-    return tuple(map(tuple, config_or_rules))
+    return tuple((pattern, config) for pattern, config in config_or_rules)
 
 
 def config_for(rules: Rules, path: str) -> MemAOP | None:

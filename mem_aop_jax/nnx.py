@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import chex
 import jax
@@ -22,6 +22,8 @@ from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._core.probe import is_memory
 from mem_aop_jax._cost.cost import cost
 from mem_aop_jax._models import Layer, Rules, as_rules, check_all_used, config_for, eval_shape
+
+Model = TypeVar("Model", bound=nnx.Module)
 
 RNG = "mem_aop"  # nnx.Rngs(mem_aop=...), for the random policies; else the default stream
 
@@ -56,8 +58,8 @@ class DotGeneral(nnx.Module):
         self.layers = tuple(layers)
         self.call = 0  # the next one; after all calls of a forward pass it is 0 again
         self.deterministic = False  # the name that eval() and train() set
-        for call, (_, *sizes, _) in enumerate(self.layers):
-            new = init_memory(config, *sizes, dtype)
+        for call, layer in enumerate(self.layers):
+            new = init_memory(config, *layer.sizes, dtype)
             if new is not None:
                 stacked = jax.tree.map(lambda a: jnp.broadcast_to(a, (*stack, *a.shape)), new)
                 setattr(self, memory_name(call), Memory(stacked))
@@ -69,11 +71,12 @@ class DotGeneral(nnx.Module):
         """`jax.lax.dot_general`, with the same arguments."""
         layer, variable = self.layers[self.call], getattr(self, memory_name(self.call), None)
         self.call = (self.call + 1) % len(self.layers)
-        own = {"memory": None, "key": None}
+        memory = key = None
         if not self.deterministic:
-            held = None if variable is None else get_value(variable)
-            own = {"memory": held, "key": self._new_key()}
-        return dot_general(lhs, rhs, *args, config=self.config, name=layer.path, **own, **options)
+            memory = None if variable is None else get_value(variable)
+            key = self._new_key()
+        options |= {"memory": memory, "key": key, "config": self.config, "name": layer.path}
+        return dot_general(lhs, rhs, *args, **options)
 
     def _new_key(self):
         if self.key is None:
@@ -150,13 +153,13 @@ class Linear(nnx.Linear):
 
 
 def wrap(
-    model: nnx.Module,
+    model: Model,
     config_or_rules: MemAOP | Sequence[tuple[str, MemAOP | None]],
     *example_inputs,
     rngs: nnx.Rngs | None = None,
     min_speedup: float | None = None,
     **kwargs,
-) -> nnx.Module:
+) -> Model:
     """Makes the `nnx.Linear` and `nnx.LinearGeneral` layers of a model approximate, in place.
 
     Also those inside attention, and those that `nnx.vmap` stacked for an `nnx.scan`. Parameters and
@@ -206,14 +209,13 @@ def wrap(
         config = config_for(rules, path) if path in calls else None
         if config is None:
             continue
-        sizes = _sized(path, config, calls[path])
+        layers = _layers(path, config, calls[path])
         _, dtype, kernel_ndim = calls[path][0]
-        if min_speedup is not None and not any(
-            cost(config, *call.sizes, call.dtype).speedup >= min_speedup for call in calls[path]
-        ):
+        speedups = (cost(config, *sizes, dtype=dtype).speedup for sizes, dtype, _ in calls[path])
+        if min_speedup is not None and max(speedups) < min_speedup:
             continue
         stack = layer.kernel.shape[: len(layer.kernel.shape) - kernel_ndim]
-        product = DotGeneral(config, sizes, dtype, _key(config, rngs, path), stack)
+        product = DotGeneral(config, layers, dtype, _key(config, rngs, path), stack)
         products.append((layer, product))
     for layer, product in products:  # now that nothing is wrong
         layer.dot_general = nnx.data(product)
@@ -240,7 +242,7 @@ def sized_layers(
         (layer, calls[path][0].dtype)
         for path, _ in _stock_layers(model)
         if path in calls and config_for(rules, path) is not None
-        for layer in _sized(path, config_for(rules, path), calls[path])
+        for layer in _layers(path, config_for(rules, path), calls[path])
     ]
 
 
@@ -268,9 +270,9 @@ def update_memory(
       ValueError: no gradient for a memory of the model; a layer with several memories that was not
         called as often; a memory that was added up, scaled or averaged, as in `aop.carry_memory`.
     """
-    new, others = nnx.split_state(grads, Memory, ...)
+    new, param_grads = nnx.split_state(grads, Memory, ...)
     old = nnx.state(model, Memory)
-    if jax.tree.structure(old) != jax.tree.structure(new):
+    if len({jax.tree.structure(memories) for memories in (old, new)}) > 1:
         raise ValueError(
             f"update_memory: the model has {len(nnx.to_flat_state(old))} memories, the gradients "
             f"have {len(nnx.to_flat_state(new))}. Differentiate with respect to both, nnx.grad("
@@ -287,14 +289,13 @@ def update_memory(
             )
     factor = rate_factor(learning_rate, jnp.asarray(count))
     carry = functools.partial(carried, "update_memory", factor=factor)
-    nnx.update(
-        model,
-        jax.tree.map(carry, old, new, is_leaf=is_memory),
-    )
-    return others
+    nnx.update(model, jax.tree.map(carry, old, new, is_leaf=is_memory))
+    return param_grads
 
 
 class _Call(NamedTuple):
+    """One call of a layer, whose sizes are (rows, in_features, out_features)."""
+
     sizes: tuple[int, int, int]
     dtype: jnp.dtype
     kernel_ndim: int  # of one layer, where several are stacked
@@ -313,9 +314,9 @@ class _Recorder(nnx.Module):
         return jax.lax.dot_general(lhs, rhs, dimension_numbers, *args, **options)
 
 
-def _calls(model, args, kwargs):
-    """For each path of a layer with approximable calls, what they are."""
-    calls = {}
+def _calls(model, args, kwargs) -> dict[str, list[_Call]]:
+    """The calls of each dense layer in a forward pass, by the path of the layer."""
+    calls: dict[str, dict[int, _Call]] = {}
 
     def record(path, call, lhs, rhs, dimension_numbers):
         if why_exact(lhs, rhs, dimension_numbers) is None:
@@ -332,10 +333,10 @@ def _calls(model, args, kwargs):
         copy(*args, **kwargs)
 
     eval_shape(run, jax.eval_shape(lambda state: state, state), *args, **kwargs)
-    return {path: list(of_layer.values()) for path, of_layer in calls.items()}
+    return {path: list(numbered.values()) for path, numbered in calls.items()}
 
 
-def _sized(path, config, calls):
+def _layers(path, config, calls):
     return [Layer(path, *call.sizes, config.selected_rows(call.sizes[0], path)) for call in calls]
 
 

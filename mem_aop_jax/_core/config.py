@@ -211,7 +211,7 @@ class MemAOP:
                         f"have (memory={self.memory!r}, policy={self.policy!r}); leave it out, or "
                         f"use memory={owner!r}."
                     )
-        if self.input_grad and self.input_grad.rank and kind != "subspace":
+        if self.input_rank and kind != "subspace":
             raise ValueError(
                 f"MemAOP got input_grad={self.input_grad}, whose directions a subspace keeps, and "
                 f"memory={kind!r} (memory={self.memory!r}, policy={self.policy!r}). Use rank=0, or "
@@ -236,8 +236,12 @@ class MemAOP:
     def held_ranks(self, in_features: int, out_features: int) -> tuple[int, int]:
         """The ranks that a `Subspace` holds: the input gradient may ask for more cotangents'."""
         inputs, cotangents = self.ranks(in_features, out_features)
-        wanted = self.input_grad.rank if self.input_grad else 0
-        return inputs, max(cotangents, min(wanted, out_features))
+        return inputs, max(cotangents, min(self.input_rank, out_features))
+
+    @property
+    def input_rank(self) -> int:
+        """The number of directions that the input gradient takes out; 0 without one."""
+        return 0 if self.input_grad is None else self.input_grad.rank
 
     @property
     def needs_key(self) -> bool:
@@ -305,7 +309,9 @@ def _is_one_of(value: object, names: Iterable[str]) -> bool:
 
 def _count(name: str, value: Any, least: int = 1, owner: str = "MemAOP") -> int:
     try:
-        count = operator.index(None if isinstance(value, bool) else value)
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)
     except TypeError:
         raise TypeError(
             f"{owner} got {name}={value!r}; it must be an integer, at least {least}."

@@ -16,37 +16,36 @@ def relative_cost(config: MemAOP, rows: int, in_features: int, out_features: int
 
 
 def weight_gradient_flops(config: MemAOP, rows: int, in_features: int, out_features: int) -> float:
-    """FLOPs of the kernel's gradient, mean over the steps: of its products and the rows' norms."""
+    """FLOPs of the kernel's gradient, mean over the steps: its products and the rows' norms."""
     k = config.selected_rows(rows)
     norms = 6 * rows * (in_features + out_features)  # three squares, three sums
     if config.memory_kind != "subspace":
         return 2 * k * in_features * out_features + norms
-    of_inputs, of_cotangents = config.ranks(in_features, out_features)
-    rank = of_inputs + of_cotangents
-    products = 2 * (k + rank) * in_features * out_features
-    residuals = 2 * k * (in_features * of_inputs + out_features * of_cotangents)
-    coordinates = 2 * rows * rank * (in_features + out_features)  # X V, X^T B; G U, G^T A
-    coordinates += 2 * (rows + in_features) * of_inputs * of_cotangents  # V (A^T B)
+    q, r = config.ranks(in_features, out_features)
+    products = 2 * (k + q + r) * in_features * out_features
+    residuals = 2 * k * (in_features * q + out_features * r)
+    coordinates = 2 * rows * (q + r) * (in_features + out_features)  # X V, X^T B; G U, G^T A
+    coordinates += 2 * (rows + in_features) * q * r  # V (A^T B)
     refresh = _refresh_flops(config, rows, in_features, out_features)
     return products + residuals + coordinates + refresh / config.refresh + norms
 
 
 def input_gradient_flops(config: MemAOP, rows: int, in_features: int, out_features: int) -> float:
-    """FLOPs of the inputs' gradient, beside those of the kernel's that it shares."""
+    """FLOPs of the inputs' gradient, without the products that the kernel's gradient needs too."""
     drawn = config.input_rows(rows)
     if drawn == rows:
         return 2 * rows * in_features * out_features
-    rank = min(config.input_grad.rank, out_features)
-    of_kernel = config.ranks(in_features, out_features)[1] if rank else 0
+    rank = min(config.input_rank, out_features)
+    shared_rank = config.ranks(in_features, out_features)[1] if rank else 0
     inside = 2 * rank * (rows + out_features) * in_features  # (G U) (W U)^T
-    inside += 2 * rows * out_features * max(0, rank - of_kernel)  # G U
+    inside += 2 * rows * out_features * max(0, rank - shared_rank)  # G U
     return 2 * drawn * out_features * (in_features + rank) + inside
 
 
 def flops_left_out(config: MemAOP, rows: int, in_features: int, out_features: int) -> float:
-    """FLOPs that a compiler counts in each step and most steps leave out, mean over the steps.
+    """FLOPs that a compiler counts in each step although most steps leave them out, on average.
 
-    Of a branch it counts the more costly side: a refresh.
+    It counts the more costly branch of a conditional: here the one that refreshes the directions.
     """
     if config.memory_kind != "subspace":
         return 0.0

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from mem_aop_jax._core.memory import LayerMemory, Memory
-from mem_aop_jax._core.probe import Probe, is_memory, without_probe
+from mem_aop_jax._core.probe import Probe, without_probe
 
 
 def as_static(dimension_numbers: lax.DotDimensionNumbers) -> lax.DotDimensionNumbers:
-    """The same as tuples of ints, which are hashable."""
-    return tuple(tuple(tuple(map(int, dims)) for dims in pair) for pair in dimension_numbers)
+    """The dimension numbers as tuples of ints, which are hashable."""
+    contracting, batch = ((tuple(map(int, a)), tuple(map(int, b))) for a, b in dimension_numbers)
+    return contracting, batch
 
 
 def contraction_sizes(
@@ -37,15 +38,16 @@ def why_exact(
     kernel_shape: tuple[int, ...] | None = None,
     slots: bool = False,
 ) -> str | None:
-    """Why a contraction is no dense layer, or None; the kernel is told by a memory or its shape.
+    """Why a contraction is no dense layer, or None if it is one.
 
-    With `slots` the memory's rows are not those of a batch.
+    A memory, or the shape of the kernel, tells which operand is the kernel. With `slots` the
+    number of the memory's rows says nothing about the batch.
     """
     _, (lhs_batch, _) = dimension_numbers
     if len(lhs_batch):
         return "it has batch dimensions, and Mem-AOP needs one kernel for all rows."
     memory = without_probe(memory)
-    if is_memory(memory):
+    if memory is not None:
         rows, in_features, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
         inputs, cotangents = (() if a is None else jnp.shape(a) for a in memory[:2])
         if isinstance(memory, Memory):

@@ -48,7 +48,7 @@ def measured(
     nothing = jax.tree.map(jnp.zeros_like, probe)
     if probe.noise is not None:
         if draws_inputs:
-            drawn = estimate(call, True, x, g, matrix, probe.memory, key).inputs
+            drawn = jnp.asarray(estimate(call, True, x, g, matrix, probe.memory, key).inputs)
             exact = jnp.matmul(g.astype(dtype), matrix.T.astype(dtype), precision=call.precision)
             noise = probe.noise.astype(dtype)
             error = jnp.where(noise == 0, 0, (drawn.astype(dtype) - exact) * noise)

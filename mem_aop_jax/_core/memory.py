@@ -94,10 +94,10 @@ def carried(
     _check_untouched(caller, old, new)
     uses = jnp.asarray(new.uses)
     unused = uses[..., None, None] == 0  # a stack of memories has one for each
-    matrices = jax.tree.map(lambda a, b: jnp.where(unused, a, b), old[:-1], new[:-1])
+    kept = jax.tree.map(lambda a, b: jnp.where(unused, a, b), old[:-1], new[:-1])
     if isinstance(new, Memory):
-        matrices = [_rescaled(rows, factor) for rows in matrices]
-    return type(new)(*matrices, uses)
+        kept = jax.tree.map(lambda rows: _rescaled(rows, factor), kept)
+    return type(new)._make([*kept, uses])
 
 
 def _rescaled(rows, factor):

@@ -229,7 +229,7 @@ def estimate(
     shape = x.shape
     x, g = (vary(a, axes_of(x, g, memory, key)) for a in (x, g))  # one batch for many memories
     x, g = as_rows(call.dimension_numbers, call.config.groups, x, g)
-    kind = None if memory is None else MEMORY_KINDS[call.config.memory_kind]
+    kind = None if memory is None else MEMORY_KINDS[str(call.config.memory_kind)]
 
     def choose_from(x, g, memory, key):
         if kind is None:
@@ -239,12 +239,12 @@ def estimate(
     candidates = choose_from(x, g, memory, key)
     dx = None
     if differentiates_inputs:
-        directions = candidates.cotangent_projection().first(call.config.input_grad.rank)
+        directions = candidates.cotangent_projection().first(call.config.input_rank)
         matrix = as_matrix(call.dimension_numbers, kernel)
         dx = input_gradient(call, directions, matrix, key, x.dtype)
         dx = as_inputs(call.dimension_numbers, dx, shape)
 
-    join = kind and kind.tpu_candidates(call, x, g, memory)
+    join = None if kind is None else kind.tpu_candidates(call, x, g, memory)
     if join is None:
         dw, *rest = _kernel_gradient(candidates, kernel.dtype)
     else:
@@ -270,12 +270,15 @@ def _kernel_gradient(candidates, dtype):
     return dw, _store(candidates, chosen, dw), norms, unchosen
 
 
-def _select(candidates: Candidates, norms) -> tuple[chex.Array, Chosen]:
+def _select(
+    candidates: Candidates, norms: tuple[chex.Array, chex.Array]
+) -> tuple[chex.Array, Chosen]:
     """S, the candidates that the policy chooses by their scores."""
     call, memory = candidates.call, candidates.memory
     groups, rows, _ = candidates.x.shape
     k = call.config.selected_rows(groups * rows, call.name) // groups
-    policy = POLICIES.get(call.config.policy, call.config.policy)
+    policy = call.config.policy
+    policy = policy if callable(policy) else POLICIES[policy]
 
     def select(key, scores):
         selection = validation.selection(call.name, call.config, policy, policy(key, scores, k), k)

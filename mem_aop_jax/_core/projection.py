@@ -13,7 +13,7 @@ from jax import lax
 
 from mem_aop_jax._compat import vary, varying_axes
 from mem_aop_jax._kernels.row_access import gather_residuals
-from mem_aop_jax._kernels.subspace_products import coordinates_and_norms, max_abs, side_products
+from mem_aop_jax._kernels.subspace_products import coordinates_and_norms, side_products
 from mem_aop_jax._numerics import accumulation_dtype, row_norms, safe_divide
 
 
@@ -27,7 +27,6 @@ class Projection(NamedTuple):
       norms: `(groups, rows)`, Euclidean norms of the rows, in the units of `row_norms`.
       own: as in `SideProducts`, for the next basis; None where there is none.
       other: as in `SideProducts`.
-      unit: `()`, of `own`.
     """
 
     rows: chex.Array
@@ -36,7 +35,6 @@ class Projection(NamedTuple):
     norms: chex.Array
     own: chex.Array | None = None
     other: chex.Array | None = None
-    unit: chex.Array | None = None
 
     def first(self, rank: int) -> "Projection":
         """The projection onto the first directions of the basis."""
@@ -99,12 +97,8 @@ def project_both(
       precision: of products.
     """
     v, u = (_product_basis(rows, basis) for rows, basis in zip((x, g), bases, strict=True))
-    return tuple(
-        Projection(rows, basis, *products, max_abs(products.coordinates))
-        for rows, basis, products in zip(
-            (x, g), (v, u), side_products(x, g, v, u, due, rank, precision), strict=True
-        )
-    )
+    x_products, g_products = side_products(x, g, v, u, due, rank, precision)
+    return Projection(x, v, *x_products), Projection(g, u, *g_products)
 
 
 def _product_basis(rows, basis):

@@ -24,7 +24,7 @@ from mem_aop_jax._core.candidates import REFRESH_KEY, Candidates, MemoryKind
 from mem_aop_jax._core.memory import Subspace, first_directions
 from mem_aop_jax._core.orthonormal import orthonormal
 from mem_aop_jax._core.projection import Projection, project_both
-from mem_aop_jax._kernels.subspace_products import contract_rows, psum_own_products
+from mem_aop_jax._kernels.subspace_products import contract_rows, max_abs, psum_own_products
 from mem_aop_jax._numerics import accumulation_dtype, widest_dtype
 
 
@@ -156,7 +156,7 @@ def _next_basis(side, old):
         return old
     # The mesh axes (of `jax.shard_map`) over which devices share a basis, but not the rows.
     axes = tuple(sorted(varying_axes(side.own) - varying_axes(old)))
-    new = psum_own_products(side.own, side.unit, axes) if axes else side.own
+    new = psum_own_products(side.own, max_abs(side.coordinates), axes) if axes else side.own
     return orthonormal(jnp.concatenate([new.astype(old.dtype), old[:, rank:]], axis=1), old)
 
 

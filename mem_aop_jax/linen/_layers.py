@@ -133,8 +133,8 @@ class Sized(NamedTuple):
 
 
 def sized_layers(module: nn.Module, rngs: chex.ArrayTree, *args, **kwargs) -> list[Sized]:
-    """The same, with more of each."""
-    recorded = {}
+    """As `layers`, with more of each layer."""
+    recorded: dict[tuple[str, ...], Sized] = {}
     token = _recorded.set(recorded)
     try:
         _traced_init(module, rngs, args, kwargs)
@@ -221,7 +221,9 @@ class Lent(NamedTuple):
 LENT = "mem_aop_"  # + the memory's name in COLLECTION
 
 _probing = contextvars.ContextVar("whether layers without a memory get a probe", default=False)
-_recorded = contextvars.ContextVar("the layers of a call, by path and memory", default=None)
+_recorded: contextvars.ContextVar[dict | None] = contextvars.ContextVar(
+    "the layers of a call, by path and memory", default=None
+)
 
 
 def product_of(
