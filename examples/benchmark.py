@@ -2,14 +2,15 @@
 
   layer        a dense layer, at all sizes, dtypes and ratios that are given
   model        whole training steps: the transformer of language_model.py, the MLP of deep_mlp.py
-  tpu-compile  what the compiler for TPUs says of the layer: FLOPs, bytes, memory, its estimate of
-               the time. No TPU is needed: pip install "jax[tpu]"
+  tpu-compile  the layer's FLOPs, bytes, memory and time as the compiler for TPUs estimates them. No
+               TPU is needed: pip install "jax[tpu]"
   peers        the layer in PyTorch beside it, exact and by hand: pip install torch
 
-Each --run is a policy and keywords of aop.MemAOP: topk:memory=none. Without k or ratio it runs at
-every --ratio, which is also what "=ratio" stands for. "speed" is the median, over interleaved
-rounds, of exact time / time; "ceiling" is that of the layer's products alone, of so many rows, less
-the estimate's own FLOPs; "predicted" is what aop.cost says of the device.
+Each --run is a policy and keywords of aop.MemAOP: topk:memory=none. A run without k or ratio is
+repeated at every --ratio, and "=ratio" in a run stands for it. "speed" is exact time / time, the
+median over interleaved rounds. "ceiling" is the speed of a layer that computes its products with
+the chosen rows alone, and the estimate's other FLOPs as fast as these. "predicted" is the speed
+that aop.cost predicts for the device.
 """
 
 import argparse
@@ -29,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import mem_aop_jax as aop
-from mem_aop_jax._analysis.tables import markdown
 
 try:
     import benchmark_steps as steps
@@ -56,30 +56,30 @@ MODEL_RUNS = (
     "topk",
     "priority:memory=subspace,refresh=8",
 )
-TPU = {  # describes one to its compiler
+TPU = {  # the environment that describes a TPU to its compiler
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # in several processes at a time
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by several processes at a time
 }
 TOPOLOGIES = {"v5e": "v5e:2x2x1", "v6e": "v6e:2x2x1"}
 DTYPES = ("float32", "bfloat16", "float16")
-# glibc: keep the memory of a step for the next one, which else waits for it, page by page.
+# Tells glibc to keep a step's memory for the next step, which would else get it page by page.
 MALLOC = {
-    "MALLOC_ARENA_MAX": "1",  # whichever thread asks for it
+    "MALLOC_ARENA_MAX": "1",  # one pool for all threads
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
-WITHIN = 0.15  # of the measured speed: a good prediction
-SHORTEST = 0.02  # seconds of a measurement: so many steps, one after the other
+TOLERANCE = 0.15  # of a good prediction, relative to the measured speed
+SHORTEST = 0.02  # seconds of a measurement: as many steps in a row as take so long
 
 
 # ---- measuring
 
 
-def compiled(step: steps.Step) -> tuple[jax.stages.Compiled, float]:
-    """And the seconds that it took."""
+def compile_step(step: steps.Step) -> tuple[jax.stages.Compiled, float]:
+    """The compiled step, and the seconds that compiling it took."""
     start = time.perf_counter()
     args = *step.args, jax.random.key(0), step.state
     function = jax.jit(step.function, donate_argnums=len(args) - 1).lower(*args).compile()
@@ -99,45 +99,45 @@ class Timed:
         return self.state, results
 
 
-def prepared(built: dict[str, steps.Step]) -> tuple[dict, dict]:
-    """Of each step what can be timed, and what its compilation says."""
-    functions, found = {}, {}
+def compile_all(built: dict[str, steps.Step]) -> tuple[dict, dict]:
+    """For each step a function to time, and columns of what the compiler says."""
+    functions, columns = {}, {}
     for name, step in built.items():
-        function, seconds = compiled(step)
+        function, seconds = compile_step(step)
         functions[name] = Timed(function, step)
-        found[name] = counted(function) | {"compile s": seconds}
-    return functions, found
+        columns[name] = compiler_columns(function) | {"compile s": seconds}
+    return functions, columns
 
 
-def taken(case, times: int) -> float:
-    """Seconds of a call, of so many one after the other."""
+def seconds_per_call(function, times: int) -> float:
+    """The mean of so many calls, one after the other."""
     start = time.perf_counter()
     for _ in range(times):
-        results = case()
+        results = function()
     jax.block_until_ready(results)
     return (time.perf_counter() - start) / times
 
 
-def interleaved(cases: dict, rounds: int, progress: tqdm) -> dict[str, np.ndarray]:
-    """Seconds of a step, `(rounds,)` for each case: in each round, all of them once."""
+def interleaved_seconds(functions: dict, rounds: int, progress: tqdm) -> dict[str, np.ndarray]:
+    """Seconds of a step, `(rounds,)` for each function; each round measures all of them once."""
     times = {}
-    for name, case in cases.items():
-        taken(case, 1)
-        least = getattr(case, "calls", 1)  # those of PyTorch are all alike
-        times[name] = max(least, math.ceil(SHORTEST / taken(case, 1)))
-    seconds = {name: [] for name in cases}
+    for name, function in functions.items():
+        seconds_per_call(function, 1)
+        least = getattr(function, "calls", 1)  # calls of PyTorch are all alike
+        times[name] = max(least, math.ceil(SHORTEST / seconds_per_call(function, 1)))
+    seconds = {name: [] for name in functions}
     for _ in range(rounds):
-        for name, case in cases.items():
-            seconds[name].append(taken(case, times[name]))
+        for name, function in functions.items():
+            seconds[name].append(seconds_per_call(function, times[name]))
         progress.update()
-    return {name: np.array(of_case) for name, of_case in seconds.items()}
+    return {name: np.array(measured) for name, measured in seconds.items()}
 
 
 def speed(exact: np.ndarray, other: np.ndarray) -> float:
     return float(np.median(exact / other))
 
 
-def figures(seconds: np.ndarray, exact: np.ndarray) -> dict:
+def time_columns(seconds: np.ndarray, exact: np.ndarray) -> dict:
     low, high = np.quantile(seconds, (0.25, 0.75))
     return {
         "ms": np.median(seconds) * 1e3,
@@ -146,8 +146,8 @@ def figures(seconds: np.ndarray, exact: np.ndarray) -> dict:
     }
 
 
-def counted(function: jax.stages.Compiled) -> dict:
-    """What the compiler says."""
+def compiler_columns(function: jax.stages.Compiled) -> dict:
+    """FLOPs and bytes of a call as the compiler counts them, and the memory that it takes."""
     cost, memory = function.cost_analysis() or {}, function.memory_analysis()
     return {
         "GFLOPs": cost.get("flops", math.nan) / 1e9,
@@ -161,8 +161,8 @@ def counted(function: jax.stages.Compiled) -> dict:
 # ---- layers
 
 
-def of_ratio(text: str, ratio: str) -> runs.Run:
-    """The run at a ratio, unless it has its own."""
+def run_at(ratio: str, text: str) -> runs.Run:
+    """The run that the text spells, at this ratio unless it has its own."""
     policy, _, rest = text.partition(":")
     options = [item for item in rest.split(",") if item]
     if not any(item.startswith(("ratio=", "k=")) for item in options):
@@ -176,47 +176,45 @@ def all_sizes(options) -> list[Sizes]:
     return list(itertools.starmap(Sizes, itertools.product(*fields)))
 
 
-def layer_cases(options, sizes: Sizes) -> dict[str, tuple]:
-    """Runs by name: configuration, rows of dW and of dX."""
-    cases = {}
-    for ratio, text in itertools.product(options.ratio, options.run):
-        run = of_ratio(text, ratio)
-        rows = run.config.selected_rows(sizes.rows), run.config.input_rows(sizes.rows)
-        cases[run.name] = run.config, rows
-    return cases
+def layer_configs(options) -> dict[str, aop.MemAOP]:
+    """The configurations of all runs at all ratios, by the run's name."""
+    pairs = itertools.product(options.ratio, options.run)
+    return {run.name: run.config for run in itertools.starmap(run_at, pairs)}
 
 
-def layer(options, progress) -> list[dict]:
+def measure_layers(options, progress) -> list[dict]:
     rows = []
     for sizes in all_sizes(options):
-        cases = layer_cases(options, sizes)
-        inputs = steps.layer_inputs(sizes)
-        configs = {"exact": None} | {name: config for name, (config, _) in cases.items()}
-        built = {
-            name: steps.layer(config, sizes, inputs, options.passes)
+        configs = layer_configs(options)
+        chosen_rows = {  # of dW and of dX
+            name: (config.selected_rows(sizes.rows), config.input_rows(sizes.rows))
             for name, config in configs.items()
         }
-        for of_rows in {case[1] for case in cases.values()}:
-            built[of_rows] = steps.products(*of_rows, inputs, options.passes)
-        functions, of_compiler = prepared(built)
+        inputs = steps.layer_inputs(sizes)
+        built = {
+            name: steps.layer_step(config, sizes, inputs, options.passes)
+            for name, config in ({"exact": None} | configs).items()
+        }
+        for dw_and_dx_rows in set(chosen_rows.values()):
+            built[dw_and_dx_rows] = steps.products_step(*dw_and_dx_rows, inputs, options.passes)
+        functions, compiler = compile_all(built)
         for ratio in options.ratio if options.peers else ():
             k = max(1, round(float(runs.parse_value(ratio)) * sizes.rows))
             for name, run in steps.torch_layers(sizes, inputs, k).items():
                 functions[f"{name}:ratio={ratio}" if "topk" in name else name] = run
-        seconds = interleaved(functions, options.rounds, progress)
+        seconds = interleaved_seconds(functions, options.rounds, progress)
         exact = seconds["exact"]
         for name in [name for name in functions if isinstance(name, str)]:
-            row = sizes._asdict() | {"run": name} | figures(seconds[name], exact)
-            if name in cases:
-                config, of_rows = cases[name]
-                own = steps.own_share(config, sizes, options.passes)
-                ceiling = 1 / (1 / speed(exact, seconds[of_rows]) + own)
+            row = sizes._asdict() | {"run": name} | time_columns(seconds[name], exact)
+            if name in configs:
+                overhead = steps.overhead(configs[name], sizes, options.passes)
+                ceiling = 1 / (1 / speed(exact, seconds[chosen_rows[name]]) + overhead)
                 row |= {"ceiling": ceiling, "of it": row["speed"] / ceiling}
                 if options.passes == "both":
-                    row["predicted"] = aop.cost(config, *sizes).speedup
+                    row["predicted"] = aop.cost(configs[name], *sizes).speedup
             if name in built:
                 held = sum(leaf.nbytes for leaf in jax.tree.leaves(built[name].state))
-                row |= of_compiler[name] | {"MB of memory": held / 1e6}
+                row |= compiler[name] | {"MB of memory": held / 1e6}
             rows.append(row)
     return rows
 
@@ -225,7 +223,7 @@ def layer(options, progress) -> list[dict]:
 
 
 def models(options):
-    """By name: the model, its loss, a batch, and what it is initialised with."""
+    """For each model its name, the model, its loss, a batch, and the inputs of `init`."""
     transformer = language_training.Transformer(options.width, options.layers, options.heads)
     shape = options.batch, options.sequence + 1
     windows = jax.random.randint(jax.random.key(0), shape, 0, 96)
@@ -241,33 +239,32 @@ def models(options):
     yield "transformer", transformer, language_training.loss, windows, (windows[:, :-1],)
 
 
-def model(options, progress) -> list[dict]:
+def measure_models(options, progress) -> list[dict]:
     rows = []
-    for kind, exact, loss, batch, inputs in models(options):
-        wrapped = {"exact": (exact, 1)}
-        for ratio, text in itertools.product(options.ratio, options.run):
-            run = of_ratio(text, ratio)
-            for suffix, least in (("", None), (" where it gains", options.min_speedup)):
-                of_run = aop.linen.wrap(exact, run.config, min_speedup=least)
-                wrapped[run.name + suffix] = of_run, run.config.refresh
-        functions, of_compiler = prepared(
+    for model_name, exact, loss, batch, inputs in models(options):
+        trained = {"exact": (exact, 1)}
+        for run_name, config in layer_configs(options).items():
+            for suffix, min_speedup in (("", None), (" where it gains", options.min_speedup)):
+                model = aop.linen.wrap(exact, config, min_speedup=min_speedup)
+                trained[run_name + suffix] = model, config.refresh
+        functions, compiler = compile_all(
             {
-                name: steps.model_step(of_run, loss, batch, inputs, calls)
-                for name, (of_run, calls) in wrapped.items()
+                name: steps.model_step(model, loss, batch, inputs, calls)
+                for name, (model, calls) in trained.items()
             }
         )
-        seconds = interleaved(functions, options.rounds, progress)
-        for name, (of_run, _) in wrapped.items():
-            layers = [] if name == "exact" else aop.linen.layers(of_run, jax.random.key(0), *inputs)
-            row = {"model": kind, "run": name, "approximate layers": len(layers)}
-            rows.append(row | figures(seconds[name], seconds["exact"]) | of_compiler[name])
+        seconds = interleaved_seconds(functions, options.rounds, progress)
+        for name, (model, _) in trained.items():
+            layers = [] if name == "exact" else aop.linen.layers(model, jax.random.key(0), *inputs)
+            row = {"model": model_name, "run": name, "approximate layers": len(layers)}
+            rows.append(row | time_columns(seconds[name], seconds["exact"]) | compiler[name])
     return rows
 
 
 # ---- the compiler for TPUs
 
 
-def tpu_compile(options, progress) -> list[dict]:
+def compile_for_tpus(options, progress) -> list[dict]:
     from jax.experimental import topologies
 
     os.environ.update(TPU)
@@ -276,97 +273,106 @@ def tpu_compile(options, progress) -> list[dict]:
     for chip in options.chip:
         try:
             topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
-        except Exception as error:  # of the plugin, in words of its own
+        except Exception as error:  # the plugin raises its own classes
             raise SystemExit(
                 f'{chip}: there is no compiler for TPUs ({error}). pip install "jax[tpu]"'
             ) from None
-        one = jax.sharding.SingleDeviceSharding(topology.devices[0])
+        one_device = jax.sharding.SingleDeviceSharding(topology.devices[0])
         for sizes in all_sizes(options):
             inputs = jax.eval_shape(lambda sizes=sizes: steps.layer_inputs(sizes))
-            cases = {"exact": None} | {
-                name: case[0] for name, case in layer_cases(options, sizes).items()
-            }
             exact = None
-            for name, config in cases.items():
-                step = steps.layer(config, sizes, inputs, options.passes)
+            for name, config in ({"exact": None} | layer_configs(options)).items():
+                step = steps.layer_step(config, sizes, inputs, options.passes)
                 state = jax.eval_shape(lambda step=step: step.state)
                 args = *inputs, jax.eval_shape(jax.random.key, 0), state
-                function = jax.jit(step.function, in_shardings=one, donate_argnums=len(args) - 1)
-                function = function.lower(*args).compile()
-                cost, found = function.cost_analysis(), counted(function)
-                seconds = cost["optimal_seconds"] % 1  # each op without an estimate counts as -1
-                cycles = map(int, re.findall(r'"estimated_cycles":"(\d+)"', function.as_text()))
-                exact = exact or (found, seconds)
+                function = jax.jit(
+                    step.function, in_shardings=one_device, donate_argnums=len(args) - 1
+                )
+                columns, ms, cycles = tpu_estimates(function.lower(*args).compile())
+                exact = exact or (columns, ms)
                 rows.append(
                     {"chip": chip, **sizes._asdict(), "run": name}
-                    | found
+                    | columns
                     | {
-                        "FLOPs": found["GFLOPs"] / exact[0]["GFLOPs"],
-                        "bytes": found["MB"] / exact[0]["MB"],
-                        "ms": seconds * 1e3,
-                        "speed": exact[1] / seconds,
-                        # Without those of kernels; an op without an estimate has the largest int64.
-                        "M cycles": sum(c for c in cycles if c < 2**60) / 1e6,
+                        "FLOPs": columns["GFLOPs"] / exact[0]["GFLOPs"],
+                        "bytes": columns["MB"] / exact[0]["MB"],
+                        "ms": ms,
+                        "speed": exact[1] / ms,
+                        "M cycles": cycles / 1e6,
                     }
                 )
                 progress.update()
     return rows
 
 
-# ---- what comes out
+def tpu_estimates(function: jax.stages.Compiled) -> tuple[dict, float, int]:
+    """The compiler's columns, milliseconds of a call, and cycles without those of kernels.
+
+    An operation that the compiler cannot estimate counts as -1 second and as the largest int64 of
+    cycles.
+    """
+    seconds = function.cost_analysis()["optimal_seconds"] % 1
+    cycles = map(int, re.findall(r'"estimated_cycles":"(\d+)"', function.as_text()))
+    return compiler_columns(function), seconds * 1e3, sum(c for c in cycles if c < 2**60)
 
 
-def shown(value) -> str:
+# ---- the table and the figure
+
+
+def cell(value) -> str:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.3f}" if value < 10 else f"{value:.4g}"
     return str(value)
 
 
-def header(rows: list[dict]) -> list[str]:
-    """All columns, but those of sizes that are the same in all rows."""
+def shown_columns(rows: list[dict]) -> list[str]:
+    """All columns but those of sizes that are the same in all rows."""
     names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     sizes = {"chip", *Sizes._fields} - {"run"}
     return [n for n in names if n not in sizes or len({row.get(n) for row in rows}) > 1]
 
 
 def write(rows: list[dict], options) -> str:
-    """The table; the same as CSV and the speeds as PNG in --out."""
+    """Writes a CSV and a PNG to --out; returns the table and the files' paths."""
     names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-    paths = [options.out / f"{options.command}.{kind}" for kind in ("csv", "png")]
-    with paths[0].open("w", newline="") as file:
+    csv_path, png_path = (options.out / f"{options.command}.{kind}" for kind in ("csv", "png"))
+    with csv_path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows).savefig(paths[1], dpi=120)
-    columns = header(rows)
+    draw(rows).savefig(png_path, dpi=120)
+    columns = shown_columns(rows)
     columns.sort(key=lambda name: name != "run")  # stable
-    table = markdown(columns, [[shown(row.get(name, "")) for name in columns] for row in rows])
-    constant = {name: rows[0][name] for name in names if name not in columns}
+    table = runs.markdown(columns, [[cell(row.get(name, "")) for name in columns] for row in rows])
+    constant = [f"{name} {rows[0][name]}" for name in names if name not in columns]
     device = jax.devices()[0]
     machine = (
         f"{device.device_kind or device.platform}, {os.cpu_count()} cores, {platform.machine()}"
     )
-    said = [f"{name} {value}" for name, value in constant.items()]
-    off = [abs(row["predicted"] / row["speed"] - 1) for row in rows if "predicted" in row]
-    if off:
-        said.append(
-            f"predicted within {WITHIN:.0%}: {sum(of <= WITHIN for of in off)} of {len(off)}"
-        )
-    text = ", ".join([*said, machine, f"jax {jax.__version__}"])
-    return "\n".join([table, "", text, *map(str, paths)])
+    text = ", ".join([*constant, *predicted_well(rows), machine, f"jax {jax.__version__}"])
+    return "\n".join([table, "", text, str(csv_path), str(png_path)])
+
+
+def predicted_well(rows: list[dict]) -> list[str]:
+    """How many predictions are near the measured speed; empty where nothing was predicted."""
+    errors = [abs(row["predicted"] / row["speed"] - 1) for row in rows if "predicted" in row]
+    if not errors:
+        return []
+    near = sum(error <= TOLERANCE for error in errors)
+    return [f"predicted within {TOLERANCE:.0%}: {near} of {len(errors)}"]
 
 
 def draw(rows: list[dict]) -> Figure:
     """Speeds as bars, ceilings as marks."""
     figure = Figure(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
     panel = figure.subplots()
-    where = range(len(rows))
-    panel.barh(where, [row["speed"] for row in rows], color="C0")
+    heights = range(len(rows))
+    panel.barh(heights, [row["speed"] for row in rows], color="C0")
     ceilings = [row.get("ceiling", math.nan) for row in rows]
-    panel.plot(ceilings, where, "k|", markersize=14, label="ceiling")
-    varying = [name for name in header(rows) if name in ("chip", "model", *Sizes._fields)]
+    panel.plot(ceilings, heights, "k|", markersize=14, label="ceiling")
+    varying = [name for name in shown_columns(rows) if name in ("chip", "model", *Sizes._fields)]
     labels = [" ".join([row["run"], *(str(row[name]) for name in varying)]) for row in rows]
-    panel.set_yticks(where, labels, fontsize=8)
+    panel.set_yticks(heights, labels, fontsize=8)
     panel.invert_yaxis()
     panel.axvline(1, color="black", linewidth=0.8)
     panel.set_xlabel("speed, exact = 1")
@@ -384,16 +390,15 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("layer", "model", "tpu-compile", "peers"):
         command = commands.add_parser(name, help=argparse.SUPPRESS)
-        of_tpu, of_model = name == "tpu-compile", name == "model"
-        default = MODEL_RUNS if of_model else LAYER_RUNS
+        default = MODEL_RUNS if name == "model" else LAYER_RUNS
         command.add_argument(
             "--run", action="append", metavar="RUN", help=f"may be repeated ({' '.join(default)})"
         )
         command.add_argument("--ratio", nargs="+", default=["1/8"], help="K / rows (1/8)")
         command.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark"))
-        if not of_tpu:
+        if name != "tpu-compile":
             command.add_argument("--rounds", type=runs.count, default=15, help="of timing (15)")
-        if of_model:
+        if name == "model":
             for option, size in (
                 ("width", 768), ("layers", 3), ("heads", 12), ("sequence", 128), ("batch", 16),
                 ("images", 1024),
@@ -401,8 +406,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
                 command.add_argument(f"--{option}", type=runs.count, default=size, help=f"({size})")
             command.add_argument("--min-speedup", type=runs.rate, default=1.05, help="(1.05)")
         else:
-            sizes = (8192, 4096, 4096) if of_tpu else (4096, 2048, 2048)
-            dtypes = "bfloat16" if of_tpu else "float32"
+            sizes = (8192, 4096, 4096) if name == "tpu-compile" else (4096, 2048, 2048)
+            dtypes = "bfloat16" if name == "tpu-compile" else "float32"
             for option, size in zip(("rows", "in-features", "out-features"), sizes, strict=True):
                 command.add_argument(
                     f"--{option}", type=runs.count, nargs="+", default=[size], help=f"({size})"
@@ -413,19 +418,18 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
             command.set_defaults(passes="both")
         if name in ("layer", "tpu-compile"):
             command.add_argument("--passes", choices=steps.PASSES)
-        if of_tpu:
+        if name == "tpu-compile":
             command.add_argument("--chip", nargs="+", choices=TOPOLOGIES, default=["v5e"])
         command.set_defaults(peers=name == "peers", default_run=default)
     options = parser.parse_args(arguments)
     options.run = options.run or list(options.default_run)
     try:
-        for ratio, text in itertools.product(options.ratio, options.run):
-            of_ratio(text, ratio)
+        layer_configs(options)
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --run: {error}")
     if options.command == "model" and options.width % options.heads:
         parser.error(f"--heads {options.heads}: do not divide --width {options.width}")
-    runs.make_out(parser, options)
+    runs.make_out_folder(parser, options)
     return options
 
 
@@ -433,14 +437,14 @@ def main(arguments=None) -> None:
     options = parse_arguments(arguments)
     if options.peers and importlib.util.find_spec("torch") is None:
         raise SystemExit("peers: there is no PyTorch. pip install torch")
-    command = {"model": model, "tpu-compile": tpu_compile}.get(options.command, layer)
     if options.command == "model":
-        total = 2 * options.rounds
+        command, total = measure_models, 2 * options.rounds
     elif options.command == "tpu-compile":
-        runs_of_sizes = 1 + len(options.ratio) * len(options.run)
-        total = len(options.chip) * len(all_sizes(options)) * runs_of_sizes
+        steps_of_sizes = 1 + len(options.ratio) * len(options.run)
+        command = compile_for_tpus
+        total = len(options.chip) * len(all_sizes(options)) * steps_of_sizes
     else:
-        total = len(all_sizes(options)) * options.rounds
+        command, total = measure_layers, len(all_sizes(options)) * options.rounds
     with tqdm(total=total, desc=options.command, unit="round") as progress:
         try:
             rows = command(options, progress)
@@ -450,9 +454,9 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-    kept = os.environ.keys() >= MALLOC.keys() or "tpu-compile" in sys.argv
+    is_set = os.environ.keys() >= MALLOC.keys() or "tpu-compile" in sys.argv
     # Not on a GPU, whose compiler's threads would wait for each other.
-    if sys.platform == "linux" and not kept and jax.default_backend() == "cpu":
+    if sys.platform == "linux" and not is_set and jax.default_backend() == "cpu":
         arguments = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, arguments, os.environ | MALLOC)  # read when a process starts
     main()

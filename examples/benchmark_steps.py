@@ -1,6 +1,5 @@
-"""What benchmark.py times: steps of a dense layer, in JAX and PyTorch, and of whole models."""
+"""The steps that benchmark.py times: of a dense layer, in JAX and PyTorch, and of whole models."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,17 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flop_counts import estimate_flops
 from jax import lax
 
 import mem_aop_jax as aop
-from mem_aop_jax._core.flops import input_gradient_flops, weight_gradient_flops
-from mem_aop_jax._core.row_memory import after_on_cpu
 
 PASSES = ("both", "forward", "backward")
 
 
 class Sizes(NamedTuple):
-    """Of a dense layer and its batch."""
+    """Sizes of a dense layer and its batch, and the dtype of its arrays."""
 
     rows: int
     in_features: int
@@ -28,16 +26,15 @@ class Sizes(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Something to time.
+    """A function to time, with its arguments.
 
     Attributes:
-      function: `(*args, key, state) -> (state, anything)`, to be compiled; each call has a key of
-        its own. The state is donated, and comes first, as donated arrays become the first results
-        of their shapes.
+      function: `(*args, key, state) -> (state, results)`, to be compiled. Each call gets a new key.
+        The state is donated; it comes first in the result, since a donated array becomes the first
+        result of its shape.
       args: arrays.
-      state: pytree of arrays.
-      calls: so many differ, as subspaces are refreshed in one of them; at least so many are a
-        measurement.
+      state: a pytree of arrays.
+      calls: the least number of calls to time together: of so many, one refreshes its subspaces.
     """
 
     function: Callable
@@ -50,7 +47,7 @@ class Step(NamedTuple):
 
 
 def layer_inputs(sizes: Sizes) -> tuple:
-    """x, kernel, and cotangents of very different size."""
+    """Inputs x, the kernel, and cotangents g whose rows differ in size by orders of magnitude."""
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = (sizes[0], sizes[1]), sizes[1:3], (sizes[0], sizes[2])
     x, kernel, g = (
@@ -61,53 +58,75 @@ def layer_inputs(sizes: Sizes) -> tuple:
     return tuple(a.astype(sizes.dtype) for a in arrays)
 
 
-def layer(config: aop.MemAOP | None, sizes: Sizes, inputs: tuple, which: str = "both") -> Step:
-    """Y, dX and dW of one layer with its `layer_inputs`; None is exact."""
+def layer_step(
+    config: aop.MemAOP | None, sizes: Sizes, inputs: tuple, passes: str = "both"
+) -> Step:
+    """Y, dX and dW of one layer.
+
+    Args:
+      config: the layer's configuration; None is exact.
+      sizes: the layer's sizes.
+      inputs: the arrays that `layer_inputs` makes for these sizes.
+      passes: which of `PASSES` to compute.
+    """
 
     def product(x, kernel, memory, key):
         return aop.dense(x, kernel, memory, config=config, key=key)
 
+    def step(x, kernel, g, key, memory):
+        y = product(x, kernel, memory, key)
+        if passes == "forward":
+            return memory, (y,)
+        if passes == "both":  # in a model the backward pass waits for the forward pass
+            kernel = kernel_after(y, kernel)
+        pullback = jax.vjp(lambda *args: product(*args, key), x, kernel, memory)[1]
+        dx, dw, memory = pullback(g)
+        return memory, (dx, dw) if passes == "backward" else (y, dx, dw)
+
     memory = config and aop.init_memory(config, *sizes)
-    step = functools.partial(_passes, product, which)
     return Step(step, inputs, memory, config.refresh if config else 1)
 
 
-def products(rows_of_dw: int, rows_of_dx: int, inputs: tuple, which: str = "both") -> Step:
-    """The same with dW of the first rows and dX of the first rows alone: what no layer beats."""
+def products_step(dw_rows: int, dx_rows: int, inputs: tuple, passes: str = "both") -> Step:
+    """Y, and dW and dX of their first rows alone: no layer that chooses so many rows is faster."""
 
     def step(x, kernel, g, key, state):
         del key
         y = x @ kernel
-        if which == "forward":
+        if passes == "forward":
             return state, (y,)
-        if which == "both":
-            kernel = after_on_cpu(y, kernel)
-        dw = lax.dot_general(x[:rows_of_dw], g[:rows_of_dw], (((0,), (0,)), ((), ())))
-        dx = lax.dot_general(g[:rows_of_dx], kernel, (((1,), (1,)), ((), ())))
-        return state, (dx, dw) if which == "backward" else (y, dx, dw)
+        if passes == "both":
+            kernel = kernel_after(y, kernel)
+        dw = lax.dot_general(x[:dw_rows], g[:dw_rows], (((0,), (0,)), ((), ())))
+        dx = lax.dot_general(g[:dx_rows], kernel, (((1,), (1,)), ((), ())))
+        return state, (dx, dw) if passes == "backward" else (y, dx, dw)
 
     return Step(step, inputs, None)
 
 
-def _passes(product, which, x, kernel, g, key, memory):
-    y = product(x, kernel, memory, key)
-    if which == "forward":
-        return memory, (y,)
-    if which == "both":  # in a model the backward pass waits for the forward pass
-        kernel = after_on_cpu(y, kernel)
-    pull = jax.vjp(lambda *args: product(*args, key), x, kernel, memory)[1]
-    dx, dw, memory = pull(g)
-    return memory, (dx, dw) if which == "backward" else (y, dx, dw)
+@jax.jit  # also where the caller is not: what depends on the platform is compiled in every call
+def kernel_after(y: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The kernel, which a CPU cannot read before it has computed the outputs y.
+
+    A CPU runs several operations at a time, and drops barriers before it decides on their order.
+    """
+
+    def on_cpu(kernel, y):
+        element = jnp.max(y[:1, :1], initial=0)
+        never = (element != element) & (element > 0)
+        return jnp.where(never, jnp.zeros_like(kernel), kernel)
+
+    return lax.platform_dependent(kernel, y, cpu=on_cpu, default=lambda kernel, y: kernel)
 
 
-def own_share(config: aop.MemAOP, sizes: Sizes, which: str = "both") -> float:
-    """FLOPs of an estimate beside its two products of chosen rows; the exact passes are 1."""
+def overhead(config: aop.MemAOP, sizes: Sizes, passes: str = "both") -> float:
+    """FLOPs of an estimate beside its two products of chosen rows, relative to the exact passes."""
     rows, in_features, out_features, _ = sizes
     product = 2 * rows * in_features * out_features
-    both = weight_gradient_flops(config, *sizes[:3]) + input_gradient_flops(config, *sizes[:3])
+    estimate = estimate_flops(config, rows, in_features, out_features)
     chosen = (config.selected_rows(rows) + config.input_rows(rows)) / rows
-    beside = max(0.0, both / product - chosen)
-    return {"both": beside / 3, "backward": beside / 2, "forward": 0.0}[which]
+    beside = max(0.0, estimate / product - chosen)
+    return {"both": beside / 3, "backward": beside / 2, "forward": 0.0}[passes]
 
 
 # ---- whole models
@@ -117,10 +136,10 @@ def model_step(model: nn.Module, loss: Callable, batch, inputs: tuple, calls: in
     """A training step with Adam.
 
     Args:
-      model: wrapped or not.
-      loss: `loss(model, variables, batch, key)`.
-      batch: what the loss takes.
-      inputs: what `model.init` takes.
+      model: a Linen model, wrapped or not.
+      loss: a function `loss(model, variables, batch, key)`.
+      batch: the batch that the loss takes.
+      inputs: the arguments of `model.init` after the key.
       calls: as in `Step`.
     """
     variables = jax.jit(model.init)(jax.random.key(0), *inputs)
@@ -130,10 +149,10 @@ def model_step(model: nn.Module, loss: Callable, batch, inputs: tuple, calls: in
     def step(batch, key, state):
         params, opt_state = state
 
-        def of(params, memory):
+        def loss_fn(params, memory):
             return loss(model, {"params": params, aop.linen.COLLECTION: memory}, batch, key)
 
-        gradient = jax.value_and_grad(of, argnums=(0, 1))
+        gradient = jax.value_and_grad(loss_fn, argnums=(0, 1))
         value, (grads, memory) = gradient(params, aop.get_memory(opt_state))
         updates, opt_state = tx.update(grads, opt_state, params, memory=memory)
         return (optax.apply_updates(params, updates), opt_state), value
@@ -145,9 +164,9 @@ def model_step(model: nn.Module, loss: Callable, batch, inputs: tuple, calls: in
 
 
 def torch_layers(sizes: Sizes, inputs: tuple, k: int) -> dict[str, Callable[[], None]]:
-    """A step of the layer in PyTorch: exact, and with the k largest rows, by hand.
+    """A step of the layer in PyTorch by name: exact, and with the k largest rows, by hand.
 
-    The memory is updated in place.
+    Row memory is updated in place.
     """
     import torch
 
@@ -174,12 +193,12 @@ def torch_layers(sizes: Sizes, inputs: tuple, k: int) -> dict[str, Callable[[], 
             x, kernel = ctx.saved_tensors
             dx = g @ kernel.T
             if ctx.memory is not None:
-                x, g = (kept.add_(a) for kept, a in zip(ctx.memory, (x, g), strict=True))
+                x, g = (waiting.add_(a) for waiting, a in zip(ctx.memory, (x, g), strict=True))
             scores = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(g, dim=1)
             chosen = torch.topk(scores, k, sorted=False).indices
             dw = x[chosen].T @ g[chosen]
-            for kept in ctx.memory or ():
-                kept[chosen] = 0
+            for waiting in ctx.memory or ():
+                waiting[chosen] = 0
             return dx, dw, None
 
     def run(product):

@@ -8,8 +8,8 @@ approximate. Each --run is one way to compute the weight gradients:
   priority:ratio=1/8,memory=subspace,rank=16
 
 All runs of a seed start from the same parameters and read the same batches in the same order. The
-table has the train loss after the last epoch, of all training images, and the test accuracy; both
-of the exact model. What was stopped goes on with the seed that it had reached.
+table shows the loss of all training images after the last epoch and the test accuracy, both by the
+exact model. A command that was stopped goes on with the seed that it had reached.
 """
 
 import argparse
@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import optax
 
 import mem_aop_jax as aop
-from mem_aop_jax._analysis.tables import markdown
 
 try:
     import paper_data
@@ -57,8 +56,8 @@ OPTIMIZERS = {
 }
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 HIDDEN = (512, 512)
-DIVERGED = 2.5  # a larger train loss is worse than that of guessing, log 10 = 2.3
-EVALUATED_AT_ONCE = 1000  # images
+DIVERGED = 2.5  # a larger train loss is worse than guessing, whose loss is log 10 = 2.3
+EVALUATED_TOGETHER = 1000  # images
 
 
 class MLP(nn.Module):
@@ -69,7 +68,7 @@ class MLP(nn.Module):
         return nn.Dense(paper_data.CLASSES)(x)
 
 
-def model_of(config: aop.MemAOP | None) -> nn.Module:
+def wrapped_mlp(config: aop.MemAOP | None) -> nn.Module:
     return aop.linen.wrap(MLP(), config) if config else MLP()
 
 
@@ -82,12 +81,12 @@ def first_params(key, pixels: int):
 def evaluate(params, data: paper_data.Data):
     """Loss of all training images, and accuracy on the test images."""
 
-    def mean(figure, pixels, labels):
-        def of_image(image):
+    def mean(metric, pixels, labels):
+        def image_metric(image):
             pixels, label = image
-            return figure(MLP().apply({"params": params}, pixels_to_inputs(pixels)), label)
+            return metric(MLP().apply({"params": params}, pixels_to_inputs(pixels)), label)
 
-        return jax.lax.map(of_image, (pixels, labels), batch_size=EVALUATED_AT_ONCE).mean()
+        return jax.lax.map(image_metric, (pixels, labels), batch_size=EVALUATED_TOGETHER).mean()
 
     loss = mean(cross_entropy, data.train_x, data.train_y)
     return loss, mean(hits, data.validation_x, data.validation_y)
@@ -100,15 +99,15 @@ class Trainer:
     """Training with one configuration and optimizer, for any seed."""
 
     def __init__(self, config: aop.MemAOP | None, optimizer: str, batch: int, pixels: int):
-        self.model, self.batch, self.pixels = model_of(config), batch, pixels
+        self.model, self.batch, self.pixels = wrapped_mlp(config), batch, pixels
         example = jnp.zeros((batch, pixels), jnp.float32)
         variables = jax.eval_shape(self.model.init, jax.random.key(0), example)
-        memory = variables.get(aop.linen.COLLECTION, {})  # empty where there is none
+        memory = variables.get(aop.linen.COLLECTION, {})  # empty if the run has none
         self.optimizer = optax.chain(aop.carry_memory(memory), OPTIMIZERS[optimizer]())
         self.epoch = jax.jit(self._epoch, donate_argnums=0)
 
     def step(self, data, state, batch):
-        """One update, on the training images that `batch` names."""
+        """One update; `batch` has the indices of its images and a key."""
         params, opt_state = state
         indices, key = batch
         x, y = pixels_to_inputs(data.train_x[indices]), data.train_y[indices]
@@ -144,7 +143,7 @@ class Trainer:
 
 
 def train_all(options: argparse.Namespace, data: paper_data.Data) -> dict[str, dict]:
-    """Trains what `results.json` lacks; all that was asked for, by run and optimizer."""
+    """Trains the seeds that `results.json` lacks; returns an entry for each run and optimizer."""
     results = Results(options.out / "results.json", options.dataset)
     wanted = {
         entry_name(run, optimizer): (run, optimizer)
@@ -186,27 +185,27 @@ def entry_name(run: runs.Run, optimizer: str) -> str:
 
 
 def cell(losses: list[float], accuracies: list[float]) -> str:
-    """Those of all seeds."""
+    """Train loss / test accuracy of the seeds, or how many of them diverged."""
     diverged = sum(not loss <= DIVERGED for loss in losses)  # a NaN, too
     if diverged:
         some = f" ({diverged} of {len(losses)})" if diverged < len(losses) else ""
         return f"diverges{some}"
-    return f"{runs.shown(losses)} / {runs.shown(accuracies)}"
+    return f"{runs.cell(losses)} / {runs.cell(accuracies)}"
 
 
 def report(options: argparse.Namespace, entries: dict[str, dict]) -> str:
-    """Writes `results.md`; what is in it, and where it is."""
+    """Writes `results.md`; returns its text and its path."""
     rows = []
     for run in options.run:
-        of_run = [entries[entry_name(run, optimizer)] for optimizer in options.optimizer]
-        figures = [
-            [entry[key][: options.seeds] for key in ("losses", "accuracies")] for entry in of_run
-        ]
-        rows.append((f"`{run.name}`", *(cell(*of_cell) for of_cell in figures)))
+        cells = []
+        for optimizer in options.optimizer:
+            entry = entries[entry_name(run, optimizer)]
+            cells.append(cell(*(entry[key][: options.seeds] for key in ("losses", "accuracies"))))
+        rows.append((f"`{run.name}`", *cells))
     rates = ", ".join(
         f"{name} {OPTIMIZERS[name].keywords['learning_rate']:g}" for name in options.optimizer
     )
-    table = markdown(("run", *options.optimizer), rows)
+    table = runs.markdown(("run", *options.optimizer), rows)
     text = (
         f"{table}\n\nTrain loss / test accuracy on {options.dataset} after "
         f"{options.epochs} epoch(s) in batches of {options.batch}; {options.seeds} seed(s). "
@@ -257,10 +256,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for run in options.run:
         example = jnp.zeros((options.batch, 1), jnp.float32)  # only its rows count
         try:
-            aop.linen.layers(model_of(run.config), jax.random.key(0), example)
+            aop.linen.layers(wrapped_mlp(run.config), jax.random.key(0), example)
         except (TypeError, ValueError) as error:
             parser.error(f"argument --run: {run.name}: {error}")
-    runs.make_out(parser, options)
+    runs.make_out_folder(parser, options)
     return options
 
 

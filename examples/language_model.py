@@ -8,9 +8,10 @@ The text is Python's own standard library, or --text FILE. Each --run is one way
   exact:batch=8,steps=500                other sizes; a fraction (batch=1/2) is of --batch, --steps
   topk:ratio=1/8,memory=rows,decay=0.5   a policy, and keywords of aop.MemAOP
   topk:ratio=1/8,memory=none,flops=1     as many steps as all of the reference's FLOPs pay for
-  control:every=300,steps=1500           aop.Controller decides between exact and what aop.allocate
-                                         finds, every so many steps; their FLOPs are part of it
-  control:inputs=true                    it may approximate gradients of inputs, too
+  control:every=300,steps=1500           aop.Controller decides every 300 steps between exact
+                                         training and the rules that aop.allocate finds; the FLOPs
+                                         that both spend on measuring are counted, too
+  control:inputs=true                    the controller may approximate gradients of inputs, too
 
 All runs of a seed start from the same parameters and read the same windows of text in the same
 order; the learning rate follows the same curve over each run. FLOPs are XLA's count for one
@@ -53,10 +54,11 @@ PRESETS = {  # all default runs in less than five minutes on two cores
 EVERY = 300  # steps between two decisions of a controller; the first comes after a tenth of it
 
 
-# ---- what is compared
+# ---- runs
 
 
 def parse_run(text: str) -> Run:
+    """The run that the text spells, for argparse."""
     controlled = text.partition(":")[0] == "control"
     sizes = ("every", "batch", "steps") if controlled else ("batch", "steps", "flops")
     others = (*sizes, "inputs") if controlled else sizes
@@ -76,7 +78,7 @@ def parse_run(text: str) -> Run:
 
 
 def resolved(run: Run, options: argparse.Namespace) -> Run:
-    """The run with counts for shares, and with what --equal-flops says."""
+    """The run with counts in place of shares, and with flops=1 where --equal-flops asks for it."""
     if options.equal_flops and run.config and run.steps is None and run.flops is None:
         run = run._replace(flops=1)
     sizes = {"batch": run.batch} | ({"steps": run.steps} if run.flops is None else {})
@@ -93,13 +95,13 @@ def resolved(run: Run, options: argparse.Namespace) -> Run:
 
 
 def settings(run: Run, options: argparse.Namespace, text: language_text.Text) -> dict:
-    """What a result depends on; a stopped run goes on only with results of the same."""
+    """Everything that a result depends on; a stopped run goes on only if it is the same."""
     names = ("width", "layers", "heads", "sequence", "learning_rate", "layers_exact")
     return {
         "policy": run.config.policy if run.config else "control" if run.every else "exact",
         "every": run.every,
         "inputs": run.inputs,
-        "keywords": json.loads(json.dumps(run.keywords)),  # as results.json has them
+        "keywords": json.loads(json.dumps(run.keywords)),  # as JSON stores them
         "batch": run.batch,
         "wanted_steps": run.steps,
         "wanted_flops": run.flops,
@@ -112,7 +114,7 @@ def settings(run: Run, options: argparse.Namespace, text: language_text.Text) ->
 
 
 def compare(options: argparse.Namespace, text: language_text.Text) -> dict[str, dict]:
-    """Trains what `results.json` lacks; all runs that were asked for, by name."""
+    """Trains the seeds that `results.json` lacks; returns the entries of all runs by name."""
     results = Results(options.out / "results.json", text.name)
     wanted = {run.name: settings(run, options, text) for run in options.run}
     done = {
@@ -124,7 +126,7 @@ def compare(options: argparse.Namespace, text: language_text.Text) -> dict[str, 
     def step_flops(config, batch):
         run = Run("", config, {}, batch=batch)
         trainer = Trainer(run, options.steps, options)
-        return trainer.step_flops(trainer.model)
+        return trainer.step_flops(trainer.rules)
 
     @functools.cache
     def start(seed):
@@ -166,21 +168,20 @@ def compare(options: argparse.Namespace, text: language_text.Text) -> dict[str, 
 
 
 def record(entry: dict, trained: Trained) -> None:
-    """Adds what there is of one seed to what results.json has of the run."""
+    """Adds the results of one seed to the run's entry."""
     for step, diagnostics in trained.diagnostics.items():
-        of_model = {name: float(x) for name, x in diagnostics.model._asdict().items()}
         entry.setdefault("diagnostics", {})[str(step)] = {
             "rule": float(diagnostics.verdict()),
             "table": str(diagnostics),
-            **of_model,
+            **{name: float(x) for name, x in diagnostics.model._asdict().items()},
         }
     if trained.controller:
-        entry["decisions"].append([found._asdict() for found in trained.controller.log])
+        entry["decisions"].append([decision._asdict() for decision in trained.controller.log])
         entry.setdefault("controller", str(trained.controller))  # of the first seed
     entry["losses"].append(trained.losses)
     entry["flops"].append(trained.flops)
     entry["seconds"].append([round(seconds, 2) for seconds in trained.seconds])
-    entry["mean"], entry["sd"] = runs.summary([losses[-1] for losses in entry["losses"]])
+    entry["mean"], entry["sd"] = runs.mean_and_sd([losses[-1] for losses in entry["losses"]])
 
 
 # ---- the command
@@ -216,22 +217,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--start", type=runs.count, metavar="STEPS",
-        help="so many exact steps with --batch first, which are not counted: runs are fine-tuning",
+        help="so many exact steps with --batch come first and are not counted: the runs fine-tune",
     )  # fmt: skip
     parser.add_argument(
         "--start-learning-rate", type=runs.rate, default=1e-3, help="of these steps (0.001)"
     )
     parser.add_argument(
         "--layers-exact", metavar="REGEX",
-        help="exact layers besides the head: their whole path, for instance block_0/.*",
+        help="exact layers besides the head, by their whole path: for instance block_0/.*",
     )  # fmt: skip
     parser.add_argument(
         "--diagnose", action="store_true",
-        help="of the first seed of each approximate run, early and late: v, c, the batch's noise",
+        help="measure v, c and noise of approximate runs, early and late in their first seed",
     )  # fmt: skip
     parser.add_argument(
         "--loss", type=runs.rate,
-        help="show when each run's validation loss was that low: seconds and FLOPs",
+        help="show the seconds and FLOPs after which each run's validation loss was so low",
     )  # fmt: skip
     parser.add_argument(
         "--text", type=pathlib.Path, metavar="FILE",
@@ -256,7 +257,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"argument --run: {run.name}: {error}")
         names = [f"{x.path} ({x.in_features} to {x.out_features})" for x in layers]
         options.approximate = options.approximate or names
-    runs.make_out(parser, options)
+    runs.make_out_folder(parser, options)
     return options
 
 

@@ -1,4 +1,4 @@
-"""The runs of language_model.py: a table, and the loss over the FLOPs spent."""
+"""The report of language_model.py: a table of its runs, and a figure of their losses over FLOPs."""
 
 import pathlib
 
@@ -6,26 +6,26 @@ import numpy as np
 import runs
 from matplotlib.figure import Figure
 
-from mem_aop_jax._analysis.tables import markdown
-
 
 def write(
     results: dict[str, dict], folder: pathlib.Path, description: str, loss: float | None = None
 ) -> str:
-    """Writes `results.md` and `results.png`; the table, the description, and where they are.
+    """Writes `results.md` and `results.png`; returns the text and the files' paths.
+
+    With diagnostics, it also writes those of each layer to `diagnostics.md`.
 
     Args:
-      results: runs by name, as in results.json.
-      folder: for the files.
-      description: what stands below the table.
-      loss: as `table` takes it.
+      results: the entries of results.json by the run's name.
+      folder: where the files go.
+      description: the text below the table.
+      loss: as in `table`.
     """
     paths = [folder / "results.md", folder / "results.png"]
     text = f"{table(results, loss)}\n\n{description}"
     layers = [
-        f"{name}, after {step} steps\n\n{found['table']}\n"
+        f"{name}, after {step} steps\n\n{diagnostics['table']}\n"
         for name, entry in results.items()
-        for step, found in entry.get("diagnostics", {}).items()
+        for step, diagnostics in entry.get("diagnostics", {}).items()
     ]
     decisions = [
         f"{name}, first seed\n\n{entry['controller']}"
@@ -34,7 +34,7 @@ def write(
     ]
     text = "\n\n".join([text, *decisions])
     if layers:
-        text = f"{text}\n\n{diagnosed(results)}"
+        text = f"{text}\n\n{diagnostics_table(results)}"
         paths.append(folder / "diagnostics.md")
         paths[-1].write_text("\n".join(layers))
     paths[0].write_text(text + "\n")
@@ -43,12 +43,12 @@ def write(
 
 
 def table(results: dict[str, dict], loss: float | None = None) -> str:
-    """Markdown.
+    """A table in Markdown, with a row for each run.
 
     c: FLOPs of a step, relative to those of an exact step of the same batch. "of the reference":
-    FLOPs of the whole run, relative to those of the exact run with --batch and --steps. Seconds:
-    of a seed, without compilation and evaluation. With a loss, also what each run had spent when
-    its validation loss was as low, straight between two evaluations.
+    FLOPs of the whole run, relative to those of the exact run with --batch and --steps. s: seconds
+    of a seed, without compilation and evaluation. With a `loss`, two more columns have the seconds
+    and FLOPs after which a run's validation loss was as low.
     """
     header = ["run", "batch", "steps", "FLOPs of a step", "c", "of the reference", "s", "loss"]
     if loss is not None:
@@ -62,18 +62,21 @@ def table(results: dict[str, dict], loss: float | None = None) -> str:
             f"{entry['c']:.3f}",
             f"{entry['of_reference']:.3f}",
             f"{np.mean(entry['seconds'], axis=0)[-1]:.1f}",
-            runs.shown([losses[-1] for losses in entry["losses"]]),
-            *([] if loss is None else [reached(entry, of, loss) for of in ("seconds", "flops")]),
+            runs.cell([losses[-1] for losses in entry["losses"]]),
+            *([] if loss is None else [spent_until(entry, loss, x) for x in ("seconds", "flops")]),
         )
         for name, entry in results.items()
     ]
-    return markdown(header, rows)
+    return runs.markdown(header, rows)
 
 
-def reached(entry: dict, of: str, loss: float) -> str:
-    """Seconds or FLOPs that a run had spent when its loss was that low: mean ± sd of the seeds."""
+def spent_until(entry: dict, loss: float, resource: str) -> str:
+    """Seconds or FLOPs that a run had spent when its loss was so low: mean ± sd of the seeds.
 
-    def spent_by(losses, spent):
+    Between two evaluations the loss falls in a straight line.
+    """
+
+    def spent_by_seed(losses, spent):
         i = next((i for i, x in enumerate(losses) if x <= loss), None)
         if i is None:
             return None
@@ -82,25 +85,23 @@ def reached(entry: dict, of: str, loss: float) -> str:
         share = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])
         return spent[i - 1] + share * (spent[i] - spent[i - 1])
 
-    spent = [spent_by(*seed) for seed in zip(entry["losses"], entry[of], strict=True)]
-    if None in spent:
-        return "never"
-    return " ± ".join(f"{x:.4g}" for x in runs.summary(spent) if x is not None)
+    spent = [spent_by_seed(*seed) for seed in zip(entry["losses"], entry[resource], strict=True)]
+    return "never" if None in spent else runs.cell(spent, ".4g")
 
 
-def diagnosed(results: dict[str, dict]) -> str:
-    """Markdown: what was measured of the estimates, by run and step; as in `aop.Measured`.
+def diagnostics_table(results: dict[str, dict]) -> str:
+    """The diagnostics of the gradient estimates in Markdown, with a row for each run and step.
 
-    c: of the approximate layers alone.
+    The columns are those of `aop.Measured`; c is the cost of the approximate layers alone.
     """
-    head = ("error", "cosine", "v", "v of dX", "noise", "c")
-    figures = ("error", "cosine", "v", "input_v", "noise", "c", "rule")
+    header = ("run", "step", "error", "cosine", "v", "v of dX", "noise", "c", "(1 + error²) c")
+    keys = ("error", "cosine", "v", "input_v", "noise", "c", "rule")
     rows = [
-        (f"`{name}`", step, *(f"{found[figure]:.3g}" for figure in figures))
+        (f"`{name}`", step, *(f"{diagnostics[key]:.3g}" for key in keys))
         for name, entry in results.items()
-        for step, found in entry.get("diagnostics", {}).items()
+        for step, diagnostics in entry.get("diagnostics", {}).items()
     ]
-    return markdown(("run", "step", *head, "(1 + error²) c"), rows)
+    return runs.markdown(header, rows)
 
 
 def draw(results: dict[str, dict]) -> Figure:

@@ -15,11 +15,18 @@ UNKNOWN = len(CHARACTERS)  # the token of all other characters
 VOCABULARY = UNKNOWN + 1
 TEXT_LIMIT = 20_000_000  # characters
 VALIDATION_SHARE = 0.05  # of the text, at its end
-VALIDATION_BATCHES = (8, 16)  # so many, of so many windows
+VALIDATION_SHAPE = (8, 16)  # batches, windows of a batch
 
 
 class Text(NamedTuple):
-    """Tokens: `train` (characters,) and `validation` (batches, windows, sequence + 1), uint8."""
+    """A text as tokens.
+
+    Attributes:
+      name: of its file, or "standard library".
+      train: `(characters,)` uint8.
+      validation: `(batches, windows, sequence + 1)` uint8.
+      checksum: of all tokens.
+    """
 
     name: str
     train: np.ndarray
@@ -37,6 +44,7 @@ def standard_library(folder: pathlib.Path) -> str:
 
 
 def encode(text: str) -> np.ndarray:
+    """A token for each character, uint8."""
     table = np.full(129, UNKNOWN, np.uint8)
     table[[ord(character) for character in CHARACTERS]] = np.arange(len(CHARACTERS))
     codes = np.frombuffer(text.encode("utf-32-le", errors="replace"), "<u4")
@@ -44,6 +52,7 @@ def encode(text: str) -> np.ndarray:
 
 
 def load(options: argparse.Namespace) -> Text:
+    """The text of --text, or of the standard library, split for training and validation."""
     path = options.text or pathlib.Path(sysconfig.get_paths()["stdlib"])
     try:
         if options.text:
@@ -61,7 +70,7 @@ def load(options: argparse.Namespace) -> Text:
             f"{path}: has {len(tokens)} characters; with --sequence {options.sequence} at least "
             f"{math.ceil(window / VALIDATION_SHARE)} are wanted. Give a longer --text FILE"
         )
-    batches, windows = VALIDATION_BATCHES
+    batches, windows = VALIDATION_SHAPE
     starts = np.linspace(0, len(validation) - window, batches * windows).astype(int)
     return Text(
         options.text.name if options.text else "standard library",

@@ -1,4 +1,4 @@
-"""What language_model.py trains, and how: a character transformer in stock Flax."""
+"""The model of language_model.py, a character transformer in stock Flax, and its training."""
 
 import argparse
 import dataclasses
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import language_text
 import optax
+from flop_counts import compiled_flops, skipped_refresh_flops
 from tqdm import tqdm
 
 import mem_aop_jax as aop
-from mem_aop_jax._analysis.model_gradients import counted_flops, memory_shapes, model_flops_left_out
 
 EVALUATIONS = 10  # of a run, evenly spaced; the last is after the last step
 WARM_UP = 0.1  # of the steps
@@ -28,14 +28,14 @@ class Run(NamedTuple):
     """One way to train.
 
     Attributes:
-      name: as it was spelled.
-      config: of the layers; None is exact, and "control".
-      keywords: the configuration's, as they were spelled.
-      every: steps between two decisions of a controller; None has none.
-      inputs: whether it may approximate gradients of inputs, too.
+      name: the text of --run.
+      config: the layers' configuration; None for "exact" and "control".
+      keywords: the configuration's keywords with their values.
+      every: steps between two decisions of a controller; None where there is no controller.
+      inputs: whether the controller may approximate gradients of inputs, too.
       batch: windows of a step: a count, or (a float) a share of --batch.
       steps: a count, or (a float) a share of --steps; None where `flops` decides.
-      flops: those of the whole run, as a share of the reference's; None where `steps` decides.
+      flops: of the whole run, as a share of the reference's; None where `steps` decides.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Transformer(nn.Module):
 
 
 def loss(model, variables, windows, key=None):
-    """As `aop.allocate` and `aop.Controller` take it."""
+    """The loss in the form that `aop.allocate` and `aop.Controller` take."""
     rngs = {} if key is None else {aop.linen.RNG: key}
     logits = model.apply(variables, windows[:, :-1], rngs=rngs)
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
@@ -94,10 +94,10 @@ def training_loss(model, params, memory, windows, key):
 
 @functools.partial(jax.jit, static_argnums=0)
 def validation_loss(model, params, batches):
-    def of_batch(windows):
+    def batch_loss(windows):
         return loss(model, {"params": params}, windows.astype(jnp.int32))
 
-    return jax.lax.map(of_batch, batches).mean()
+    return jax.lax.map(batch_loss, batches).mean()
 
 
 # ---- training
@@ -108,16 +108,16 @@ def evaluated_steps(steps: int) -> list[int]:
 
 
 class Trained(NamedTuple):
-    """What there is of one training.
+    """The results of one training.
 
     Attributes:
-      losses: of the validation, at the evaluated steps.
-      flops: spent so far, at the same steps.
-      seconds: spent so far, at the same steps: on steps and a controller's measurements, without
-        compilation and evaluation.
-      diagnostics: by step.
-      controller: None where there is none.
-      params: after the last step.
+      losses: validation losses at the evaluated steps.
+      flops: FLOPs spent until each of these steps.
+      seconds: seconds spent until each of these steps, on training and on a controller's
+        measurements; without compilation and evaluation.
+      diagnostics: diagnostics by step.
+      controller: the controller, or None.
+      params: the parameters after the last step.
     """
 
     losses: list[float]
@@ -129,7 +129,7 @@ class Trained(NamedTuple):
 
 
 class Trainer:
-    """Training of a run, with so many steps, for any seed."""
+    """Training of a run for a number of steps, for any seed."""
 
     def __init__(
         self, run: Run, steps: int, options: argparse.Namespace, learning_rate: float | None = None
@@ -141,7 +141,8 @@ class Trainer:
         self.exact = Transformer(options.width, options.layers, options.heads)
         self.example = jnp.zeros((run.batch, options.sequence), jnp.int32)
         self.layers_exact = ["head", *([options.layers_exact] if options.layers_exact else [])]
-        self.model = self.exact if run.config is None else self.wrapped(run.config)
+        self.rules = () if run.config is None else self.rules_with(run.config)
+        self.model = self.wrapped(self.rules)
         warm_up = int(WARM_UP * steps)
         self.schedule = optax.warmup_cosine_decay_schedule(
             learning_rate / (warm_up + 1), learning_rate, warm_up, steps
@@ -150,13 +151,16 @@ class Trainer:
         self.advance = jax.jit(self._advance, static_argnums=0, donate_argnums=1)
         self.step_flops = functools.cache(self._step_flops)
 
-    def wrapped(self, config):
-        rules = [*((pattern, None) for pattern in self.layers_exact), (r".*", config)]
-        return aop.linen.wrap(self.exact, rules)
+    def rules_with(self, config):
+        """Rules for `aop.linen.wrap`: the configuration for all but the exact layers."""
+        return (*((pattern, None) for pattern in self.layers_exact), (r".*", config))
+
+    def wrapped(self, rules):
+        return aop.linen.wrap(self.exact, rules) if rules else self.exact
 
     def layers(self):
-        """Those that are approximate, or may be."""
-        model = self.wrapped(self.allocated) if self.every else self.model
+        """The layers that are approximate, or that a controller may approximate."""
+        model = self.wrapped(self.rules_with(self.allocated)) if self.every else self.model
         return aop.linen.layers(model, jax.random.key(0), self.example)
 
     def optimizer(self, memory):
@@ -181,7 +185,7 @@ class Trainer:
         return optax.apply_updates(params, updates), opt_state
 
     def windows(self, tokens, key, i):
-        """Those of step i. The n-th of a run is the same for every batch size."""
+        """The windows of step i. The n-th window of a run is the same for every batch size."""
 
         def offset(n):
             return jax.random.randint(
@@ -200,21 +204,21 @@ class Trainer:
 
         return jax.lax.fori_loop(start, stop, body, state)
 
-    def _step_flops(self, model) -> float:
-        """FLOPs of one training step, as XLA counts them; without the refreshes it leaves out."""
-        key = jax.random.key(0)
+    def _step_flops(self, rules) -> float:
+        """FLOPs of a training step with these rules, which is exact if there are none.
+
+        As XLA counts them, less the refreshes that most steps skip.
+        """
+        model, key = self.wrapped(rules), jax.random.key(0)
+        memory = jax.eval_shape(model.init, key, self.example).get(aop.linen.COLLECTION, {})
         params, opt_state = jax.eval_shape(self.init, key)
-        state = params, aop.replace_memory(opt_state, memory_shapes(model, self.example))
+        state = params, aop.replace_memory(opt_state, memory)
         windows = jnp.zeros((self.batch, self.sequence + 1), jnp.int32)
-        step = jax.jit(self.step, static_argnums=0)
-        counted = counted_flops(step, model, state, windows, key)
-        if model is self.exact:
-            return counted
-        layers = aop.linen.layers(model, key, self.example)
-        return counted - model_flops_left_out(model.rules, layers)
+        flops = compiled_flops(jax.jit(self.step, static_argnums=0), model, state, windows, key)
+        return flops - skipped_refresh_flops(self.exact, rules, self.example) if rules else flops
 
     def diagnose(self, model, state, windows, key) -> aop.Diagnostics:
-        """Of the gradient estimates, on windows that were not trained on."""
+        """Diagnostics of the gradient estimates, on windows that were not trained on."""
         params, opt_state = state
         probes = aop.linen.probes(model, aop.get_memory(opt_state), key, self.example)
         loss_fn = functools.partial(training_loss, model)
@@ -230,26 +234,32 @@ class Trainer:
         diagnosed: Sequence[int] = (),
         params=None,
     ) -> Trained:
-        """Trains once, from these parameters if any are given.
+        """Trains once.
 
-        With diagnostics at those of the evaluated steps that are in `diagnosed`.
+        Args:
+          seed: of everything random.
+          tokens: the text to train on.
+          validation: windows of the validation text.
+          progress: updated after each evaluation.
+          diagnosed: the evaluated steps at which the gradient estimates are diagnosed.
+          params: the parameters to start from; None initialises them.
         """
         init_key, *keys = jax.random.split(jax.random.key(seed), 3)
-        state, model = self.init(init_key), self.model
+        state, model, rules = self.init(init_key), self.model, self.rules
         if params is not None:
             keys = [jax.random.fold_in(key, 1) for key in keys]  # other windows
-            state = jax.tree.map(jnp.copy, params), state[1]  # which the first step takes
+            state = jax.tree.map(jnp.copy, params), state[1]  # copies: the first step donates them
         controlled = Controlled(self) if self.every else None
         evaluated = evaluated_steps(self.steps)
         decided = decided_steps(self.steps, self.every) if self.every else []
-        losses, spent, seconds, found = [], [], [], {}
+        losses, spent, seconds, diagnostics = [], [], [], {}
         done, flops, stopwatch = 0, 0.0, Stopwatch()
         for step in sorted({*evaluated, *decided}):
             with stopwatch:
                 state = jax.block_until_ready(self.advance(model, state, tokens, *keys, done, step))
-            flops += (step - done) * self.step_flops(model)
+            flops += (step - done) * self.step_flops(rules)
             done = step
-            key = jax.random.fold_in(keys[1], self.steps + step)  # of no step
+            key = jax.random.fold_in(keys[1], self.steps + step)  # which no step has
             if step in evaluated:
                 losses.append(float(validation_loss(self.exact, state[0], validation)))
                 spent.append(flops)
@@ -257,19 +267,19 @@ class Trainer:
                 progress.update()
             if step in diagnosed and model is not self.exact:
                 windows = self.windows(tokens, keys[0], step)
-                found[step] = self.diagnose(model, state, windows, key)
+                diagnostics[step] = self.diagnose(model, state, windows, key)
             if step in decided:
                 batches = [self.windows(tokens, keys[0], step + i) for i in range(2)]
                 with stopwatch:
-                    state, of_decision = controlled.decide(step, state, batches, key)
-                model = controlled.controller.model
-                flops += of_decision
+                    state, decision_flops = controlled.decide(step, state, batches, key)
+                model, rules = controlled.controller.model, controlled.rules
+                flops += decision_flops
         controller = controlled and controlled.controller
-        return Trained(losses, spent, seconds, found, controller, state[0])
+        return Trained(losses, spent, seconds, diagnostics, controller, state[0])
 
 
 class Stopwatch:
-    """The seconds inside of its `with` blocks, but for those in which JAX compiled."""
+    """Adds up the seconds inside its `with` blocks in which JAX did not compile."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -282,15 +292,15 @@ class Stopwatch:
         self.seconds += time.perf_counter() - self.start - compiling
 
 
-COMPILING: list[tuple[float, float]] = []  # when JAX traced, lowered and compiled, from and to
+COMPILING: list[tuple[float, float]] = []  # start and end of each time that JAX compiled
 
 
 def note_compilation(event: str, seconds: float, **_) -> None:
-    """A listener of `jax.monitoring`, called after what took so long."""
+    """Listens to `jax.monitoring`, which calls it at the end of each event."""
     if event.startswith("/jax/core/compile/"):
         end = time.perf_counter()
         start = end - seconds
-        while COMPILING and COMPILING[-1][0] > start:  # it was part of this
+        while COMPILING and COMPILING[-1][0] > start:  # it was part of this event
             COMPILING.pop()
         COMPILING.append((start, end))
 
@@ -303,10 +313,10 @@ def decided_steps(steps: int, every: int) -> list[int]:
 
 
 class Controlled:
-    """What a controller decides between: exact training, and what `aop.allocate` finds.
+    """A controller that decides between exact training and the rules that `aop.allocate` finds.
 
-    It is asked at the first, second, fourth, ... decision, and what it finds is among the choices
-    from then on.
+    `aop.allocate` is called at the first, second, fourth, ... decision; each time its rules join
+    the choices.
     """
 
     def __init__(self, trainer: Trainer):
@@ -317,14 +327,19 @@ class Controlled:
         trainer = self.trainer
         return aop.Controller(trainer.exact, self.choices, trainer.example, loss, log=log)
 
+    @property
+    def rules(self):
+        """The rules of the last choice; there are none for exact training."""
+        return self.choices.get(self.controller.log[-1].choice, ())
+
     def decide(self, step: int, state, batches, key):
-        """The state with the memory of what was chosen, and the FLOPs of all measurements."""
+        """The state with the memory of the model that was chosen, and FLOPs of all measurements."""
         params, opt_state = state
         second_moments = optax.tree_utils.tree_get(opt_state, "nu")
         metric = jax.tree.map(lambda nu: 1 / (jnp.sqrt(nu) + 1e-8), second_moments)  # Adam's
         flops, number = 0.0, len(self.controller.log) + 1
         if number & (number - 1) == 0:
-            found = aop.allocate(
+            allocation = aop.allocate(
                 self.trainer.exact,
                 self.trainer.allocated,
                 self.trainer.example,
@@ -335,8 +350,8 @@ class Controlled:
                 layers="|".join(re.escape(layer.path) for layer in self.trainer.layers()),
                 metric=metric,
             )
-            flops += found.spent
-            self.choices[f"allocated at {step}"] = found.rules
+            flops += allocation.spent
+            self.choices[f"allocated at {step}"] = allocation.rules
             self.controller = self._controller(self.controller.log)
         memory = aop.get_memory(opt_state)
         memory = self.controller.decide(step, params, memory, batches, key, metric=metric)

@@ -16,17 +16,17 @@ import pooch
 
 
 class DataError(Exception):
-    """What is wrong with which file."""
+    """Names a file and says why it cannot be used."""
 
 
 class Data(NamedTuple):
-    """A data set that is split already.
+    """A data set, split for training and validation.
 
     Attributes:
       train_x: `(rows, in_features)`; energy: float32, standardised; images: uint8 pixels.
       train_y: `(rows, 1)` float32 in kWh/m2, or `(rows,)` int32 labels.
-      validation_x: as `train_x`.
-      validation_y: as `train_y`.
+      validation_x: inputs like `train_x`.
+      validation_y: targets like `train_y`.
     """
 
     train_x: np.ndarray
@@ -42,7 +42,9 @@ class Data(NamedTuple):
 # ---- energy
 
 ENERGY_URL = "https://archive.ics.uci.edu/static/public/242/data.csv"
-ENERGY_SHA256 = "3563209cb65c108b72e6ee45f56f12e53c3f346f10b6b30a79ec5b7c0a0a1dd9"  # of the values
+ENERGY_SHA256 = (
+    "3563209cb65c108b72e6ee45f56f12e53c3f346f10b6b30a79ec5b7c0a0a1dd9"  # of its values, rounded
+)
 ENERGY_ROWS, ENERGY_TRAIN_ROWS = 768, 576
 NUMBERS = (  # standardised
     "relative compactness",
@@ -71,7 +73,7 @@ def energy(path: pathlib.Path | None = None) -> Data:
         None downloads it.
 
     Raises:
-      DataError: a file that is missing, truncated or not this data set, or no network.
+      DataError: the file is missing, truncated or another data set, or there is no network.
     """
     columns = _energy_columns(_downloaded_energy() if path is None else path)
     numbers = np.stack([columns[name] for name in NUMBERS], axis=1)
@@ -84,7 +86,7 @@ def energy(path: pathlib.Path | None = None) -> Data:
 
 
 def _energy_columns(path):
-    """Each column that is used, `(768,)` float64, by its name."""
+    """The columns of the inputs and the target, `(768,)` float64, by name."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             header, *rows = [row for row in csv.reader(file) if row] or [[]]
@@ -93,13 +95,15 @@ def _energy_columns(path):
     header = [" ".join(name.lower().replace("_", " ").split()) for name in header]
     columns = {}
     for name, short in UCI_NAMES.items():
-        found = [i for i, column in enumerate(header) if column in (name, short)]
-        if len(found) != 1:
+        indices = [i for i, column in enumerate(header) if column in (name, short)]
+        if len(indices) != 1:
             raise DataError(
-                f"{path}: {len(found) or 'no'} columns are named {name!r} or {short.upper()!r}; "
+                f"{path}: {len(indices) or 'no'} columns are named {name!r} or {short.upper()!r}; "
                 f"its header is: {', '.join(header)}"
             )
-        columns[name] = np.array([_number(path, row, found[0], i) for i, row in enumerate(rows, 2)])
+        columns[name] = np.array(
+            [_number(path, row, indices[0], line) for line, row in enumerate(rows, 2)]
+        )
     if len(rows) != ENERGY_ROWS:
         raise DataError(
             f"{path}: has {len(rows)} rows of data; the data set has {ENERGY_ROWS}. It is "
@@ -115,14 +119,14 @@ def _energy_columns(path):
     return columns
 
 
-def _number(path, row, column, number):
+def _number(path, row, column, line):
     cell = row[column] if column < len(row) else ""
     try:
         value = float(cell)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"{path}, row {number}: {cell!r} in column {column + 1} is no number")
+        raise DataError(f"{path}, row {line}: {cell!r} in column {column + 1} is no number")
     return value
 
 
@@ -134,14 +138,14 @@ def _downloaded_energy():
         if hashlib.sha256(np.round(values, 4).tobytes()).hexdigest() != ENERGY_SHA256:
             raise DataError(f"{path}: its values are not those of the data set (checksum)")
     except DataError:
-        path.unlink()  # to download it anew the next time
+        path.unlink()  # the next call downloads it anew
         raise
     return path
 
 
 # ---- images
 
-IMAGES, LABELS = 2051, 2049  # magic numbers: unsigned bytes in 3 dimensions, in 1
+IMAGES, LABELS = 2051, 2049  # magic numbers: unsigned bytes in three dimensions, and in one
 FILES = {
     "train-images-idx3-ubyte": IMAGES,
     "train-labels-idx1-ubyte": LABELS,
@@ -149,7 +153,7 @@ FILES = {
     "t10k-labels-idx1-ubyte": LABELS,
 }
 CLASSES = 10
-SOURCES = {  # where the files are, and the md5 sums of the compressed files, in the order of FILES
+SOURCES = {  # the address of the files, and their md5 sums (compressed) in the order of FILES
     "mnist": (
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
         "f68b3c2dcbeaaa9fbdd348bbdeb94873",
@@ -178,11 +182,11 @@ def images(dataset: str, folder: pathlib.Path | None = None) -> Data:
     """MNIST, Fashion-MNIST or Kuzushiji-MNIST: 60,000 images to train on, 10,000 to validate.
 
     Args:
-      dataset: a key of `SOURCES`; of no account where `folder` is given.
-      folder: where the four IDX files are, compressed (.gz) or not; None downloads them.
+      dataset: a key of `SOURCES`; ignored if a folder is given.
+      folder: the folder of the four IDX files, compressed (.gz) or not; None downloads them.
 
     Raises:
-      DataError: a file that is missing, truncated or of another format, or no network.
+      DataError: a file is missing, truncated or in another format, or there is no network.
     """
     paths = _downloaded_images(dataset) if folder is None else _images_in(folder)
     contents = {path: _idx(path, magic) for path, magic in zip(paths, FILES.values(), strict=True)}
@@ -211,7 +215,7 @@ def images(dataset: str, folder: pathlib.Path | None = None) -> Data:
 
 
 def _idx(path, magic):
-    """The array in an IDX file of unsigned bytes."""
+    """The array in an IDX file with this magic number."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read()
@@ -220,10 +224,10 @@ def _idx(path, magic):
     words = 1 + magic % 256  # the header: the magic number, whose last byte counts the dimensions
     if len(content) < 4 * words:
         raise DataError(f"{path}: has {len(content)} bytes, too few for the header of an IDX file")
-    found, *shape = map(int, np.frombuffer(content, ">u4", count=words))
-    if found != magic:
+    first, *shape = map(int, np.frombuffer(content, ">u4", count=words))
+    if first != magic:
         kind = "images" if magic == IMAGES else "labels"
-        raise DataError(f"{path}: its magic number is {found}; an IDX file of {kind} has {magic}")
+        raise DataError(f"{path}: its magic number is {first}; an IDX file of {kind} has {magic}")
     if len(content) != 4 * words + math.prod(shape) or not math.prod(shape):
         raise DataError(
             f"{path}: has {len(content) - 4 * words} bytes of data, but its header says "
@@ -235,13 +239,13 @@ def _idx(path, magic):
 def _images_in(folder):
     paths = []
     for name in FILES:
-        found = [p for p in (folder / name, folder / f"{name}.gz") if p.is_file()]
-        if not found:
+        candidates = [p for p in (folder / name, folder / f"{name}.gz") if p.is_file()]
+        if not candidates:
             raise DataError(
                 f"{folder}: has no file {name} or {name}.gz; --data takes a folder with the four "
                 f"IDX files {', '.join(FILES)} (or the same with .gz)"
             )
-        paths.append(found[0])
+        paths.append(candidates[0])
     return paths
 
 
@@ -255,7 +259,7 @@ def _downloaded_images(dataset):
 
 
 def _download(url, checksum, name, offline):
-    """The path of the file in the cache, where it is put the first time."""
+    """Downloads the file unless the cache has it; returns its path there."""
     try:
         return pathlib.Path(
             pooch.retrieve(
@@ -266,7 +270,7 @@ def _download(url, checksum, name, offline):
                 progressbar=True,
             )
         )
-    except (OSError, ValueError) as error:  # no network; not the checksum
+    except (OSError, ValueError) as error:  # no network; a wrong checksum
         raise DataError(
             f"{url}: cannot be downloaded ({error}). Without it, give {offline}"
         ) from None

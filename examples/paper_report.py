@@ -1,4 +1,4 @@
-"""Ours against the figures that the authors of arXiv 2110.09164 published: table and figures."""
+"""Our runs beside the figures that the authors of arXiv 2110.09164 published: table and figures."""
 
 import itertools
 import pathlib
@@ -26,7 +26,7 @@ METRICS = {
         Metric("acc_val", "validation accuracy", "linear"),
     ),
 }
-# The final epoch of ten runs, mean and sample standard deviation of each metric; MNIST: then
+# Mean and sample standard deviation of each metric in the final epoch of ten runs; for MNIST also
 # minimum, median and maximum of the validation accuracy.
 PUBLISHED = {
     "energy": {
@@ -63,12 +63,12 @@ PUBLISHED = {
 
 
 def write(dataset: str, results: dict[str, dict], folder: pathlib.Path) -> str:
-    """Writes `DATASET.md` and a figure for each K; the table and where the figures are.
+    """Writes `DATASET.md` and a figure for each K; returns the table and the files' paths.
 
     Args:
-      dataset: a name of `paper_data`.
-      results: configurations by name, as in results.json; "baseline" among them.
-      folder: for the files.
+      dataset: "energy", or a key of `paper_data.SOURCES`.
+      results: the entries of results.json by the configuration's name; "baseline" is one.
+      folder: where the files go.
     """
     metrics = METRICS.get(dataset, METRICS["images"])
     text = table(metrics, results, PUBLISHED.get(dataset, {}))
@@ -88,10 +88,10 @@ def write(dataset: str, results: dict[str, dict], folder: pathlib.Path) -> str:
 
 
 def table(metrics: tuple[Metric, ...], results: dict[str, dict], published: dict) -> str:
-    """Markdown: mean ± sd (ratio to the baseline), ours and published; z-scores.
+    """A table in Markdown: mean ± sd (ratio to the baseline), ours and published, and z-scores.
 
-    Where classes can go unlearned the last columns count runs by the classes that they learned,
-    with the p-value of a permutation test.
+    For images, whole classes may not be learned: the last columns count the runs by the number of
+    classes that they learned, with the p-value of a permutation test.
     """
     header = ["configuration"]
     for metric in metrics:
@@ -136,13 +136,14 @@ def _counts(runs):
     return ", ".join(f"{count} x {int(value)}" for count, value in pairs)
 
 
-# ---- MNIST: the double softmax leaves whole classes unlearned, so that accuracies come in levels
+# ---- MNIST: with the double softmax whole classes are not learned, so accuracies come in levels
 
 
 def levels(entry: dict, baseline: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Classes learned, 0 to 10, and the validation accuracy of a run that learned so many.
+    """Numbers of classes learned, 0 to 10, and the validation accuracy that goes with each.
 
-    A line through our runs; of the baseline's slope where all of them learned the same number.
+    A line is fitted to our runs. If all of them learned the same number of classes, it has the
+    slope of the baseline's line.
     """
     classes = np.arange(11)
     learned, accuracy = (np.array(entry[name]["runs"]) for name in ("learned", "acc_val"))
@@ -150,32 +151,32 @@ def levels(entry: dict, baseline: dict) -> tuple[np.ndarray, np.ndarray]:
         return classes, np.polyval(np.polyfit(learned, accuracy, 1), classes)
     if entry is baseline:
         return classes, classes * accuracy.mean() / max(learned[0], 1)
-    _, of_baseline = levels(baseline, baseline)
-    return classes, of_baseline + accuracy.mean() - of_baseline[learned[0]]
+    _, baseline_accuracy = levels(baseline, baseline)
+    return classes, baseline_accuracy + accuracy.mean() - baseline_accuracy[learned[0]]
 
 
 def published_levels(summary: tuple[float, ...], classes: np.ndarray, accuracy: np.ndarray):
-    """How many classes each of the ten published runs learned, from what is published of them.
+    """How many classes each of the ten published runs learned, by the summary that was published.
 
-    Of all ways to spread ten runs over the levels, that with the nearest summary.
+    Tries all ways to spread ten runs over the levels, and returns the one whose summary is nearest.
 
     Args:
       summary: mean, sample standard deviation, minimum, median and maximum of the accuracy.
-      classes: numbers of classes learned, one a level.
-      accuracy: of each level.
+      classes: the number of classes learned at each level.
+      accuracy: the accuracy at each level.
     """
     low, high = (int(np.abs(accuracy - summary[i]).argmin()) for i in (2, 4))
     inner = range(min(low, high), max(low, high) + 1)
     ways = itertools.combinations_with_replacement(inner, PUBLISHED_RUNS - 2)
     runs = np.array([sorted((low, *way, high)) for way in ways])
     a = accuracy[runs]
-    found = [a.mean(1), a.std(1, ddof=1), a.min(1), np.median(a, 1), a.max(1)]
-    distance = sum((f - s) ** 2 for f, s in zip(found, summary, strict=True))
+    summaries = [a.mean(1), a.std(1, ddof=1), a.min(1), np.median(a, 1), a.max(1)]
+    distance = sum((x - s) ** 2 for x, s in zip(summaries, summary, strict=True))
     return classes[runs[distance.argmin()]]
 
 
 def same_levels(ours, theirs) -> float:
-    """p-value of the hypothesis that the runs of both come from one distribution."""
+    """The p-value of the hypothesis that our runs and theirs come from one distribution."""
     return stats.permutation_test(
         (np.asarray(ours, float), np.asarray(theirs, float)),
         lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis),
@@ -188,7 +189,7 @@ def same_levels(ours, theirs) -> float:
 
 
 def draw(title: str, metrics: tuple[Metric, ...], results: dict[str, dict]) -> Figure:
-    """A panel a metric, over the epochs: exact black, memory solid, without it dashed."""
+    """A panel for each metric, over the epochs: exact black, with memory solid, without dashed."""
     figure = Figure(figsize=(5.5 * len(metrics), 4.2), layout="constrained")
     policies = sorted({entry["policy"] for entry in results.values()} - {None})
     for panel, metric in zip(figure.subplots(1, len(metrics)), metrics, strict=True):

@@ -18,10 +18,10 @@ import numpy as np
 import optax
 
 import mem_aop_jax as aop
-from mem_aop_jax._analysis.model_gradients import counted_flops
 
 try:
     import matplotlib
+    from flop_counts import compiled_flops
     from matplotlib.backend_bases import FigureCanvasBase
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -38,7 +38,7 @@ POLICIES = ("topk", "weightedk", "randk")
 
 
 class Run(NamedTuple):
-    """What is compared: a policy (or "exact"), with or without memory, at a ratio K/M."""
+    """One way to train: a policy (or "exact"), with or without memory, at a ratio K/M."""
 
     policy: str = "exact"
     memory: str | None = None
@@ -78,7 +78,7 @@ class Classifier(nn.Module):
 
 
 class Trainer:
-    """Training of one configuration. All methods are for one seed; `vmap` makes them several."""
+    """Training of one configuration. A method is for one seed; `vmap` makes it one for several."""
 
     def __init__(self, config: aop.MemAOP | None, digits: Digits, options: argparse.Namespace):
         self.model = Classifier(config, tuple(options.hidden))
@@ -86,7 +86,7 @@ class Trainer:
         self.batch_size = options.batch_size
         self.example = digits.train_x[: options.batch_size]
         variables = self.model.init(jax.random.key(0), self.example)
-        memory = variables.get(aop.linen.COLLECTION, {})  # empty where the configuration has none
+        memory = variables.get(aop.linen.COLLECTION, {})  # empty if the run has none
         self.optimizer = aop.mem_aop_sgd(options.learning_rate, memory)
 
     def init(self, key):
@@ -131,7 +131,7 @@ class Trainer:
         """FLOPs of one training step of one seed, as XLA counts them."""
         state = jax.eval_shape(self.init, jax.random.key(0))
         batch = self.example, self.digits.train_y[: self.batch_size]
-        return counted_flops(jax.jit(self.step), state, batch, jax.random.key(0))
+        return compiled_flops(jax.jit(self.step), state, batch, jax.random.key(0))
 
 
 class Result(NamedTuple):
@@ -188,7 +188,7 @@ def table(results: dict[Run, Result]) -> str:
 
 
 def plot(results: dict[Run, Result], ratios: list[float], path: pathlib.Path) -> None:
-    """A panel for each ratio; solid with memory, dashed without; the bands are one sd of seeds."""
+    """A panel for each ratio; solid with memory, dashed without; bands of one sd of the seeds."""
     size = (5.5 * len(ratios), 4.2)
     figure, panels = plt.subplots(1, len(ratios), figsize=size, sharey=True, squeeze=False)
     for panel, ratio in zip(panels[0], ratios, strict=True):
@@ -226,7 +226,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     count = functools.partial(number, int, 1, 10**6)
     rate = functools.partial(number, float, 0.0, 1e3)
     for kind, name in ((ratio, "ratio"), (count, "count"), (rate, "rate")):
-        kind.__name__ = name  # for argparse's errors
+        kind.__name__ = name  # argparse names it in its errors
     parser.add_argument(
         "--ratio", type=ratio, nargs="+", default=[0.25, 0.125], metavar="R",
         help="share K/M of the outer products to compute, in (0, 1]; several give several runs",

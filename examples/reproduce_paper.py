@@ -1,8 +1,9 @@
 """Reproduce the experiments of arXiv 2110.09164, and compare with the published figures.
 
-One dense layer, plain SGD, three policies with and without memory at three sizes of K, and the
-exact gradient: 19 configurations a data set, ten runs each, in DIR/results.json, as a table, and as
-the paper's figures. A run that was stopped goes on with the configuration that it had reached.
+One dense layer is trained by plain SGD with three policies, with and without memory, at three sizes
+of K, and with the exact gradient: 19 configurations a data set, ten runs each. The results are
+DIR/results.json, a table, and the paper's figures. A command that was stopped goes on with the
+configuration that it had reached.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import mem_aop_jax as aop
 try:
     import paper_data
     import paper_report
-    from runs import make_out
+    from runs import make_out_folder
     from tqdm import tqdm
 except ImportError as error:
     raise SystemExit(
@@ -36,21 +37,21 @@ except ImportError as error:
     ) from None
 
 POLICIES = ("randk", "weightedk", "topk")
-CONTROL = "uniform"  # which the paper lacks: randk without memory, but unbiased
+CONTROL = "uniform"  # not in the paper: randk without memory, but unbiased
 
 
 class Experiment(NamedTuple):
-    """What differs between the two experiments; the figures are the paper's.
+    """One of the paper's two experiments, with the paper's figures.
 
     Attributes:
       epochs: passes over the training set.
-      rows: of a batch (M); a last, partial batch is dropped.
-      validation_rows: of a batch of the validation set, where a last, partial one is dropped too.
+      rows: rows of a training batch (M); a last, partial batch is dropped.
+      validation_rows: rows of a validation batch; a last, partial batch is dropped, too.
       ks: sizes of K.
-      policies: run by default.
+      policies: the policies that are run by default.
       out_features: of the layer.
-      prepare: stored inputs to the layer's.
-      losses: `(outputs, targets)` to the loss of each row.
+      prepare: a function from the stored inputs to the layer's inputs.
+      losses: a function of outputs and targets, the loss of each row.
     """
 
     epochs: int
@@ -76,7 +77,7 @@ def squared_errors(outputs, targets):
 
 
 def double_softmax_cross_entropy(outputs, labels):
-    """The paper's: a softmax, whose result goes into the cross-entropy as if it were logits."""
+    """The paper's loss: the cross-entropy takes the result of a softmax for logits."""
     return optax.softmax_cross_entropy_with_integer_labels(jax.nn.softmax(outputs), labels)
 
 
@@ -126,7 +127,7 @@ class Configuration(NamedTuple):
 
 
 class Trainer:
-    """Training of one configuration. The methods are for one run; `vmap` makes them several."""
+    """Training of one configuration. A method is for one run; `vmap` makes it one for several."""
 
     def __init__(self, experiment: Experiment, config: aop.MemAOP | None, in_features: int):
         bound = 1 / math.sqrt(in_features)
@@ -140,7 +141,7 @@ class Trainer:
         )
         self.example = jnp.zeros((experiment.rows, in_features), jnp.float32)
         variables = self.model.init(jax.random.key(0), self.example)
-        memory = variables.get(aop.linen.COLLECTION, {})  # empty where there is none
+        memory = variables.get(aop.linen.COLLECTION, {})  # empty if there is none
         self.optimizer = aop.mem_aop_sgd(LEARNING_RATE, memory)
 
     def init(self, key):
@@ -148,7 +149,10 @@ class Trainer:
         return params, self.optimizer.init(params)
 
     def step(self, data, state, batch):
-        """One update, on the rows of the training set that `batch` names; loss and hits before."""
+        """One update, with the loss and the number of hits before it.
+
+        `batch` has the indices of its rows in the training set and a key.
+        """
         params, opt_state = state
         indices, key = batch
         x, y = self.experiment.prepare(data.train_x[indices]), data.train_y[indices]
@@ -189,7 +193,7 @@ class Trainer:
 
 
 def hits(outputs, targets):
-    """Which rows are classified right; none where the targets are numbers."""
+    """Which rows are classified right; none if the targets are no classes."""
     if targets.ndim > 1:
         return jnp.zeros(len(targets), bool)
     return outputs.argmax(axis=-1) == targets
@@ -197,12 +201,12 @@ def hits(outputs, targets):
 
 def learned_classes(hit, labels):
     """How many classes have at least a tenth of their rows right."""
-    of_class = labels == jnp.arange(paper_data.CLASSES)[:, None]
-    return ((hit & of_class).sum(axis=1) >= 0.1 * of_class.sum(axis=1)).sum()
+    members = labels == jnp.arange(paper_data.CLASSES)[:, None]
+    return ((hit & members).sum(axis=1) >= 0.1 * members.sum(axis=1)).sum()
 
 
 def train(trainer, data, key, options, progress):
-    """All runs at once, shared by the devices: each metric's `(epochs, runs)`."""
+    """Trains all runs together, spread over the devices; each metric is `(epochs, runs)`."""
     devices = math.gcd(options.runs, jax.local_device_count())
     mesh = jax.make_mesh(
         (devices,), ("runs",), axis_types=(AxisType.Auto,), devices=jax.local_devices()[:devices]
@@ -228,7 +232,7 @@ def train(trainer, data, key, options, progress):
 
 
 def settings(configuration, options, data):
-    """What a result depends on; a stopped run goes on only with results of the same."""
+    """Everything that a result depends on; a stopped run goes on only if it is the same."""
     experiment = EXPERIMENTS[options.experiment]
     return configuration._asdict() | {
         "rows": experiment.rows,
@@ -241,7 +245,7 @@ def settings(configuration, options, data):
 
 
 def result(history):
-    """The final epoch of all runs, and the mean of every epoch."""
+    """For each metric its final epoch in all runs, and its mean in every epoch."""
     return {
         name: {
             "mean": float(values[-1].mean(dtype=float)),
@@ -254,7 +258,7 @@ def result(history):
 
 
 class Results:
-    """`results.json`: a data set's configurations by name, written after each."""
+    """The entries of a data set in `results.json` by name; the file is written after each."""
 
     def __init__(self, path: pathlib.Path, dataset: str):
         self.path = path
@@ -267,7 +271,11 @@ class Results:
         self.configurations = self.all.setdefault(dataset, {})
 
     def has(self, name: str, wanted: dict) -> bool:
-        """Whether it is done; with other settings than those wanted it is an error."""
+        """Whether there is an entry of this name.
+
+        Raises:
+          SystemExit: there is one, but with other settings than the wanted ones.
+        """
         done = self.configurations.get(name)
         if done is None:
             return False
@@ -288,7 +296,7 @@ class Results:
 
 
 def load(options: argparse.Namespace, rows: int) -> paper_data.Data:
-    """The data set of --dataset and --data, in which there is at least a batch of `rows` rows."""
+    """The data set of --dataset and --data, which must have at least so many rows."""
     try:
         if options.dataset == "energy":
             data = paper_data.energy(options.data)
@@ -303,7 +311,7 @@ def load(options: argparse.Namespace, rows: int) -> paper_data.Data:
 
 
 def run(options: argparse.Namespace, data: paper_data.Data) -> dict[str, dict]:
-    """Trains what `results.json` lacks; all that were asked for, by name."""
+    """Trains the configurations that `results.json` lacks; returns all entries by name."""
     experiment = EXPERIMENTS[options.experiment]
     variants = [
         Configuration(policy, memory, k)
@@ -368,7 +376,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("runs", "epochs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
-    make_out(parser, options)
+    make_out_folder(parser, options)
     return options
 
 

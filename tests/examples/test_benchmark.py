@@ -63,8 +63,8 @@ def test_a_layer_step_is_the_layers(which):
     (exact, _), (products, _) = (
         (step.function(*step.args, jax.random.key(0), step.state)[1], None)
         for step in (
-            steps.layer(None, sizes, inputs, which),
-            steps.products(64, 64, inputs, which),
+            steps.layer_step(None, sizes, inputs, which),
+            steps.products_step(64, 64, inputs, which),
         )
     )
     for a, b in zip(exact, products, strict=True):
@@ -74,8 +74,8 @@ def test_a_layer_step_is_the_layers(which):
 
 def test_own_flops_are_those_beside_the_chosen_rows():
     sizes = steps.Sizes(4096, 2048, 2048, "float32")
-    none = steps.own_share(aop.MemAOP(ratio=1 / 8, memory=None), sizes)
-    beside = steps.own_share(
+    none = steps.overhead(aop.MemAOP(ratio=1 / 8, memory=None), sizes)
+    beside = steps.overhead(
         aop.MemAOP(ratio=1 / 8, policy="priority", memory="subspace", rank=16), sizes
     )
     assert 0 <= none < 0.002 < beside < 0.05
@@ -143,8 +143,8 @@ def test_what_the_compiler_for_tpus_says(tmp_path):
 def test_a_measurement_has_steps_that_refresh_and_others():
     config = aop.MemAOP(ratio=1 / 4, policy="priority", memory="subspace", rank=4, refresh=4)
     sizes = steps.Sizes(64, 32, 16, "float32")
-    step = steps.layer(config, sizes, steps.layer_inputs(sizes))
-    timed = benchmark.Timed(benchmark.compiled(step)[0], step)
+    step = steps.layer_step(config, sizes, steps.layer_inputs(sizes))
+    timed = benchmark.Timed(benchmark.compile_step(step)[0], step)
     assert timed.calls == 4
     directions = [np.array(step.state.inputs)]
     for _ in range(65):
@@ -157,10 +157,10 @@ def test_a_measurement_has_steps_that_refresh_and_others():
 
 def test_state_is_handed_on_and_donated():
     sizes = steps.Sizes(64, 32, 16, "float32")
-    step = steps.layer(aop.MemAOP(ratio=1 / 4), sizes, steps.layer_inputs(sizes))
-    function, _ = benchmark.compiled(step)
+    step = steps.layer_step(aop.MemAOP(ratio=1 / 4), sizes, steps.layer_inputs(sizes))
+    function, _ = benchmark.compile_step(step)
     timed = benchmark.Timed(function, step)
-    assert benchmark.taken(timed, 3) > 0
+    assert benchmark.seconds_per_call(timed, 3) > 0
     assert float(timed.state.uses) == 1
     assert float(step.state.uses) == 0
     assert jax.tree.all(jax.tree.map(lambda a: not a.is_deleted(), step.state))

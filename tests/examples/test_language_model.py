@@ -405,7 +405,7 @@ def test_jax_says_when_it_compiles(monkeypatch):
 def test_a_table_of_one_seed_has_no_standard_deviation():
     entry = {"batch": 4, "steps": 9, "step_flops": 2e9, "c": 0.5, "of_reference": 0.25}
     entry |= {"losses": [[3.0, 2.5]], "seconds": [[0.5, 1.25]]}
-    assert runs.summary([2.5]) == (2.5, None)
+    assert runs.mean_and_sd([2.5]) == (2.5, None)
     row = language_report.table({"topk:k=3": entry}).splitlines()[-1]
     assert row == "| `topk:k=3` | 4 | 9 | 2 G | 0.500 | 0.250 | 1.2 | 2.5000 |"
 
@@ -492,5 +492,5 @@ def test_flops_of_a_step_with_approximate_gradients_of_inputs(tmp_path, standard
     sizes = ["--width", "1024", "--heads", "16", "--layers", "1", "--out", str(tmp_path)]
     options = language_model.parse_arguments([*sizes, "--run", spelled, "--run", "exact"])
     trainers = [Trainer(run, 1, options) for run in options.run]
-    ours, exact = (trainer.step_flops(trainer.model) for trainer in trainers)
+    ours, exact = (trainer.step_flops(trainer.rules) for trainer in trainers)
     assert ours < 0.56 * exact

@@ -1,0 +1,60 @@
+"""FLOPs of training steps: as the compiler counts them, and by the formulas of `aop.cost`."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+
+import mem_aop_jax as aop
+
+ANY_RATES = aop.Rates("any", flops=1.0, half_flops=1.0, bytes=1.0)  # FLOPs do not depend on them
+
+
+def compiled_flops(function: jax.stages.Wrapped, *args) -> float:
+    """FLOPs that XLA counts in a jitted function; 0 where it does not count them.
+
+    On a GPU the function is compiled for the CPU: a GPU's products are calls into libraries, which
+    XLA counts as nothing.
+    """
+    if jax.default_backend() != "gpu":
+        return _counted_by_xla(function.lower(*args))
+    try:
+        cpu = jax.devices("cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return 0.0
+    with jax.default_device(cpu):
+        return _counted_by_xla(function.lower(*jax.tree.map(_without_device, args)))
+
+
+def _without_device(leaf):
+    is_array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array else leaf
+
+
+def _counted_by_xla(lowered):
+    return (lowered.compile().cost_analysis() or {}).get("flops", 0.0)
+
+
+def estimate_flops(config: aop.MemAOP, rows: int, in_features: int, out_features: int) -> float:
+    """FLOPs of an approximate layer's gradients, of kernel and inputs; the mean over the steps."""
+    cost = aop.cost(config, rows, in_features, out_features, rates=ANY_RATES)
+    return cost.flops - cost.exact_flops / 3  # without the forward pass
+
+
+def skipped_refresh_flops(
+    model: nn.Module, rules: tuple[tuple[str, aop.MemAOP | None], ...], example: jax.Array
+) -> float:
+    """FLOPs of the refreshes that a model's subspaces skip, the mean over the steps.
+
+    XLA counts the costlier side of a branch, a refresh, in every step; with `refresh=8` seven of
+    eight steps skip it.
+    """
+    always = [
+        (pattern, config and dataclasses.replace(config, refresh=1)) for pattern, config in rules
+    ]
+    return _planned_flops(model, always, example) - _planned_flops(model, rules, example)
+
+
+def _planned_flops(model, rules, example):
+    plan = aop.plan(model, rules, example, min_speedup=None, rates=ANY_RATES)
+    return sum(planned.cost.flops for planned in plan.layers)
