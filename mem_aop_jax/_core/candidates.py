@@ -30,9 +30,18 @@ SIGNS_KEY, REFRESH_KEY, INPUTS_KEY = range(2**31, 2**31 + 3)
 
 
 class Call(NamedTuple):
-    """The static part of one call of a layer. The name is for errors."""
+    """The static part of one call of a layer.
+
+    Attributes:
+      config: of the layer.
+      sizes: (rows, in_features, out_features).
+      dimension_numbers: as in `lax.dot_general`.
+      precision: of all products.
+      name: of the layer, for errors.
+    """
 
     config: MemAOP
+    sizes: tuple[int, int, int]
     dimension_numbers: lax.DotDimensionNumbers
     precision: lax.PrecisionLike
     name: str

@@ -153,7 +153,7 @@ def _approximate(x, kernel, dimension_numbers, precision, memory, config, key, n
     own_memory = without_probe(memory)
     if own_memory is not None:
         own_memory = check_memory(name, config, x, sizes, own_memory)
-    call = Call(config, dimension_numbers, precision, name)
+    call = Call(config, sizes, dimension_numbers, precision, name)
     if isinstance(memory, Probe) and memory.draw is None:
         probe = dataclasses.replace(memory, memory=own_memory)
         return product(call, measured, True, True, x, kernel, probe, key, **options)

@@ -62,8 +62,8 @@ def uniform(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
     """
     indices = randk(key, scores, k).indices
     certain = jnp.isinf(scores)
-    others = jnp.sum(certain, dtype=scores.dtype)
-    weight = (scores.size - others) / jnp.maximum(k - others, 1)
+    number = jnp.sum(certain, dtype=scores.dtype)
+    weight = (scores.size - number) / jnp.maximum(k - number, 1)
     return Selection(indices, jnp.where(certain[indices], 1, weight))
 
 
@@ -80,8 +80,8 @@ def crs(key: chex.PRNGKey, scores: chex.Array, k: int) -> Selection:
     norms = jnp.sqrt(jnp.where(certain, 0, scores))
     total = norms.sum()
     indices = jax.random.choice(key, scores.size, (k,), p=safe_divide(norms, total))
-    of_certain = jnp.nonzero(certain, size=k, fill_value=0)[0].astype(indices.dtype)
-    indices = jnp.where(first, of_certain, indices)
+    certain_indices = jnp.nonzero(certain, size=k, fill_value=0)[0].astype(indices.dtype)
+    indices = jnp.where(first, certain_indices, indices)
     drawn = jnp.where(first, 0, norms[indices])  # 0 where all are
     draws = jnp.maximum(jnp.sum(~first, dtype=scores.dtype), 1)
     weights = total / (draws * jnp.where(drawn > 0, drawn, 1))
@@ -120,12 +120,12 @@ def _top_k(scores: chex.Array, k: int) -> chex.Array:
 
 
 def top_k_by_rank(scores: chex.Array, k: int) -> chex.Array:
-    """The indices of `lax.top_k`, without NaNs: of each row it counts those that come before it."""
-    number = jnp.arange(scores.size, dtype=jnp.int32)
-    (one, other), (of_one, of_other) = ((a[:, None], a[None]) for a in (scores, number))
-    before = (one > other) | ((one == other) & (of_one < of_other))
-    rank = jnp.sum(before, axis=0, dtype=jnp.int32)
-    return jnp.zeros((k,), jnp.int32).at[rank].set(number, mode="drop")
+    """The indices of `lax.top_k`, without NaNs: it counts the rows that come before each row."""
+    row = jnp.arange(scores.size, dtype=jnp.int32)
+    larger = scores[:, None] > scores[None]
+    earlier_equal = (scores[:, None] == scores[None]) & (row[:, None] < row[None])
+    rank = jnp.sum(larger | earlier_equal, axis=0, dtype=jnp.int32)
+    return jnp.zeros((k,), jnp.int32).at[rank].set(row, mode="drop")
 
 
 UNBIASED_POLICIES: dict[str, Policy] = {"priority": priority, "crs": crs, "uniform": uniform}
@@ -149,7 +149,7 @@ def map_groups(
 
 
 def row_scores(
-    input_norms: chex.Array, cotangent_norms: chex.Array, fit: chex.Array | bool = True
+    input_norms: chex.Array, cotangent_norms: chex.Array, storable: chex.Array | bool = True
 ) -> tuple[chex.Array, chex.Array]:
     """The score of each row, (||inputs[m]|| ||cotangents[m]||)^2, relative to the largest.
 
@@ -159,19 +159,18 @@ def row_scores(
     Args:
       input_norms: `(..., rows)`, from `row_norms`.
       cotangent_norms: `(..., rows)`, from `row_norms`.
-      fit: `(..., rows)` bool, which rows may be left out, if they are finite.
+      storable: `(..., rows)` bool, which rows may be left out, if they are finite.
 
     Returns:
       `(..., rows)` float32 scores, and `(..., rows)` bool, which rows may be left out. The largest
       score of these is 1 in each group (all are 0 where every product is 0), the others' infinite.
     """
-    fit &= jnp.isfinite(input_norms) & jnp.isfinite(cotangent_norms)
-    relative = [_over_largest(jnp.where(fit, n, 0)) for n in (input_norms, cotangent_norms)]
-    return jnp.where(fit, jnp.square(_over_largest(relative[0] * relative[1])), jnp.inf), fit
+    storable &= jnp.isfinite(input_norms) & jnp.isfinite(cotangent_norms)
+    x, g = (_relative(jnp.where(storable, n, 0)) for n in (input_norms, cotangent_norms))
+    return jnp.where(storable, jnp.square(_relative(x * g)), jnp.inf), storable
 
 
-def _over_largest(values: chex.Array) -> chex.Array:
+def _relative(values):
     """Values in units of the largest of their group, float32."""
-    return safe_divide(values, jnp.max(values, axis=-1, keepdims=True, initial=0)).astype(
-        jnp.float32
-    )
+    largest = jnp.max(values, axis=-1, keepdims=True, initial=0)
+    return safe_divide(values, largest).astype(jnp.float32)

@@ -42,7 +42,7 @@ from mem_aop_jax._compat import axes_of, vary, varying_axes
 from mem_aop_jax._core import validation
 from mem_aop_jax._core.candidates import Call, Candidates, Chosen
 from mem_aop_jax._core.input_gradient import input_gradient
-from mem_aop_jax._core.layout import as_inputs, as_kernel, as_matrix, as_rows, contraction_sizes
+from mem_aop_jax._core.layout import as_inputs, as_kernel, as_matrix, as_rows
 from mem_aop_jax._core.memory_kinds import MEMORY_KINDS
 from mem_aop_jax._core.no_memory import Rows
 from mem_aop_jax._core.policies import POLICIES, map_groups, row_scores
@@ -132,7 +132,7 @@ class _Residuals:
 
 
 def _forward(call, rule, y, x, kernel, memory, key):
-    _check_differentiable(call, x, kernel, memory, key)
+    validation.differentiable(call, without_probe(memory), key)
     zeros = _zeros(call, rule, y, x, kernel, memory, key)
     return zeros, _Residuals(x, kernel, memory, key, differentiates_inputs=False)
 
@@ -147,14 +147,9 @@ def _forward_with_inputs(call, rule, *primals):
     y, x, kernel, memory, key = each("value")
     _, x_perturbed, *kernel_and_memory_perturbed, _ = each("perturbed")
     if any(jax.tree.leaves(kernel_and_memory_perturbed)):
-        _check_differentiable(call, x, kernel, memory, key)
+        validation.differentiable(call, without_probe(memory), key)
     zeros = _zeros(call, rule, y, x, kernel, memory, key)
     return zeros, _Residuals(x, kernel, memory, key, x_perturbed)
-
-
-def _check_differentiable(call, x, kernel, memory, key):
-    rows, _, _ = contraction_sizes(x, kernel, call.dimension_numbers)
-    validation.differentiable(call.name, call.config, rows, without_probe(memory), key)
 
 
 def _backward(call, rule, residuals, g):

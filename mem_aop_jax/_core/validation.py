@@ -1,6 +1,6 @@
 """What a layer refuses, and what it says then: what was given, what is wanted, how to mend it.
 
-Every function takes the layer's name first.
+The first argument is the layer's name, or its call.
 """
 
 import numbers
@@ -55,8 +55,9 @@ def floating(name, x, kernel):
             )
 
 
-def differentiable(name, config, rows, memory, key):
+def differentiable(call, memory, key):
     """A memory and a key, where the backward pass needs them, and k that fits the rows."""
+    name, config = call.name, call.config
     if config.memory_kind is not None and memory is None:
         raise ValueError(
             f"{name}: differentiated with respect to its kernel without its memory. Pass the "
@@ -71,7 +72,7 @@ def differentiable(name, config, rows, memory, key):
             "jax.random.key each step (in Linen: apply(..., rngs={aop.linen.RNG: key}), and for "
             "layers inside nn.scan or nn.vmap split_rngs={aop.linen.RNG: True})."
         )
-    config.selected_rows(rows, name)
+    config.selected_rows(call.sizes[0], name)
 
 
 def selection(name, config, policy, returned, k):

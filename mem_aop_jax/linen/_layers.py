@@ -268,31 +268,40 @@ def count_calls_together(scope: Scope, inner: Scope) -> None:
 
 
 def _memory_of_this_call(module, config, sizes, dtype, lend, gains):
-    """The configuration, memory and key for the n-th call of a module in this forward pass."""
-    calls = _calls.setdefault(module.scope.root, collections.Counter())
-    name = memory_name(calls[module.path])
-    calls[module.path] += 1
+    """The configuration, memory and key for this call of a module in this forward pass."""
+    name = _next_memory_name(module)
     lent = module.get_variable("params", LENT + name, Lent(None, None))
     if lent.memory is not None and jnp.ndim(lent.memory.uses):  # the parameters are shared
         lent = Lent(None, None)
     memory = module.get_variable(COLLECTION, name, lent.memory)
     if memory is None and gains is not None and not gains(config, sizes, dtype):
         return None, None, None
-    recorded = _recorded.get()
-    if recorded is not None:
+    if (recorded := _recorded.get()) is not None:
         k = config.selected_rows(sizes[0], _name(module))
         layer = Layer("/".join(module.path), *sizes, k)
         recorded[(*module.path, name)] = Sized(layer, dtype, gains is not None)
     key = module.make_rng(RNG) if module.has_rng(RNG) else lent.key
     wanted = config.memory_kind is not None or _probing.get()
     if module.is_initializing() and memory is None and wanted:
-        config.selected_rows(sizes[0], _name(module))
-        new = init_memory(config, *sizes, dtype) or Probe.of(None, draws=1)
-        if module.is_mutable_collection(COLLECTION):
-            module.put_variable(COLLECTION, name, new)
-        elif lend:
-            module.put_variable("params", LENT + name, Lent(new, None))
+        _put_first_memory(module, name, config, sizes, dtype, lend)
     return config, memory, key
+
+
+def _next_memory_name(module):
+    """The name of the memory of the next call of a module in this forward pass."""
+    calls = _calls.setdefault(module.scope.root, collections.Counter())
+    calls[module.path] += 1
+    return memory_name(calls[module.path] - 1)
+
+
+def _put_first_memory(module, name, config, sizes, dtype, lend):
+    """Puts a memory, or a probe for a layer without one, where the next call finds it."""
+    config.selected_rows(sizes[0], _name(module))
+    new = init_memory(config, *sizes, dtype) or Probe.of(None, draws=1)
+    if module.is_mutable_collection(COLLECTION):
+        module.put_variable(COLLECTION, name, new)
+    elif lend:
+        module.put_variable("params", LENT + name, Lent(new, None))
 
 
 def _name(module: nn.Module) -> str:
