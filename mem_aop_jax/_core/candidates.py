@@ -9,8 +9,9 @@ every memory, and asks the candidates for what differs:
     store       the next memory                next_memory()
 
 To add a memory, write one file beside `row_memory.py`: a subclass of `Candidates`, and a
-`MemoryKind` that makes it. Then name it in two tables: `MEMORIES` in `config.py` (its name, its
-options, whether its policy returns weights) and `MEMORY_KINDS` in `memory_kinds.py`.
+`MemoryKind` that makes it. Then name it in two tables, `MEMORIES` in `config.py` (beside its name
+in `MemoryName`) and `MEMORY_KINDS` in `memory_kinds.py`; a state of its own, that is, neither a
+`Memory` nor a `Subspace`, in `LayerMemory` in `memory.py`, too.
 """
 
 import abc
@@ -28,23 +29,17 @@ from mem_aop_jax._core.projection import Projection, project
 # What a layer's key is folded with, one number for each use, beside those of the groups.
 SIGNS_KEY, REFRESH_KEY, INPUTS_KEY = range(2**31, 2**31 + 3)
 
+Factors = tuple[chex.Array, chex.Array]  # of outer products: X and G, or their norms
+
 
 class Call(NamedTuple):
-    """The static part of one call of a layer.
-
-    Attributes:
-      config: of the layer.
-      sizes: (rows, in_features, out_features).
-      dimension_numbers: as in `lax.dot_general`.
-      precision: of all products.
-      name: of the layer, for errors.
-    """
+    """The static part of one call of a layer; the sizes are (rows, in_features, out_features)."""
 
     config: MemAOP
     sizes: tuple[int, int, int]
     dimension_numbers: lax.DotDimensionNumbers
     precision: lax.PrecisionLike
-    name: str
+    name: str  # for errors
 
 
 class Chosen(NamedTuple):
@@ -52,7 +47,7 @@ class Chosen(NamedTuple):
 
     Attributes:
       indices: `(groups, k)` int32; not below the number of candidates for one that is missing.
-      weights: `(groups, k)` floating; None is all ones.
+      weights: `(groups, k)` floating, NaN where the gradient is void; None is all ones.
       waiting: `(groups, candidates)` bool, those that go into the next memory: neither chosen, nor
         lost because they hold a NaN or an infinity or outgrow it.
       is_void: `()` bool, whether the gradient must be NaN: the memory was misused, or a lost
@@ -64,16 +59,9 @@ class Chosen(NamedTuple):
     waiting: chex.Array
     is_void: chex.Array | bool
 
-    def side_weights(
-        self, in_features: int, out_features: int
-    ) -> tuple[chex.Array | None, chex.Array | None]:
+    def side_weights(self, x: chex.Array, g: chex.Array) -> tuple[chex.Array | None, ...]:
         """The weights of the inputs and of the cotangents: the smaller factor has them."""
-        if out_features <= in_features:
-            return None, self.weights
-        return self.weights, None
-
-
-Factors = tuple[chex.Array, chex.Array]  # X and G `(groups, k, features)`, or their norms
+        return (None, self.weights) if g.shape[-1] <= x.shape[-1] else (self.weights, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,17 +97,14 @@ class Candidates(abc.ABC):
 
     @abc.abstractmethod
     def gather(self, chosen: Chosen) -> tuple[Factors, "Candidates"]:
-        """The chosen candidates, weighted (see `weighted`), and the candidates for the next steps.
+        """The chosen candidates, `weighted`, and the candidates for the next steps.
 
-        Both factors are `(groups, k, features)`, float32 (float64 for float64) unless they are
+        Both factors are `(groups, k, features)`, in the dtype in which they are added up, or
         rounded already; NaN in place of a missing candidate.
         """
 
     def exact_part(self) -> Factors | None:
-        """L `(n, in_features)` and R `(n, out_features)`: L^T R is added to dW; None adds nothing.
-
-        For a memory that computes a part of the gradient for all rows.
-        """
+        """L `(n, in_features)` and R `(n, out_features)`, of all rows: L^T R is added to dW."""
         return None
 
     @abc.abstractmethod
@@ -137,22 +122,19 @@ class Candidates(abc.ABC):
 
 def weighted(factors: Factors, chosen: Chosen) -> Factors:
     """The gathered rows of inputs and cotangents times the weights; NaN if the gradient is void."""
-    xs, gs = factors
-    weights = chosen.side_weights(xs.shape[-1], gs.shape[-1])
+    weights = chosen.side_weights(*factors)
     xs, gs = (
         rows if factor is None else rows * factor[..., None].astype(rows.dtype)
-        for rows, factor in zip((xs, gs), weights, strict=True)
+        for rows, factor in zip(factors, weights, strict=True)
     )
-    if chosen.weights is None:  # else the weights are NaN
-        gs = jnp.where(chosen.is_void, jnp.nan, gs)
-    return xs, gs
+    return xs, gs if chosen.weights is not None else jnp.where(chosen.is_void, jnp.nan, gs)
 
 
 class MemoryKind(abc.ABC):
-    """What a kind of memory, a name in `MemAOP(memory=...)`, is to a layer.
+    """A kind of memory, a name in `MemAOP(memory=...)`.
 
     Attributes:
-      state: the NamedTuple that a layer holds from step to step. Its last field is `uses`.
+      state: the NamedTuple that a layer holds from step to step; its last field is `uses`.
     """
 
     state: type
@@ -184,5 +166,5 @@ class MemoryKind(abc.ABC):
     def tpu_candidates(
         self, call: Call, x: chex.Array, g: chex.Array, memory: Any
     ) -> Callable[..., Candidates] | None:
-        """`candidates` for kernels of a TPU; None where there are none for these arrays."""
+        """Makes `Candidates` of their fields, by kernels of a TPU; None where there are none."""
         return None

@@ -7,10 +7,15 @@ import jax.numpy as jnp
 from mem_aop_jax._core.candidates import MemoryKind
 from mem_aop_jax._core.config import MemAOP, floating_dtype
 from mem_aop_jax._core.memory import LayerMemory
+from mem_aop_jax._core.no_memory import NoMemory
 from mem_aop_jax._core.row_memory import RowMemory
 from mem_aop_jax._core.subspace_memory import SubspaceMemory
 
-MEMORY_KINDS: dict[str, MemoryKind] = {"rows": RowMemory(), "subspace": SubspaceMemory()}
+MEMORY_KINDS: dict[str | None, MemoryKind] = {
+    None: NoMemory(),
+    "rows": RowMemory(),
+    "subspace": SubspaceMemory(),
+}
 
 
 def init_memory(
@@ -43,8 +48,6 @@ def init_memory(
         raise TypeError(f"init_memory: config is of type {type(config).__name__}, not aop.MemAOP.")
     config.selected_rows(rows, "init_memory")
     dtype = floating_dtype("dtype", dtype)
-    if config.memory_kind is None:
-        return None
     kind = MEMORY_KINDS[config.memory_kind]
     return kind.init(config, rows, in_features, out_features, dtype)
 
@@ -52,26 +55,19 @@ def init_memory(
 def check_memory(
     name: str, config: MemAOP, x: chex.Array, sizes: tuple[int, int, int], memory
 ) -> LayerMemory:
-    """The memory as JAX arrays.
-
-    Args:
-      name: of the layer, for the error.
-      config: of the layer.
-      x: the layer's inputs.
-      sizes: (rows, in_features, out_features).
-      memory: what was given for one.
+    """The memory given for inputs x and (rows, in, out) features, as JAX arrays.
 
     Raises:
       TypeError: it is of another type or dtype than the configuration's.
       ValueError: it does not fit the sizes; or the configuration has no memory.
     """
+    kind = MEMORY_KINDS[config.memory_kind]
     if config.memory_kind is None:
         raise ValueError(
             f"{name}: got a memory, but the configuration has memory={config.memory!r}, which with "
             f"policy={config.policy!r} is none; pass memory=None to the layer, or configure "
             "MemAOP(memory='rows') or 'subspace'."
         )
-    kind = MEMORY_KINDS[config.memory_kind]
     if not isinstance(memory, kind.state):
         wanted = f"aop.{kind.state.__name__}"
         raise TypeError(

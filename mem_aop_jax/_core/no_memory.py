@@ -2,9 +2,26 @@
 
 import dataclasses
 
-from mem_aop_jax._core.candidates import Candidates, weighted
+from mem_aop_jax._core.candidates import Candidates, MemoryKind, weighted
 from mem_aop_jax._kernels.row_access import gather_rows, grouped_row_norms
 from mem_aop_jax._numerics import widened
+
+
+class NoMemory(MemoryKind):
+    """`MemAOP(memory=None)`."""
+
+    state = type(None)
+
+    def init(self, config, rows, in_features, out_features, dtype):
+        """None."""
+        return None
+
+    def check(self, name, config, x, sizes, memory):
+        """Nothing is one."""
+
+    def candidates(self, call, x, g, memory, key, differentiates_inputs):
+        """The rows of the batch."""
+        return Rows(call, x, g, memory, key)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,6 @@ from mem_aop_jax._core.candidates import Call, Candidates, Chosen
 from mem_aop_jax._core.input_gradient import input_gradient
 from mem_aop_jax._core.layout import as_inputs, as_kernel, as_matrix, as_rows
 from mem_aop_jax._core.memory_kinds import MEMORY_KINDS
-from mem_aop_jax._core.no_memory import Rows
 from mem_aop_jax._core.policies import POLICIES, map_groups, row_scores
 from mem_aop_jax._core.probe import without_probe
 from mem_aop_jax._kernels.dispatch import kernel_or_xla
@@ -65,18 +64,9 @@ def product(
     key: chex.PRNGKey | None,
     **options,
 ) -> chex.Array:
-    """Y = X W, whose gradients are what the docstring of this module says.
+    """Y = X W, with the gradients of this module's docstring; `options` are `lax.dot_general`'s.
 
-    Args:
-      call: what is static about it.
-      rule: the backward rule of the term.
-      differentiates_inputs: whether the rule is asked for a gradient of the inputs.
-      exact_inputs: whether JAX adds the exact one.
-      x: the inputs.
-      kernel: the kernel.
-      memory: of the layer, or a `Probe`.
-      key: of the layer.
-      **options: of `lax.dot_general`.
+    The rule may be asked for a gradient of the inputs, and JAX may add the exact one.
     """
     # In shard_map: one kernel on all devices, whose transpose sums dW.
     kernel = vary(kernel, axes_of(x, memory, key))
@@ -209,28 +199,18 @@ def estimate(
     memory,
     key: chex.PRNGKey | None,
 ) -> Estimate:
-    """The gradient of the kernel, the next memory, and where asked for the gradient of the inputs.
+    """The gradient of the kernel, the next memory, and if asked for the gradient of the inputs.
 
-    Args:
-      call: what is static about it.
-      differentiates_inputs: whether the gradient of the inputs is asked for. Where it is not, the
-        directions that it alone takes out follow no rows.
-      x: the inputs.
-      g: the outputs' cotangents.
-      kernel: the kernel.
-      memory: of the layer.
-      key: of the layer.
+    `g` are the outputs' cotangents. Where the gradient of the inputs is not asked for, directions
+    that it alone takes out follow no rows.
     """
     shape = x.shape
     x, g = (vary(a, axes_of(x, g, memory, key)) for a in (x, g))  # one batch for many memories
     x, g = as_rows(call.dimension_numbers, call.config.groups, x, g)
-    kind = None if memory is None else MEMORY_KINDS[str(call.config.memory_kind)]
-
-    def choose_from(x, g, memory, key):
-        if kind is None:
-            return Rows(call, x, g, memory, key)
-        return kind.candidates(call, x, g, memory, key, differentiates_inputs)
-
+    kind = MEMORY_KINDS[None if memory is None else call.config.memory_kind]
+    choose_from = functools.partial(
+        kind.candidates, call, differentiates_inputs=differentiates_inputs
+    )
     candidates = choose_from(x, g, memory, key)
     dx = None
     if differentiates_inputs:
@@ -239,12 +219,12 @@ def estimate(
         dx = input_gradient(call, directions, matrix, key, x.dtype)
         dx = as_inputs(call.dimension_numbers, dx, shape)
 
-    join = None if kind is None else kind.tpu_candidates(call, x, g, memory)
-    if join is None:
+    choose_on_tpu = kind.tpu_candidates(call, x, g, memory)
+    if choose_on_tpu is None:
         dw, *rest = _kernel_gradient(candidates, kernel.dtype)
     else:
         dw, *rest = kernel_or_xla(
-            lambda *args: _kernel_gradient(join(call, *args), kernel.dtype),
+            lambda *args: _kernel_gradient(choose_on_tpu(call, *args), kernel.dtype),
             lambda *args: _kernel_gradient(choose_from(*args), kernel.dtype),
             *(x, g, memory, key),
         )

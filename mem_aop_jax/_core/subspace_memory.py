@@ -103,10 +103,10 @@ class Residuals(Candidates):
         return tuple(side.residual_norms() for side in self._sides())
 
     def gather(self, chosen):
-        """The chosen rows of Xr and Gr. `chosen` has weights, which are NaN for a void gradient."""
+        """The chosen rows of Xr and Gr; there are weights."""
         widest = widest_dtype(self.x.dtype, self.g.dtype)
         dtype = None if jnp.float16 in (self.x.dtype, self.g.dtype) else widest
-        weights = chosen.side_weights(self.x.shape[-1], self.g.shape[-1])
+        weights = chosen.side_weights(self.x, self.g)
         return tuple(
             side.residuals(chosen.indices, weight, self.call.precision, dtype=dtype)
             for side, weight in zip(self._sides(), weights, strict=True)
