@@ -1,15 +1,15 @@
 """How good the approximate gradients of a model are on a batch, and whether they pay."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mem_aop_jax._analysis.model_gradients import counted_flops
+from mem_aop_jax._analysis.model_gradients import counted_flops, floating_leaves
 from mem_aop_jax._analysis.tables import markdown
 from mem_aop_jax._core.measure import variance_of_draws
 from mem_aop_jax._core.probe import Measured, Probe, is_memory
@@ -19,22 +19,22 @@ from mem_aop_jax._numerics import safe_divide
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Diagnostics:
-    """What `diagnostics` measured: a pytree of scalars, whose `str` is a table.
+    """The measurements of `diagnostics`: a pytree of scalars, whose `str` is a table.
 
-    The rule: an estimate that adds the relative variance v to the gradient, and whose step costs c
-    of an exact one, pays if (1 + v) c < 1 where the batch's own noise dominates its gradient
-    (`noise` near 1: it is like a batch smaller by 1 + v). Where the batch is so large that its
-    noise hardly matters (`noise` near 0), v is nearly free, and it pays if c < 1.
+    The rule: an estimate adds the relative variance v to the gradient, and its step costs c of an
+    exact step. Where the batch's own noise dominates its gradient (`noise` near 1) the estimate
+    acts like a batch smaller by 1 + v, and pays if (1 + v) c < 1. Where the batch is so large that
+    its noise hardly matters (`noise` near 0), v is nearly free, and the estimate pays if c < 1.
 
     Attributes:
-      layers: what was measured of each layer that took part in the loss, by the path of its memory.
-      model: the same of the kernels of all these layers together. Its c is that of all of them;
+      layers: for each layer that took part in the loss, by the path of its memory.
+      model: for the kernels of all these layers together. Its c counts the FLOPs of all of them;
         the energies, the ranks, `input_v` and `chosen` are means over the layers. Where gradients
-        of inputs are approximate, what is wrong with them reaches all parameters below: then its
-        norms, error, cosine and v are those of the gradient of all parameters, drawn as a whole.
-      step_cost: FLOPs of the compiled gradient of the whole loss, relative to those of the exact
-        one, as the compiler counts them: a refresh in every step, the body of a scan once. None
-        where it counts nothing.
+        of inputs are approximate, their errors reach all parameters below: then the model's norms,
+        error, cosine and v belong to the gradient of all parameters, drawn as a whole.
+      step_cost: FLOPs of the compiled gradient of the whole loss, relative to the exact one, as the
+        compiler counts them: a refresh in every step, the body of a scan once. None where it
+        counts nothing.
     """
 
     layers: dict[str, Measured]
@@ -44,7 +44,7 @@ class Diagnostics:
     def verdict(self, layer: str | None = None) -> chex.Array:
         """(1 + error^2) c of a layer, or of the model; below 1 the estimate pays.
 
-        Of an unbiased estimate, error^2 is v. Of the paper's, rows that wait count as lost.
+        For an unbiased estimate error^2 is v. For the paper's, rows that wait count as lost.
         """
         measured = self.model if layer is None else self.layers[layer]
         return (1 + measured.error**2) * measured.c
@@ -56,17 +56,17 @@ class Diagnostics:
         )
         lines = []
         for name in (*self.layers, None):
-            of = self.model if name is None else self.layers[name]
-            rule = float(self.verdict(name))
-            figures = of.error, of.cosine, of.v, of.input_v, of.noise, of.c, rule
+            row = self.model if name is None else self.layers[name]
+            verdict = float(self.verdict(name))
+            figures = row.error, row.cosine, row.v, row.input_v, row.noise, row.c, verdict
             lines.append(
                 (
                     "**model**" if name is None else name,
                     *(f"{float(x):.3g}" for x in figures),
-                    "yes" if rule < 1 else "if the batch is large" if of.c < 1 else "no",
-                    *(f"{float(x):.2f}" for x in (of.inputs_inside, of.cotangents_inside)),
-                    *(f"{float(x):.0f}" for x in (of.inputs_rank, of.cotangents_rank)),
-                    f"{float(of.chosen):.2f}",
+                    "yes" if verdict < 1 else "if the batch is large" if row.c < 1 else "no",
+                    *(f"{float(x):.2f}" for x in (row.inputs_inside, row.cotangents_inside)),
+                    *(f"{float(x):.0f}" for x in (row.inputs_rank, row.cotangents_rank)),
+                    f"{float(row.chosen):.2f}",
                 )
             )
         return markdown(("layer", *head), lines)
@@ -76,26 +76,26 @@ def diagnostics(
     loss_fn: Callable,
     params: chex.ArrayTree,
     memory: chex.ArrayTree,
-    *args,
+    *args: chex.ArrayTree,
     draws: int = 8,
     has_aux: bool = False,
     count_flops: bool = True,
 ) -> Diagnostics:
     """Measures the approximate gradients of a model on one batch, against the exact ones.
 
-    Each layer's own gradient is measured where it is computed, with the exact gradient coming from
-    above, in one backward pass through the exact model. That pass, `draws` approximate gradients
-    and an eigendecomposition per layer, and compiling all that anew: for now and then, not for
-    every step. Where gradients of inputs are approximate, `draws` backward passes more. Outside of
-    `pmap` and `shard_map`.
+    One backward pass through the exact model measures each layer's gradient where it is computed,
+    with the exact gradient coming from above. A call costs that pass, `draws` approximate gradients
+    and an eigendecomposition per layer, and compiles anew: call it now and then, not in every step.
+    Where gradients of inputs are approximate, it takes `draws` more backward passes. Call it
+    outside of `pmap` and `shard_map`.
 
     Args:
-      loss_fn: `loss_fn(params, memory, *args)`, the one that is trained.
+      loss_fn: `loss_fn(params, memory, *args)`, the loss that is trained.
       params: as in training.
       memory: as in training: the memories of the layers to measure. A layer without one (such as
         `MemAOP(policy="priority")`) needs a `Probe` there: see `aop.linen.probes`.
-      *args: the batch, the key and what else `loss_fn` takes; all are traced.
-      draws: how many approximate gradients to draw, with keys split from each layer's own.
+      *args: the batch, the key and all other arguments of `loss_fn`; all are traced.
+      draws: how many approximate gradients to draw, with keys split from each layer's key.
       has_aux: whether `loss_fn` returns `(loss, aux)`, as in `jax.grad`.
       count_flops: whether to compile the gradients of the whole loss, for `step_cost`.
 
@@ -121,62 +121,63 @@ def diagnostics(
         is_leaf=is_memory,
     )
 
-    def each(change):
+    def map_probes(change: Callable[[Probe], Any]) -> chex.ArrayTree:
         return jax.tree.map(change, memory, is_leaf=is_memory)
 
-    probes, exact_probes = (
-        each(functools.partial(dataclasses.replace, draws=number)) for number in (draws, 0)
-    )
+    probes = map_probes(lambda probe: dataclasses.replace(probe, draws=draws))
+    exact_probes = map_probes(lambda probe: dataclasses.replace(probe, draws=0))
     measured = jax.jit(jax.grad(loss_fn, argnums=1, has_aux=has_aux))(params, probes, *args)
-    layers = _by_name(measured[0] if has_aux else measured)
-    model = _together(list(layers.values()))
-    if any(of.input_v > 0 for of in layers.values()):
-        gradient = jax.grad(loss_fn, has_aux=has_aux, allow_int=True)
-        of_params = jax.jit(lambda *args: gradient(*args)[0] if has_aux else gradient(*args))
-        exact = of_params(params, exact_probes, *args)
+    layers = _layers_by_name(measured[0] if has_aux else measured)
+    model = _model_figures(list(layers.values()))
+    if any(layer.input_v > 0 for layer in layers.values()):
+        grad_fn = jax.jit(jax.grad(loss_fn, has_aux=has_aux, allow_int=True))
 
-        def numbered(i, probe):
-            draw = jnp.full(jnp.shape(probe.uses), i, jnp.int32)
-            return dataclasses.replace(probe, draws=0, draw=draw)
+        def gradient(probes: chex.ArrayTree) -> chex.ArrayTree:
+            result = grad_fn(params, probes, *args)
+            return result[0] if has_aux else result
 
-        estimates = (
-            of_params(params, each(functools.partial(numbered, i)), *args) for i in range(draws)
-        )
-        model = model._replace(**_as_a_whole(exact, estimates))
+        def draw_probes(number: int) -> chex.ArrayTree:
+            return map_probes(
+                lambda probe: dataclasses.replace(
+                    probe, draws=0, draw=jnp.full(jnp.shape(probe.uses), number, jnp.int32)
+                )
+            )
+
+        estimates = (gradient(draw_probes(number)) for number in range(draws))
+        model = model._replace(**_gradient_figures(gradient(exact_probes), estimates))
 
     step_cost = None
     if count_flops:
-        gradient = jax.jit(jax.grad(loss_fn, argnums=(0, 1), has_aux=has_aux, allow_int=True))
-        flops = []
-        for given in (each(lambda probe: probe.memory), exact_probes):
-            flops.append(counted_flops(gradient, params, given, *args))
-        if min(flops) > 0:
-            step_cost = jnp.asarray(flops[0] / flops[1], jnp.float32)
+        gradients = jax.jit(jax.grad(loss_fn, argnums=(0, 1), has_aux=has_aux, allow_int=True))
+        plain = map_probes(lambda probe: probe.memory)
+        ours, exact = (counted_flops(gradients, params, m, *args) for m in (plain, exact_probes))
+        if min(ours, exact) > 0:
+            step_cost = jnp.asarray(ours / exact, jnp.float32)
     return Diagnostics(layers, model, step_cost)
 
 
-def _by_name(measured):
-    """Of each layer that took part in the loss."""
-    found = jax.tree_util.tree_leaves_with_path(measured, is_leaf=is_memory)
+def _layers_by_name(measured: chex.ArrayTree) -> dict[str, Measured]:
+    """The measurements of each layer that took part in the loss, from the probes' gradient."""
+    probes = jax.tree.leaves_with_path(measured, is_leaf=is_memory)
     layers = {}
-    for path, probe in found:
+    for path, probe in probes:
         if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
             path = path[:-1]  # the value of an NNX variable
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         name = f"/{name}".removesuffix("/memory").removeprefix("/") or "layer"
-        for index in np.ndindex(probe.uses.shape):  # of a stack of layers, each
+        for index in np.ndindex(probe.uses.shape):  # each layer of a stack
             number = f"[{','.join(map(str, index))}]" if index else ""
             layers[name + number] = jax.tree.map(lambda a, i=index: a[i], probe.measured)
-    for name, of in layers.items():
-        if of.uses not in (0, 1):
+    for name, layer in layers.items():
+        if layer.uses not in (0, 1):
             raise ValueError(
-                f"diagnostics: the memory of {name} was used {of.uses} times. Each use in a step "
-                "needs a memory of its own (in nn.remat or nn.jit, call a layer once)."
+                f"diagnostics: the memory of {name} was used {layer.uses} times. Each use in a "
+                "step needs a memory of its own (in nn.remat or nn.jit, call a layer once)."
             )
-    layers = {name: of for name, of in layers.items() if of.uses}
+    layers = {name: layer for name, layer in layers.items() if layer.uses}
     if not layers:
         raise ValueError(
-            f"diagnostics: of {len(found)} memories none took part in the loss. Pass what the "
+            f"diagnostics: of {len(probes)} memories none took part in the loss. Pass what the "
             "layers are trained with (aop.get_memory(opt_state), variables[aop.linen.COLLECTION], "
             "the aop.nnx.Memory state); for Linen layers without a memory, "
             "aop.linen.probes(model, memory, rngs, example_input)."
@@ -184,48 +185,49 @@ def _by_name(measured):
     return layers
 
 
-def _together(layers):
-    """Of the kernels of all layers: their draws are independent, so squares add up."""
-    of = jax.tree.map(lambda *values: jnp.stack(values), *layers)
-    norm = _norm(of.gradient_norm)
-    share = safe_divide(of.gradient_norm, norm)
-    estimate_norm = _norm(of.estimate_norm)
-    estimate_share = safe_divide(of.estimate_norm, estimate_norm)
+def _model_figures(layers: Sequence[Measured]) -> Measured:
+    """Figures for the kernels of all layers: their draws are independent, so squares add up."""
+    stacked = jax.tree.map(lambda *values: jnp.stack(values), *layers)
+    norm = _norm(stacked.gradient_norm)
+    share = safe_divide(stacked.gradient_norm, norm)
+    estimate_norm = _norm(stacked.estimate_norm)
+    estimate_share = safe_divide(stacked.estimate_norm, estimate_norm)
 
-    def of_squares(values):
-        return jnp.sum(values * share**2)
+    def sum_of_squares(relative: chex.Array) -> chex.Array:
+        return jnp.sum(relative * share**2)
 
-    means = jax.tree.map(jnp.mean, of)
+    means = jax.tree.map(jnp.mean, stacked)
     return means._replace(
         gradient_norm=norm,
         estimate_norm=estimate_norm,
-        error=jnp.sqrt(of_squares(of.error**2)),
-        cosine=jnp.sum(of.cosine * share * estimate_share),
-        v=of_squares(of.v),
-        noise=of_squares(of.noise),
-        flops=of.flops.sum(),
-        c=jnp.sum(of.c * of.flops) / of.flops.sum(),
+        error=jnp.sqrt(sum_of_squares(stacked.error**2)),
+        cosine=jnp.sum(stacked.cosine * share * estimate_share),
+        v=sum_of_squares(stacked.v),
+        noise=sum_of_squares(stacked.noise),
+        flops=stacked.flops.sum(),
+        c=jnp.sum(stacked.c * stacked.flops) / stacked.flops.sum(),
     )
 
 
-def _as_a_whole(exact, estimates):
-    """Of the gradient of all parameters; `estimates` are trees like `exact`, drawn anew."""
-    exact = _flat(exact)
-    norm = _norm(exact)
-    unit = safe_divide(exact, norm)
+def _gradient_figures(exact: chex.ArrayTree, estimates: Iterable) -> dict[str, chex.Array]:
+    """Figures for the gradient of all parameters; `estimates` are drawn one by one."""
+    flat = _flat(exact)
+    norm = _norm(flat)
+    unit = safe_divide(flat, norm)
 
     @jax.jit
-    def add(total, estimate, unit, norm):
+    def add(total: chex.Array, estimate: chex.Array, unit: chex.Array, norm: chex.Array) -> tuple:
         estimate = safe_divide(estimate, norm)
         off = estimate - unit
-        squares = jnp.sum(estimate**2), jnp.sum(off**2)
-        return total + off, (*squares, safe_divide(jnp.vdot(estimate, unit), jnp.sqrt(squares[0])))
+        square = jnp.sum(estimate**2)
+        cosine = safe_divide(jnp.vdot(estimate, unit), jnp.sqrt(square))
+        return total + off, (square, jnp.sum(off**2), cosine)
 
-    total, found = jnp.zeros_like(exact), []
+    total, draws = jnp.zeros_like(flat), []
     for estimate in estimates:
-        total, of_draw = add(total, _flat(estimate), unit, norm)
-        found.append(of_draw)
-    squares, offs, cosines = (jnp.stack(values) for values in zip(*found, strict=True))
+        total, draw = add(total, _flat(estimate), unit, norm)
+        draws.append(draw)
+    squares, offs, cosines = (jnp.stack(values) for values in zip(*draws, strict=True))
     return {
         "gradient_norm": norm,
         "estimate_norm": norm * jnp.sqrt(squares.mean()),
@@ -235,15 +237,13 @@ def _as_a_whole(exact, estimates):
     }
 
 
-def _flat(gradient):
+def _flat(gradient: chex.ArrayTree) -> chex.Array:
     """All floating entries, float32."""
-    leaves = [
-        leaf for leaf in jax.tree.leaves(gradient) if jnp.issubdtype(leaf.dtype, jnp.floating)
-    ]
+    leaves = floating_leaves(gradient)
     return jnp.concatenate([leaf.reshape(-1).astype(jnp.float32) for leaf in leaves])
 
 
-def _norm(values):
-    """Euclidean, of values of any size."""
+def _norm(values: chex.Array) -> chex.Array:
+    """The Euclidean norm of values of any size."""
     largest = jnp.max(jnp.abs(values))
     return largest * jnp.linalg.norm(safe_divide(values, largest))

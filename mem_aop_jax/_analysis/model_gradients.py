@@ -1,36 +1,41 @@
-"""Backward passes through a model, to measure: what `allocate` and `Controller` share.
+"""Gradients of whole models, to measure them: what `allocate` and `Controller` share.
 
-With `Norms` probes a pass is exact, the directions of each layer follow the batch's rows, and what
-is left of the rows outside of them is measured.
+With `Norms` probes in place of the memories a backward pass gives exact gradients, turns the
+directions of each layer towards the rows of the batch, and measures the norms of the rows outside
+of these directions.
 """
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from mem_aop_jax._core.config import MemAOP
-from mem_aop_jax._core.flops import flops_left_out
 from mem_aop_jax._core.memory import Subspace
 from mem_aop_jax._core.probe import Norms, Probe, is_memory
-from mem_aop_jax._models import Layer, Rules, config_for, eval_shape
+from mem_aop_jax._models import eval_shape
 from mem_aop_jax._numerics import accumulation_dtype, safe_divide
 from mem_aop_jax.linen import COLLECTION, wrap
 from mem_aop_jax.transform import carry_memory
 
+ExampleInput = (
+    ArrayLike | jax.ShapeDtypeStruct | Iterable["ExampleInput"] | Mapping[Any, "ExampleInput"]
+)
 
-class Pass(NamedTuple):
-    """A backward pass through a model.
+
+class BackwardPass(NamedTuple):
+    """The result of one backward pass through a model.
 
     Attributes:
-      gradient: of the parameters.
-      memory: of the memory, or of the probes in its place.
+      gradient: of the loss, with respect to the parameters.
+      memory: the next memory, or what the probes in its place measured.
       flops: as the compiler counts them; 0 where it does not.
     """
 
@@ -39,58 +44,65 @@ class Pass(NamedTuple):
     flops: float
 
 
-class _Static:
-    """A model as a static argument: one with a list in it has no hash, and equals itself alone."""
+class _StaticModel:
+    """A model as a static argument; one with a list in a field has no hash, and equals itself."""
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         self.model = model
+        self._identity: object = model
         try:
-            self._hash, self._key = hash(model), model
+            self._hash = hash(model)
         except TypeError:
-            self._hash, self._key = id(model), id(model)
+            self._identity = self._hash = id(model)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return self._hash
 
-    def __eq__(self, other):
-        return self._key == other._key
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _StaticModel) and self._identity == other._identity
 
 
-@functools.lru_cache(maxsize=8)  # measuring once more compiles nothing anew
-def backward(loss: Callable) -> Callable[..., Pass]:
-    """The function `(model, params, memory, batch, key) -> Pass`, of a loss as in `allocate`."""
+@functools.lru_cache(maxsize=8)  # a second measurement compiles nothing again
+def backward_function(loss: Callable) -> Callable[..., BackwardPass]:
+    """`(model, params, memory, batch, key) -> BackwardPass`, for a loss as in `allocate`."""
 
     @functools.partial(jax.jit, static_argnums=0)
-    def gradients(static, params, memory, batch, key):
-        def loss_of(params, memory):
+    def gradients(
+        static: _StaticModel,
+        params: chex.ArrayTree,
+        memory: chex.ArrayTree,
+        batch: chex.ArrayTree,
+        key: chex.PRNGKey,
+    ) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+        def variables_loss(params: chex.ArrayTree, memory: chex.ArrayTree) -> chex.Array:
             return loss(static.model, {"params": params, COLLECTION: memory}, batch, key)
 
-        return jax.grad(loss_of, argnums=(0, 1), allow_int=True)(params, memory)
+        return jax.grad(variables_loss, argnums=(0, 1), allow_int=True)(params, memory)
 
-    flops = {}
+    flops: dict[tuple, float] = {}
 
-    def call(model, params, memory, batch, key):
-        args = _Static(model), params, memory, batch, key
-        leaves, structure = jax.tree.flatten(args[1:])
-        kind = args[0], structure, tuple((jnp.shape(a), jnp.result_type(a)) for a in leaves)
-        if kind not in flops:  # the call below uses what is compiled here
-            flops[kind] = counted_flops(gradients, *args)
-        return Pass(*gradients(*args), flops[kind])
+    def backward(model: nn.Module, *arrays: chex.ArrayTree) -> BackwardPass:
+        args = _StaticModel(model), *arrays
+        leaves, structure = jax.tree.flatten(arrays)
+        signature = args[0], structure, tuple((jnp.shape(a), jnp.result_type(a)) for a in leaves)
+        if signature not in flops:  # the call below uses what is compiled here
+            flops[signature] = counted_flops(gradients, *args)
+        gradient, memory = gradients(*args)
+        return BackwardPass(gradient, memory, flops[signature])
 
-    return call
+    return backward
 
 
-def arguments(example_input: chex.ArrayTree) -> tuple:
-    """What `model.init` takes, of what may be a tuple of it."""
+# ---- models
+
+
+def as_args(example_input: ExampleInput) -> tuple:
+    """The example input as a tuple of positional arguments."""
     return example_input if isinstance(example_input, tuple) else (example_input,)
 
 
 def check_batches(caller: str, batches: Sequence[chex.ArrayTree]) -> None:
-    """There are two at least.
-
-    Raises:
-      ValueError: fewer.
-    """
+    """Raises a ValueError for fewer than two batches."""
     if len(batches) < 2:
         raise ValueError(
             f"{caller}: got {len(batches)} batches; at least 2 are needed, since directions come "
@@ -98,110 +110,126 @@ def check_batches(caller: str, batches: Sequence[chex.ArrayTree]) -> None:
         )
 
 
-def wrapped(model: nn.Module, configs: Mapping[str, MemAOP | None]) -> nn.Module:
-    """The model with a configuration for each of these layers, by path."""
+def wrap_layers(model: nn.Module, configs: Mapping[str, MemAOP | None]) -> nn.Module:
+    """The model, wrapped with one configuration for each of these paths of layers."""
     return wrap(model, [(re.escape(path), config) for path, config in configs.items()])
 
 
-def first_memory(model: nn.Module, *args: chex.ArrayTree) -> dict:
-    """The memories that a wrapped model starts with, for inputs like these; nothing is computed."""
-    return carry_memory(memory_shapes(model, *args)).init(None).memory
-
-
-def memory_shapes(model: nn.Module, *args: chex.ArrayTree) -> dict:
-    """Those of the memories of a wrapped model."""
+def memory_shapes(model: nn.Module, *args: Any) -> dict:
+    """Shapes and dtypes of a wrapped model's memories, for inputs like these."""
     return eval_shape(model.init, jax.random.key(0), *args).get(COLLECTION, {})
 
 
-def each_memory(tree: chex.ArrayTree, change: Callable, path: tuple[str, ...] = ()) -> dict:
-    """The tree of a collection with `change(path of the layer, memory)` for each memory."""
-    return {
-        name: change("/".join(path), node)
-        if is_memory(node)
-        else each_memory(node, change, (*path, name))
-        for name, node in tree.items()
-    }
+def first_memory(model: nn.Module, *args: Any) -> dict:
+    """The memories that a wrapped model starts with. The model itself is not computed."""
+    return carry_memory(memory_shapes(model, *args)).init(None).memory
 
 
-def with_norms(sizes: Mapping[str, tuple[int, ...]], path: str, memory: Subspace) -> Probe:
-    """A probe of a memory; `sizes` are by path, of which the first is that of rows."""
-    rows, stack = sizes[path][0], jnp.shape(memory.uses)
-    ranks = [1 + basis.shape[-1] for basis in (*memory[:2], memory[1])]
-    shapes = [*((*stack, rows, number) for number in ranks), stack, stack]
-    return Probe(memory, Norms(*(jnp.zeros(shape, jnp.float32) for shape in shapes)), 1)
+# ---- memories of a model
+
+
+def layer_path(path: tuple) -> str:
+    """The path of the layer whose memory has this path in a collection."""
+    return jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+
+
+def map_memories(change: Callable[[str, Any], Any], collection: chex.ArrayTree) -> Any:
+    """The collection, with `change(path of the layer, memory)` for each memory."""
+    return jax.tree.map_with_path(
+        lambda path, memory: change(layer_path(path), memory), collection, is_leaf=is_memory
+    )
+
+
+def map_memory_pairs(
+    change: Callable[[Any, Any], Any], collection: chex.ArrayTree, other: chex.ArrayTree
+) -> Any:
+    """The collection, with `change(memory, the other's at the same path or None)` for each."""
+    others = dict(jax.tree.leaves_with_path(other, is_leaf=is_memory))
+    return jax.tree.map_with_path(
+        lambda path, memory: change(memory, others.get(path)), collection, is_leaf=is_memory
+    )
+
+
+def norms_probes(memory: chex.ArrayTree, rows: Mapping[str, int]) -> chex.ArrayTree:
+    """A probe with `Norms` for each `Subspace`; `rows` has the number of rows by path."""
+
+    def probe(path: str, subspace: Subspace) -> Probe:
+        stack = jnp.shape(subspace.uses)
+        inputs, cotangents, _ = subspace
+        assert cotangents is not None, "a probed layer has a direction on each side"
+        numbers = [1 + basis.shape[-1] for basis in (inputs, cotangents, cotangents)]
+        shapes = [*((*stack, rows[path], number) for number in numbers), stack, stack]
+        return Probe(subspace, Norms(*(jnp.zeros(shape, jnp.float32) for shape in shapes)), 1)
+
+    return map_memories(probe, memory)
 
 
 def next_memory(probes: chex.ArrayTree) -> chex.ArrayTree:
-    """The memories, some subspace iterations on; of what is returned as the probes' gradient."""
-    return jax.tree.map(lambda probe: probe.memory, probes, is_leaf=is_memory)
+    """The memories some subspace iterations on, from the gradient of `Norms` probes."""
+    return map_memories(lambda _, probe: probe.memory, probes)
 
 
-def each_pair(tree: chex.ArrayTree, other: chex.ArrayTree, change: Callable) -> dict:
-    """A collection with `change(memory, the other's at the same place or None)` for each memory."""
-    return {
-        name: change(node, other.get(name))
-        if is_memory(node)
-        else each_pair(node, other.get(name, {}), change)
-        for name, node in tree.items()
-    }
+def truncate_directions(shapes: chex.ArrayTree, memory: chex.ArrayTree) -> chex.ArrayTree:
+    """A memory of these shapes: the leading directions of a memory that has as many or more."""
+
+    def truncate(shape: Subspace, subspace: Subspace) -> Subspace:
+        inputs, cotangents = (
+            None if wanted is None else held[..., : wanted.shape[-1]].astype(wanted.dtype)
+            for wanted, held in zip(shape[:2], subspace[:2], strict=True)
+        )
+        return Subspace(inputs, cotangents, jnp.zeros(shape.uses.shape, shape.uses.dtype))
+
+    return map_memory_pairs(truncate, shapes, memory)
 
 
-def first_of(shapes: chex.ArrayTree, directions: chex.ArrayTree) -> dict:
-    """The memory of these shapes, of the first of the directions in a memory that has more."""
-
-    def of_layer(shape, found):
-        sides = [
-            None if want is None else have[..., : want.shape[-1]].astype(want.dtype)
-            for want, have in zip(shape[:2], found[:2], strict=True)
-        ]
-        return Subspace(*sides, jnp.zeros(shape.uses.shape, shape.uses.dtype))
-
-    return each_pair(shapes, directions, of_layer)
+# ---- norms of gradients
 
 
-def square(
+def floating_leaves(tree: chex.ArrayTree) -> list:
+    """The leaves of a gradient that belong to floating parameters."""
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def squared_norm(
     gradient: chex.ArrayTree,
     other: chex.ArrayTree | None = None,
     metric: chex.ArrayTree | None = None,
 ) -> float:
-    """The sum of squares of all floating entries, or of the differences from another gradient.
+    """The squared norm of a gradient, or of its difference from another one.
 
-    Each times its entry of the metric, if there is one.
+    With a metric, each squared entry is multiplied by that of the metric.
     """
-    largest, of_metric, in_units = _square(*map(_floating, (gradient, other, metric)))
-    return float(in_units) * float(largest) ** 2 * float(of_metric)  # which float32 could not hold
-
-
-def _floating(tree):
-    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    size, metric_size, scaled = _scaled_square(*map(floating_leaves, (gradient, other, metric)))
+    return float(scaled) * float(size) ** 2 * float(metric_size)  # which float32 could not hold
 
 
 @jax.jit
-def _square(leaves, others, metric):
+def _scaled_square(leaves: list, others: list, metric: list) -> tuple:
+    """The largest entry, that of the metric, and the squared norm in units of both."""
     leaves = [leaf.astype(accumulation_dtype(leaf.dtype)) for leaf in leaves]
     if others:
         leaves = [a - b.astype(a.dtype) for a, b in zip(leaves, others, strict=True)]
-    metric = metric or [jnp.ones((), a.dtype) for a in leaves]
-    largest, of_metric = (
+    metric = metric or [jnp.ones((), leaf.dtype) for leaf in leaves]
+    size, metric_size = (
         functools.reduce(jnp.maximum, (jnp.max(jnp.abs(a), initial=0) for a in tree))
         for tree in (leaves, metric)
     )
-    in_units = sum(
-        jnp.sum(safe_divide(a, largest) ** 2 * safe_divide(by, of_metric).astype(a.dtype))
-        for a, by in zip(leaves, metric, strict=True)
+    scaled = sum(
+        jnp.sum(safe_divide(a, size) ** 2 * safe_divide(factor, metric_size).astype(a.dtype))
+        for a, factor in zip(leaves, metric, strict=True)
     )
-    return largest, of_metric, in_units
+    return size, metric_size, scaled
 
 
 def finite_norm(
     caller: str, batch: int, gradient: chex.ArrayTree, metric: chex.ArrayTree | None
 ) -> float:
-    """That of the gradient of a batch, of which this is the number.
+    """The norm of the gradient of the batch with this number.
 
     Raises:
       ValueError: it is zero or not finite.
     """
-    norm = square(gradient, None, metric) ** 0.5
+    norm = squared_norm(gradient, None, metric) ** 0.5
     if not 0 < norm < np.inf:
         raise ValueError(
             f"{caller}: the gradient of batch {batch} has the norm {norm}; it must be finite and "
@@ -210,33 +238,31 @@ def finite_norm(
     return norm
 
 
-def counted_flops(function: jax.stages.Wrapped, *args) -> float:
-    """FLOPs of a jitted function of such arguments, as XLA counts them; 0 where it does not.
+# ---- FLOPs
 
-    Of what it compiles for CPUs where the arguments are on a GPU: products are calls into
-    libraries there, which count nothing.
+
+def counted_flops(function: Any, *args: Any) -> float:
+    """FLOPs of a jitted function for such arguments, as XLA counts them; 0 where it does not.
+
+    Where the arguments are on a GPU, the function is compiled for CPUs to count: for a GPU products
+    are calls into libraries, which count nothing.
     """
     if jax.default_backend() != "gpu":
-        return _flops(function.lower(*args))
+        return _compiled_flops(function.lower(*args))
     try:
         device = jax.devices("cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves it out
         return 0.0
-    args = jax.tree.map(
+    shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if _is_array(a) else a, args
     )
     with jax.default_device(device):
-        return _flops(function.lower(*args))
+        return _compiled_flops(function.lower(*shapes))
 
 
-def _flops(lowered):
+def _compiled_flops(lowered: jax.stages.Lowered) -> float:
     return (lowered.compile().cost_analysis() or {}).get("flops", 0.0)
 
 
-def _is_array(a):
-    return hasattr(a, "shape") and hasattr(a, "dtype")
-
-
-def model_flops_left_out(rules: Rules, layers: Sequence[Layer]) -> float:
-    """The same of the layers of a model that was wrapped with these rules."""
-    return sum(flops_left_out(config_for(rules, layer.path), *layer[1:4]) for layer in layers)
+def _is_array(leaf: object) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

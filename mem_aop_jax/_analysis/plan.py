@@ -4,13 +4,12 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import chex
 import flax.linen as nn
 import jax
 from flax import nnx as flax_nnx
 
 from mem_aop_jax import linen, nnx
-from mem_aop_jax._analysis.model_gradients import arguments
+from mem_aop_jax._analysis.model_gradients import ExampleInput, as_args
 from mem_aop_jax._analysis.tables import markdown
 from mem_aop_jax._core import validation
 from mem_aop_jax._core.config import MemAOP
@@ -35,11 +34,11 @@ class Planned(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What `plan` returns; `str` of it is a table.
+    """The layers that would gain, as rules; its `str` is a table.
 
     Attributes:
-      rules: for `aop.linen.wrap` and `aop.nnx.wrap`: one for each layer that gains.
-      layers: those that the given rules make approximate.
+      rules: for `aop.linen.wrap` and `aop.nnx.wrap`, with one rule for each layer that gains.
+      layers: the layers that the given rules make approximate.
     """
 
     rules: Rules
@@ -56,12 +55,12 @@ class Plan(NamedTuple):
                 (
                     layer.path or ".",
                     *map(str, layer[1:]),
-                    f"{round(100 * (1 - found.flops / found.exact_flops))}%",
-                    f"{found.memory / 1e6:.3g} MB",
-                    f"{found.speedup:.2f}",
+                    f"{round(100 * (1 - step.flops / step.exact_flops))}%",
+                    f"{step.memory / 1e6:.3g} MB",
+                    f"{step.speedup:.2f}",
                     "approximate" if gains else "exact",
                 )
-                for layer, found, gains in self.layers
+                for layer, step, gains in self.layers
             ],
         )
 
@@ -69,28 +68,27 @@ class Plan(NamedTuple):
 def plan(
     model: nn.Module | flax_nnx.Module,
     config: MemAOP | Sequence[tuple[str, MemAOP | None]],
-    example_input: chex.ArrayTree,
+    example_input: ExampleInput,
     *,
-    min_speedup: float = 1.05,
+    min_speedup: float | None = 1.05,
     rates: Rates | None = None,
 ) -> Plan:
     """A table of a model's layers, and rules that leave exact those that would not gain.
 
-    Predictions are those of `aop.cost`. Nothing is trained.
+    `aop.cost` predicts each layer's speedup. Nothing is trained.
 
     Args:
       model: a Linen or NNX model, not wrapped.
-      config: what `wrap` takes: a configuration, or rules.
-      example_input: what the model takes, of the training size (on one device), arrays or
+      config: a configuration or rules, as in `wrap`.
+      example_input: the model's inputs, of the training size (on one device): arrays or
         `jax.ShapeDtypeStruct`s; a tuple for several arguments.
       min_speedup: a layer stays exact unless its step is predicted to be so many times faster; None
-        leaves none exact.
+        leaves no layer exact.
       rates: of the device to train on, as in `aop.cost`.
 
     Raises:
-      TypeError: no model, or what `wrap` does not take.
-      ValueError: from `wrap`, a rule that decides about no layer; a min_speedup that is no positive
-        number.
+      TypeError: `model` is no Linen or NNX module; `config` is neither a configuration nor rules.
+      ValueError: a rule that decides about no layer; a min_speedup that is no positive number.
 
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp, mem_aop_jax as aop
@@ -105,20 +103,20 @@ def plan(
     rules = as_rules("plan", config)
     validation.min_speedup("plan", min_speedup)
     rates = rates or device_rates()
-    args = arguments(example_input)
+    args = as_args(example_input)
     if isinstance(model, flax_nnx.Module):
         sized = nnx.sized_layers("plan", model, rules, args)
     elif isinstance(model, nn.Module):
-        found = sized_layers(linen.wrap(model, rules), jax.random.key(0), *args)
-        sized = [(layer, dtype) for layer, dtype, wrapped in found if wrapped]
+        listed = sized_layers(linen.wrap(model, rules), jax.random.key(0), *args)
+        sized = [(layer, dtype) for layer, dtype, wrapped in listed if wrapped]
     else:
         raise TypeError(
             f"plan: model is of type {type(model).__name__}, neither a Linen nor an NNX module."
         )
     planned = []
     for layer, dtype in sized:
-        found = cost(config_for(rules, layer.path), *layer[1:4], dtype, rates=rates)
-        planned.append(Planned(layer, found, found.speedup >= (min_speedup or 0)))
+        step = cost(config_for(rules, layer.path), *layer[1:4], dtype, rates=rates)
+        planned.append(Planned(layer, step, step.speedup >= (min_speedup or 0)))
     gaining = dict.fromkeys(layer.path for layer, _, gains in planned if gains)
-    of_path = tuple((re.escape(path), config_for(rules, path)) for path in gaining)
-    return Plan(of_path or ((r".*", None),), planned)
+    gaining_rules = tuple((re.escape(path), config_for(rules, path)) for path in gaining)
+    return Plan(gaining_rules or ((r".*", None),), planned)

@@ -4,6 +4,6 @@ from collections.abc import Sequence
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, of which all columns but the first are figures."""
+    """A table in which all columns but the first hold figures, aligned to the right."""
     lines = header, ("---", *["---:"] * (len(header) - 1)), *rows
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

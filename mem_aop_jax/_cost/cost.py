@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
@@ -11,20 +12,20 @@ import jax.numpy as jnp
 from mem_aop_jax._core import validation
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.flops import exact_flops, relative_cost
-from mem_aop_jax._core.memory import init_memory
+from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._cost.device_rates import ARRAYS, KERNELS, SUBSPACE, Rates, device_rates
 
 
 class Cost(NamedTuple):
-    """Of one layer's step: outputs, gradient of the inputs, gradient of the kernel.
+    """The cost of one layer's step: outputs, gradient of the inputs, gradient of the kernel.
 
     Attributes:
-      flops: of the approximate layer, mean over the steps.
-      exact_flops: of the exact one.
-      bytes: that the approximate one reads and writes if every pass over an array is one.
-      exact_bytes: the same of the exact one.
-      memory: bytes that are held from step to step.
-      speedup: predicted, the exact layer's time over the approximate one's.
+      flops: FLOPs of the approximate layer, mean over the steps.
+      exact_flops: FLOPs of the exact layer.
+      bytes: bytes that the approximate layer reads and writes, if nothing is read twice in a pass.
+      exact_bytes: bytes that the exact layer reads and writes.
+      memory: bytes of the memory, which is held from step to step.
+      speedup: predicted time of the exact layer over that of the approximate layer.
     """
 
     flops: float
@@ -44,10 +45,10 @@ def cost(
     *,
     rates: Rates | None = None,
 ) -> Cost:
-    """What a layer's step costs, and how much faster than the exact one it will be.
+    """The cost of a layer's step, and how much faster than the exact layer it will be.
 
-    FLOPs are the formula's; the time is the sum of that of the products, each bound by arithmetic
-    or by its bytes, of the passes over the rows, and of the selection.
+    FLOPs come from formulas. The predicted time adds up the products, each bound by arithmetic or
+    by its bytes, the passes over the rows, and the selection.
 
     Args:
       config: of the layer; None is exact.
@@ -59,7 +60,7 @@ def cost(
         the first time.
 
     Raises:
-      TypeError: no configuration, or sizes that are no whole numbers.
+      TypeError: `config` is no `MemAOP`, or a size is no whole number.
       ValueError: sizes below 1, or a configuration that chooses more rows than there are.
 
     Example:
@@ -76,49 +77,69 @@ def cost(
         validation.config("cost", config)
     if min(sizes) < 1:
         raise ValueError(f"cost: got the sizes {sizes}; rows and features must be at least 1.")
-    size = jnp.dtype(dtype).itemsize
-    exact = _products(size, *sizes)
-    flops, exact_bytes = exact_flops(*sizes), sum(part.bytes for part in exact)
+    itemsize = jnp.dtype(dtype).itemsize
+    exact = _products(itemsize, *sizes)
+    flops, exact_bytes = exact_flops(*sizes), sum(work.bytes for work in exact)
     if config is None:
         return Cost(flops, flops, exact_bytes, exact_bytes, 0, 1.0)
     rates = rates or device_rates()
-    passes = _passes(size, *sizes, config, rates.one_pass)
-    parts = [*_products(size, *sizes, config), *passes]
+    approximate = _products(itemsize, *sizes, config)
+    approximate += _row_passes(itemsize, *sizes, config, rates.one_pass)
     memory = jax.eval_shape(lambda: init_memory(config, *sizes, dtype))
     memory_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory))
-    rates = _of_sizes(rates, rows * max(in_features, out_features) * size, flops / 3)
+    largest_array = rows * max(in_features, out_features) * itemsize
+    rates = _rates_for_sizes(rates, largest_array, flops / 3)
     selections = 1 + (config.input_rows(rows) < rows)
-    seconds = _seconds(parts, size, rates) + rates.layer + selections * rows * rates.row
+    seconds = _seconds(approximate, itemsize, rates)
+    seconds += rates.layer + selections * rows * rates.row
     if config.memory_kind == "subspace":
         held = config.held_ranks(in_features, out_features)
         seconds += rates.subspace * sum(held) / SUBSPACE
     return Cost(
         flops=flops * relative_cost(config, *sizes),
         exact_flops=flops,
-        bytes=sum(part.bytes for part in parts),
+        bytes=sum(work.bytes for work in approximate),
         exact_bytes=exact_bytes,
         memory=memory_bytes,
-        speedup=_seconds(exact, size, rates) / seconds,
+        speedup=_seconds(exact, itemsize, rates) / seconds,
     )
 
 
-# ---- what a step does in turn
+# ---- the work of a step, in order
 
 
-class _Part(NamedTuple):
-    """FLOPs and bytes; the speeds of these are fields of the rates, of products a relative one."""
+class _Work(NamedTuple):
+    """A product of matrices, or a pass over arrays.
+
+    Attributes:
+      flops: of the product; 0 for a pass.
+      bytes: that it reads and writes.
+      speed: field of `Rates` with its relative speed, for a product that is not like all others.
+      traffic: field of `Rates` with the bytes per second at which it reads and writes.
+    """
 
     flops: float
     bytes: float
     speed: str | None = None
-    moved_at: str = "bytes"
+    traffic: str = "bytes"
 
 
-def _of_sizes(rates, array, product):
+def _seconds(works: Sequence[_Work], itemsize: int, rates: Rates) -> float:
+    flops = rates.half_flops if itemsize < 4 else rates.flops
+
+    def seconds(work: _Work) -> float:
+        speed = flops * (getattr(rates, work.speed) if work.speed else 1)
+        traffic = getattr(rates, work.traffic) or rates.bytes
+        return max(work.flops / speed, work.bytes / traffic)
+
+    return rates.step + sum(map(seconds, works))
+
+
+def _rates_for_sizes(rates: Rates, array: float, product: float) -> Rates:
     """The rates for arrays of so many bytes, and a gradient of the kernel of so many FLOPs."""
 
-    def between(sizes, size, small, large):
-        large_share = min(max(math.log(size / sizes[0], sizes[1] / sizes[0]), 0), 1)
+    def between(bounds: tuple[int, int], size: float, small: float | None, large: float) -> float:
+        large_share = min(max(math.log(size / bounds[0], bounds[1] / bounds[0]), 0), 1)
         return (small or large) ** (1 - large_share) * large**large_share
 
     return rates._replace(
@@ -127,66 +148,67 @@ def _of_sizes(rates, array, product):
     )
 
 
-def _seconds(parts, size, rates):
-    flops = rates.half_flops if size < 4 else rates.flops
+def _products(
+    itemsize: int, rows: int, in_features: int, out_features: int, config: MemAOP | None = None
+) -> list[_Work]:
+    """The products for the outputs, the gradient of the inputs and the gradient of the kernel."""
 
-    def of_part(part):
-        speed = flops * (getattr(rates, part.speed) if part.speed else 1)
-        moved_at = getattr(rates, part.moved_at) or rates.bytes
-        return max(part.flops / speed, part.bytes / moved_at)
+    def product(m: int, n: int, p: int, speed: str | None = None) -> _Work:
+        return _Work(2 * m * n * p, (m * n + n * p + m * p) * itemsize, speed)
 
-    return rates.step + sum(map(of_part, parts))
-
-
-def _products(size, rows, in_features, out_features, config=None):
-    """Of the outputs, of the gradient of the inputs and of that of the kernel."""
-
-    def product(m, n, p, speed=None):
-        return _Part(2 * m * n * p, (m * n + n * p + m * p) * size, speed)
-
-    drawn = rows if config is None else config.input_rows(rows)
-    summed = rows
+    input_rows = kernel_rows = rows
     if config is not None:
-        rank = config.ranks(in_features, out_features) if config.memory_kind == "subspace" else ()
-        summed = config.selected_rows(rows) + sum(rank)
+        subspace = config.memory_kind == "subspace"
+        rank = sum(config.ranks(in_features, out_features)) if subspace else 0
+        input_rows, kernel_rows = config.input_rows(rows), config.selected_rows(rows) + rank
     return [
         product(rows, in_features, out_features),
-        product(drawn, out_features, in_features),
-        product(in_features, summed, out_features, "kernel"),
+        product(input_rows, out_features, in_features),
+        product(in_features, kernel_rows, out_features, "kernel"),
     ]
 
 
-def _passes(size, rows, in_features, out_features, config, one_pass):
-    """Of all else that an approximate layer does; `one_pass` as in `Rates`."""
+def _row_passes(
+    itemsize: int,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    config: MemAOP,
+    one_pass: bool,
+) -> list[_Work]:
+    """All other work of an approximate layer on its rows; `one_pass` as in `Rates`."""
     features, k = in_features + out_features, config.selected_rows(rows)
-    passes = [_Part(0, rows * features * size), _Part(0, 2 * k * features * size)]  # norms; gathers
+    row = features * itemsize  # bytes, of inputs and cotangents
+    works = [_Work(0, rows * row), _Work(0, 2 * k * row)]  # norms; gathers
     if config.memory_kind == "rows":
-        held = jnp.dtype(config.memory_dtype).itemsize if config.memory_dtype else size
+        stored = jnp.dtype(config.memory_dtype).itemsize if config.memory_dtype else itemsize
         kept = config.memory_slots or rows
-        sums = rows * size + 3 * kept * held  # for norms, and what waits
+        sums = rows * itemsize + 3 * kept * stored  # for norms, and what waits
         if one_pass and kept == rows:
-            sums = (2 * kept + k) * held  # what waits; zeros
-        passes.append(_Part(0, features * sums, moved_at="sums"))
+            sums = (2 * kept + k) * stored  # what waits; zeros
+        works.append(_Work(0, features * sums, traffic="sums"))
 
-    def narrow(flops, moved=0):
-        passes.append(_Part(flops, moved, "narrow"))
+    def narrow(flops: float, moved: float = 0) -> None:
+        """Adds a product with few columns."""
+        works.append(_Work(flops, moved, "narrow"))
 
     if config.memory_kind == "subspace":
         ranks = config.ranks(in_features, out_features)
         held = config.held_ranks(in_features, out_features)
         for side, count in enumerate((in_features, out_features)):
-            own, other, all_of = ranks[side], ranks[1 - side], held[side]
-            column, all_rows = 2 * rows * count, 0 if one_pass else rows * count * size
-            narrow(column * all_of, all_rows * (all_of > 0))  # X V
+            own, other, all_held = ranks[side], ranks[1 - side], held[side]
+            column, all_rows = 2 * rows * count, 0 if one_pass else rows * count * itemsize
+            narrow(column * all_held, all_rows * (all_held > 0))  # X V
             narrow(column * other, all_rows * (other > 0))  # X^T B
-            narrow(column * all_of / config.refresh)  # X^T A
-            narrow(2 * k * count * own, 4 * k * count * size)  # the rest of the chosen rows
+            narrow(column * all_held / config.refresh)  # X^T A
+            narrow(2 * k * count * own, 4 * k * count * itemsize)  # residuals of the chosen rows
     drawn = config.input_rows(rows)
-    if drawn < rows:
+    if config.input_grad and drawn < rows:
         rank = min(config.input_grad.rank, out_features)
-        passes.append(_Part(0, 2 * drawn * features * size))
-        narrow(2 * rows * rank * in_features, rows * in_features * size)
+        works.append(_Work(0, 2 * drawn * row))
+        narrow(2 * rows * rank * in_features, rows * in_features * itemsize)
         if rank:
-            narrow(2 * in_features * rank * out_features, in_features * out_features * size)  # W U
-            narrow(2 * drawn * out_features * rank, 4 * drawn * out_features * size)
-    return passes
+            kernel = in_features * out_features
+            narrow(2 * kernel * rank, kernel * itemsize)  # W U
+            narrow(2 * drawn * out_features * rank, 4 * drawn * out_features * itemsize)
+    return works

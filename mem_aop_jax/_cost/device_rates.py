@@ -3,8 +3,10 @@
 import functools
 import math
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,36 +14,36 @@ import numpy as np
 from mem_aop_jax._compat import TPU_COPIES_ROWS
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.dense import dense
-from mem_aop_jax._core.memory import init_memory
+from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._core.policies import topk
 from mem_aop_jax._numerics import row_norms
 
 SUBSPACE = 32  # directions, of both sides together
-ARRAYS = 2**22, 2**25  # bytes of one that a cache holds, and of one that it does not
-KERNELS = 2**30, 2**34  # FLOPs of a gradient of the kernel: small and large
+ARRAYS = 2**22, 2**25  # bytes of an array that a cache holds, and of one that it does not
+KERNELS = 2**30, 2**34  # FLOPs of a small and of a large gradient of the kernel
 NARROW = 32  # columns
+ROWS, FEATURES = 2048, 1024  # of the arrays that are measured
 
 
 class Rates(NamedTuple):
-    """What a device does in a second, and what a layer's step takes on it beside that.
+    """The speed of a device, and the constant times of a layer's step on it.
 
     Attributes:
       device: its kind.
       flops: FLOPs per second, in products of float32.
-      half_flops: the same in products of bfloat16 and float16.
-      bytes: bytes per second that are read or written.
-      kernel: speed of the kernel's gradient, which sums over rows, relative to the other products.
-      row: seconds to choose from among rows, for each of them.
-      step: seconds that any step takes.
-      layer: seconds that one of an approximate layer takes more.
-      subspace: seconds that one with a subspace of `SUBSPACE` directions takes more than that.
-      cached: as `bytes`, of arrays of no more than `ARRAYS[0]` bytes, where `bytes` is that of
-        arrays of `ARRAYS[1]` and more; None is the same.
-      small_kernel: as `kernel`, of `KERNELS[0]` FLOPs, where `kernel` is that of `KERNELS[1]`; None
-        is the same.
+      half_flops: FLOPs per second, in products of bfloat16 and float16.
+      bytes: bytes per second that it reads or writes, in arrays of `ARRAYS[1]` bytes and more.
+      kernel: speed of the kernel's gradient, which sums over rows, relative to the other products;
+        for `KERNELS[1]` FLOPs.
+      row: seconds per row to select rows.
+      step: constant seconds of any step.
+      layer: further seconds of an approximate layer's step.
+      subspace: further seconds of a step with a subspace of `SUBSPACE` directions.
+      cached: as `bytes`, in arrays of no more than `ARRAYS[0]` bytes; None is the same.
+      small_kernel: as `kernel`, for `KERNELS[0]` FLOPs; None is the same.
       narrow: speed of a product of the rows with `NARROW` columns, relative to other products.
-      one_pass: whether all that is needed of all rows is computed in one pass over them.
-      sums: as `bytes`, of passes that only add up arrays; None is the same.
+      one_pass: whether one pass over all rows computes everything that is needed of them.
+      sums: as `bytes`, in passes that only add up arrays; None is the same.
     """
 
     device: str
@@ -60,9 +62,11 @@ class Rates(NamedTuple):
     sums: float | None = None
 
 
-# The vendors' peaks of products (of float32: as JAX computes them by default) and of memory.
-_TPU = {"row": 1e-9, "layer": 1e-5, "subspace": 5e-5, "one_pass": TPU_COPIES_ROWS}
-_GPU = {"row": 3e-9, "layer": 4e-5, "subspace": 1.5e-4}
+# The vendors' peaks of products (float32 as JAX computes it by default) and of memory.
+_TPU: dict[str, Any] = {
+    "row": 1e-9, "layer": 1e-5, "subspace": 5e-5, "one_pass": TPU_COPIES_ROWS,
+}  # fmt: skip
+_GPU: dict[str, Any] = {"row": 3e-9, "layer": 4e-5, "subspace": 1.5e-4}
 KNOWN = {
     rates.device: rates
     for rates in (
@@ -81,115 +85,127 @@ KNOWN = {
 
 
 def device_rates() -> Rates:
-    """Of the default device. Measured once in a process where the device is not in the table."""
-    default = jax.config.jax_default_device
+    """The rates of the default device: from a table, or measured once in a process."""
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
     device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
     return KNOWN.get(device.device_kind) or measured_rates(device.device_kind)
 
 
 @functools.cache
 def measured_rates(device: str) -> Rates:
-    """Of the default device, whatever the table says; also inside of `jit`."""
+    """The measured rates of the default device, whatever the table says; also inside of `jit`."""
     with jax.ensure_compile_time_eval(), jax.disable_jit(False), jax.transfer_guard("allow"):
         return _measured(device)
 
 
-def _measured(device):
-    rows, features = 2048, 1024
-    flops = 2 * rows * features**2
+class _Call(NamedTuple):
+    """A function and its arguments."""
+
+    function: Callable
+    args: tuple
+
+
+def _measured(device: str) -> Rates:
+    flops = 2 * ROWS * FEATURES**2
     full, half = (
-        flops / min(_together(_products(rows, features, dtype))[0])
+        flops / min(_round_seconds(_product_calls(FEATURES, dtype))[0])
         for dtype in (jnp.float32, jnp.bfloat16)
     )
-    small, large = features // 2, 2 * features  # of `KERNELS` FLOPs
+    small, large = FEATURES // 2, 2 * FEATURES  # with `KERNELS` FLOPs
 
-    def relative(one, other, share=1):
-        return min(1.0, share * float(np.median(np.divide(one, other))))
+    def relative(reference: Sequence[float], other: Sequence[float], share: float = 1) -> float:
+        return min(1.0, share * float(np.median(np.divide(reference, other))))
 
-    along, over_rows, few_columns = _together(
-        [*_products(rows, small, jnp.float32), _product_of_few(rows, small)]
+    forward, kernel_gradient, few_columns = _round_seconds(
+        [*_product_calls(small, jnp.float32), _narrow_product_call(small)]
     )
-    small_kernel = relative(along, over_rows)
-    narrow = relative(along, few_columns, NARROW / small)
-    kernel = relative(*_together(_products(rows, large, jnp.float32), rounds=7))
+    small_kernel = relative(forward, kernel_gradient)
+    narrow = relative(forward, few_columns, NARROW / small)
+    forward, kernel_gradient = _round_seconds(_product_calls(large, jnp.float32), rounds=7)
+    kernel = relative(forward, kernel_gradient)
     many, some, few = (
-        jnp.ones((number, features), jnp.float32) for number in (8 * rows, rows, 512)
+        jnp.ones((number, FEATURES), jnp.float32) for number in (8 * ROWS, ROWS, ROWS // 4)
     )
-    scores = jnp.asarray(np.random.default_rng(0).random(4 * rows), jnp.float32)
-    selection = functools.partial(topk, None, k=rows)
-    calls = (row_norms, many), (jnp.negative, few), (jnp.add, some, some), (selection, scores)
-    read, cached, added, chosen = map(min, _together(calls))
+    scores = jnp.asarray(np.random.default_rng(0).random(4 * ROWS), jnp.float32)
+    calls = [
+        _Call(row_norms, (many,)),
+        _Call(jnp.negative, (few,)),
+        _Call(jnp.add, (some, some)),
+        _Call(functools.partial(topk, None, k=ROWS), (scores,)),
+    ]
+    read, cached, added, chosen = map(min, _round_seconds(calls))
     read, row = many.nbytes / read, chosen / scores.size
     cached = max(read, 2 * few.nbytes / cached)
     sums = max(cached, 3 * some.nbytes / added)
 
-    size = 256  # of a layer whose arithmetic takes little time
+    size = 256  # a layer whose arithmetic takes little time
     product, norms = 2 * size**3 / full, 8 * size**2 / cached
     configs = (
         None,
         MemAOP(ratio=0.5, memory=None),
         MemAOP(ratio=0.5, policy="priority", memory="subspace", rank=SUBSPACE // 2),
     )
-    steps = [_layer_step(config, size) for config in configs]
-    exact, alone, beside = map(min, _together(steps))
+    steps = [_layer_step_call(config, size) for config in configs]
+    exact, without_memory, with_subspace = map(min, _round_seconds(steps))
     step = max(0.0, exact - (2 + 1 / small_kernel) * product)
-    layer = max(0.0, alone - step - (2 + 0.5 / small_kernel) * product - norms)
-    subspace = max(0.0, beside - alone)
-    always = Rates(device, full, half, read, kernel, row, step, layer, subspace)
-    return always._replace(cached=cached, small_kernel=small_kernel, narrow=narrow, sums=sums)
+    layer = max(0.0, without_memory - step - (2 + 0.5 / small_kernel) * product - norms)
+    subspace = max(0.0, with_subspace - without_memory)
+    rates = Rates(device, full, half, read, kernel, row, step, layer, subspace)
+    return rates._replace(cached=cached, small_kernel=small_kernel, narrow=narrow, sums=sums)
 
 
-def _products(rows, features, dtype):
-    """Functions with arguments: of a layer's product with the kernel, and its gradient."""
-    x, g = (jnp.full((rows, features), number, dtype) for number in (1, 2))
+def _product_calls(features: int, dtype: chex.ArrayDType) -> list[_Call]:
+    """A layer's product with the kernel, and the gradient of the kernel."""
+    x, g = (jnp.full((ROWS, features), number, dtype) for number in (1, 2))
     kernel = jnp.ones((features, features), dtype)
 
-    def product(of, a, b):
-        return jax.lax.dot_general(a, b, ((of, of), ((), ())))
+    def product(contracted: tuple[int], a: chex.Array, b: chex.Array) -> chex.Array:
+        return jax.lax.dot_general(a, b, ((contracted, contracted), ((), ())))
 
-    along = functools.partial(product, (1,)), x, kernel
-    return [along, (functools.partial(product, (0,)), x, g)]
-
-
-def _product_of_few(rows, features):
-    """The same of the product with a few columns."""
-    x, few = (jnp.ones(shape, jnp.float32) for shape in ((rows, features), (features, NARROW)))
-    return jnp.matmul, x, few
+    forward = _Call(functools.partial(product, (1,)), (x, kernel))
+    return [forward, _Call(functools.partial(product, (0,)), (x, g))]
 
 
-def _layer_step(config, size):
-    """The same of a step of a layer with so many rows and features."""
+def _narrow_product_call(features: int) -> _Call:
+    """The product of the rows with a few columns."""
+    shapes = (ROWS, features), (features, NARROW)
+    return _Call(jnp.matmul, tuple(jnp.ones(shape, jnp.float32) for shape in shapes))
+
+
+def _layer_step_call(config: MemAOP | None, size: int) -> _Call:
+    """A step of a layer with so many rows and features."""
     x, kernel = jnp.ones((size, size), jnp.float32), jnp.ones((size, size), jnp.float32)
-    memory = config and init_memory(config, size, size, size)
 
-    def step(x, kernel, memory, key):
-        def loss(*args):
+    def step(x: chex.Array, kernel: chex.Array, memory: Any, key: chex.PRNGKey) -> chex.ArrayTree:
+        def loss(*args: Any) -> chex.Array:
             return jnp.sum(dense(*args, config=config, key=key) ** 2)
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2))(x, kernel, memory)
 
-    return step, x, kernel, memory, jax.random.key(0)
+    return _Call(step, (x, kernel, init_memory(config, size, size, size), jax.random.key(0)))
 
 
-def _together(calls, rounds=15, shortest=0.005):
-    """Seconds of each of some functions with arguments, in each of so many rounds of all.
+def _round_seconds(
+    calls: Sequence[_Call], rounds: int = 15, shortest: float = 0.005
+) -> list[tuple[float, ...]]:
+    """For each call the seconds that it takes, in each of so many rounds of all calls.
 
-    A round calls each of them again and again for so many seconds.
+    A round repeats each call for at least the shortest time.
     """
-    compiled = [(jax.jit(function).lower(*args).compile(), args) for function, *args in calls]
+    compiled = [_Call(jax.jit(f).lower(*args).compile(), args) for f, args in calls]
 
-    def taken(function, args, times):
+    def seconds(call: _Call, times: int) -> float:
         start = time.perf_counter()
         for _ in range(times):
-            results = function(*args)
+            results = call.function(*call.args)
         jax.block_until_ready(results)
         return (time.perf_counter() - start) / times
 
     for call in compiled:
-        taken(*call, 1)
-    times = [max(1, math.ceil(shortest / taken(*call, 1))) for call in compiled]
-    seconds = [
-        [taken(*call, number) for call, number in zip(compiled, times, strict=True)]
+        seconds(call, 1)
+    times = [max(1, math.ceil(shortest / seconds(call, 1))) for call in compiled]
+    measured = [
+        [seconds(call, number) for call, number in zip(compiled, times, strict=True)]
         for _ in range(rounds)
     ]
-    return list(zip(*seconds, strict=True))
+    return list(zip(*measured, strict=True))

@@ -13,7 +13,8 @@ import pytest
 import trained_language_model
 
 import mem_aop_jax as aop
-from mem_aop_jax._analysis.allocate import RATIOS, _variance
+from mem_aop_jax._analysis.allocate import RATIOS
+from mem_aop_jax._analysis.layer_variance import sampling_variance
 from mem_aop_jax._core.flops import exact_flops, relative_cost
 from mem_aop_jax._core.policies import priority
 
@@ -137,21 +138,21 @@ def test_the_variance_of_a_sample(exponent, k):
     weights = jax.vmap(drawn)(jax.random.split(jax.random.key(0), 20_000))
     off = (np.asarray(weights) - 1) * sizes[None]
     wanted = (off**2).sum(axis=1).mean()
-    assert _variance(scores, sizes, k) == pytest.approx(wanted, rel=0.05 + 1.5 / k)
+    assert sampling_variance(scores, sizes, k) == pytest.approx(wanted, rel=0.05 + 1.5 / k)
 
 
 def test_each_group_has_a_variance_of_its_own():
     scores, groups, k = np.ones(64), 4, 16
     scores[:4] = 100
-    parts = [_variance(part, part, k // groups) for part in scores.reshape(groups, -1)]
-    assert _variance(scores, scores, k, groups) == pytest.approx(sum(parts))
-    assert sum(parts) > 5 * _variance(scores, scores, k)
+    parts = [sampling_variance(part, part, k // groups) for part in scores.reshape(groups, -1)]
+    assert sampling_variance(scores, scores, k, groups) == pytest.approx(sum(parts))
+    assert sum(parts) > 5 * sampling_variance(scores, scores, k)
 
 
 def test_all_rows_have_no_variance():
-    assert _variance(np.ones(8), np.ones(8), 8) == 0
-    assert _variance(np.zeros(8), np.zeros(8), 3) == 0
-    assert _variance(np.eye(8)[0], np.ones(8), 3) == 0
+    assert sampling_variance(np.ones(8), np.ones(8), 8) == 0
+    assert sampling_variance(np.zeros(8), np.zeros(8), 3) == 0
+    assert sampling_variance(np.eye(8)[0], np.ones(8), 3) == 0
 
 
 @pytest.mark.slow

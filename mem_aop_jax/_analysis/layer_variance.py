@@ -1,0 +1,243 @@
+"""The variance that any choice of rows and ranks for a layer adds to a model's gradient.
+
+On a few batches the norms of the rows' residuals outside of 0, 1, ... directions are measured. They
+give the variance of any choice for a layer: rows m drawn with the probabilities
+p[m] = min(1, s[m] / t), whose sum is k, add
+
+    sum over m of (1 / p[m] - 1) ||term m||^2
+
+with s[m] = ||Xr[m]|| ||Gr[m]|| = ||term m|| for the kernel's gradient, and for the inputs'
+s[m] = ||Gr[m]||, ||term m|| = ||Gr[m] W^T||. An error of an input gradient passes through the
+layers below, where it counts for more or less: the factor is measured with draws of the error, in
+one layer at a time. (The backward pass is linear in the cotangents, so these variances add up; that
+a layer below draws from cotangents with an error is of second order.)
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mem_aop_jax._analysis import model_gradients
+from mem_aop_jax._core.config import MemAOP
+from mem_aop_jax._core.memory import Subspace
+from mem_aop_jax._core.probe import Norms, Probe, is_memory
+
+FIRST_PASSES = 2  # over the first batch, so that the directions follow the rows
+
+
+class BatchNorms(NamedTuple):
+    """The norms of a layer's rows on one batch.
+
+    Attributes:
+      calls: for each call of the layer, or each member of a stack of layers.
+      stacked: whether it is a stack.
+      gradient_norm: the norm of the gradient of all parameters.
+    """
+
+    calls: list[Norms]
+    stacked: bool
+    gradient_norm: float
+
+    def kernel_variance(self, ranks: tuple[int, int], k: int, groups: int) -> float:
+        """Variance of the kernel's gradient from k rows, outside of so many directions."""
+        scores = [n.inputs[:, ranks[0]] * n.cotangents[:, ranks[1]] for n in self.calls]
+        return sum(sampling_variance(s, s, k, groups) for s in scores)
+
+    def input_variance(self, rank: int, k: int, groups: int) -> float:
+        """Variance of the inputs' gradient from k rows, outside of so many directions."""
+        pairs = [(n.cotangents[:, rank], n.of_inputs[:, rank]) for n in self.calls]
+        return sum(sampling_variance(scores, sizes, k, groups) for scores, sizes in pairs)
+
+
+class LayerVariance(NamedTuple):
+    """The measurements that give the variance of any choice for a layer.
+
+    Attributes:
+      batches: norms of its rows, for each batch.
+      weight: factor of the metric on the variance of the kernel's gradient.
+      input_gain: variance of the gradient of all parameters per variance of the inputs' gradient.
+    """
+
+    batches: list[BatchNorms]
+    weight: float
+    input_gain: float
+
+    def from_kernel(self, *choice: Any) -> float:
+        """Part of v (see `Choice`), for the arguments of `BatchNorms.kernel_variance`."""
+        relative = [b.kernel_variance(*choice) / b.gradient_norm**2 for b in self.batches]
+        return self.weight * float(np.mean(relative))
+
+    def from_inputs(self, *choice: Any) -> float:
+        """Part of v, for the arguments of `BatchNorms.input_variance`."""
+        relative = [b.input_variance(*choice) / b.gradient_norm**2 for b in self.batches]
+        return self.input_gain * float(np.mean(relative))
+
+
+def sampling_variance(scores: np.ndarray, sizes: np.ndarray, k: int, groups: int = 1) -> float:
+    """Variance of a sum of terms of these sizes, of which k are drawn in proportion to the scores.
+
+    Each group of terms has an equal share of k.
+    """
+    if groups > 1:
+        parts = zip(scores.reshape(groups, -1), sizes.reshape(groups, -1), strict=True)
+        return sum(sampling_variance(*part, k // groups) for part in parts)
+    order = np.argsort(-scores)
+    s, sizes = (np.asarray(a, np.float64)[order] for a in (scores, sizes))
+    rest = np.cumsum(s[::-1])[::-1]  # the sum of each score and all smaller ones
+    if k >= len(s) or not rest[0]:
+        return 0.0
+    thresholds = rest[:k] / (k - np.arange(k))  # where that many rows are drawn for certain
+    certain = np.argmax(s[:k] <= thresholds)
+    s, sizes = s[certain:], sizes[certain:]
+    drawn = s > 0
+    return np.sum((thresholds[certain] / s[drawn] - 1) * sizes[drawn] ** 2)
+
+
+@dataclasses.dataclass
+class Measurement:
+    """Backward passes through a model with probes. Arguments as in `allocate`.
+
+    Attributes:
+      spent: FLOPs of all passes so far.
+    """
+
+    loss: Callable
+    params: chex.ArrayTree
+    batches: Sequence[chex.ArrayTree]
+    key: chex.PRNGKey
+    metric: chex.ArrayTree | None
+    spent: float = 0.0
+
+    def layer_variances(
+        self,
+        model: nn.Module,
+        configs: Mapping[str, MemAOP],
+        rows: Mapping[str, int],
+        args: tuple,
+        draws: int,
+    ) -> dict[str, LayerVariance]:
+        """The variances of the layers with these paths.
+
+        Args:
+          model: a Linen model, not wrapped.
+          configs: for each layer, the largest ranks to choose from; with an `InputGrad`, errors of
+            input gradients are measured, too.
+          rows: for each layer, their number.
+          args: the example input.
+          draws: the number of draws of each layer's input gradient.
+        """
+        probed = model_gradients.wrap_layers(model, configs)
+        first = model_gradients.first_memory(probed, *args)
+        norms, memory, exact = self._row_norms(probed, first, rows)
+        weights, gains = dict.fromkeys(configs, 1.0), dict.fromkeys(configs, 0.0)
+        if self.metric is not None:
+            cheaper = {path: _cheaper(config) for path, config in configs.items()}
+            sampled = model_gradients.wrap_layers(model, cheaper)
+            shapes = model_gradients.memory_shapes(sampled, *args)
+            fewer = model_gradients.truncate_directions(shapes, memory)
+            estimate = self._pass(sampled, fewer, -1, self.key).gradient
+            weights = {path: self._weight(path, estimate, exact) for path in configs}
+        variances = {
+            path: norms[path][-1].input_variance(
+                config.input_grad.rank, config.input_rows(rows[path]), config.groups
+            )
+            for path, config in configs.items()
+            if config.input_grad
+        }
+        if variances:
+            gains |= self._input_gains(probed, memory, variances, draws)
+        return {path: LayerVariance(norms[path], weights[path], gains[path]) for path in configs}
+
+    def _pass(
+        self, model: nn.Module, memory: Any, batch: int, key: chex.PRNGKey
+    ) -> model_gradients.BackwardPass:
+        backward = model_gradients.backward_function(self.loss)
+        result = backward(model, self.params, memory, self.batches[batch], key)
+        self.spent += result.flops
+        return result
+
+    def _row_norms(
+        self, model: nn.Module, memory: Any, rows: Mapping[str, int]
+    ) -> tuple[dict[str, list[BatchNorms]], Any, Any]:
+        """Norms by path for each batch but the first; a memory, and the last batch's gradient.
+
+        The memory is the one that the last batch was measured with: its directions come from the
+        other batches.
+        """
+        norms: dict[str, list[BatchNorms]] = {path: [] for path in rows}
+        for batch in [0] * FIRST_PASSES + [*range(1, len(self.batches))]:
+            before = memory
+            result = self._pass(model, model_gradients.norms_probes(before, rows), batch, self.key)
+            memory = model_gradients.next_memory(result.memory)
+            if batch == 0:
+                continue
+            norm = model_gradients.finite_norm("allocate", batch, result.gradient, self.metric)
+            for path, calls in _calls_by_path(result.memory).items():
+                members = [member for call in calls for member in _stack_members(call)]
+                norms[path].append(BatchNorms(members, calls[0].uses.ndim > 0, norm))
+        return norms, before, result.gradient
+
+    def _weight(self, path: str, estimate: Any, exact: Any) -> float:
+        """The squared error of a kernel's gradient in the metric, relative to the plain one."""
+        ours, wanted, metric = (_kernel(path, tree) for tree in (estimate, exact, self.metric))
+        plain = model_gradients.squared_norm(ours, wanted)
+        return model_gradients.squared_norm(ours, wanted, metric) / plain if plain else 0.0
+
+    def _input_gains(
+        self, model: nn.Module, memory: Any, variances: Mapping[str, float], draws: int
+    ) -> dict[str, float]:
+        """`LayerVariance.input_gain` by path, from errors with these variances."""
+        gains = dict.fromkeys(variances, 0.0)
+        for key in jax.random.split(self.key, draws):
+            exact = self._pass(model, _noise_probes(memory, None), -1, key).gradient
+            for path, variance in variances.items():
+                if variance > 0:
+                    noisy = self._pass(model, _noise_probes(memory, path), -1, key).gradient
+                    square = model_gradients.squared_norm(noisy, exact, self.metric)
+                    gains[path] += square / variance / draws
+        return gains
+
+
+def _cheaper(config: MemAOP) -> MemAOP:
+    """A cheaper configuration with a larger error, to estimate the metric's weight."""
+    return dataclasses.replace(config, ratio=0.25, rank=config.ranks(8, 8), input_grad=None)
+
+
+def _noise_probes(memory: chex.ArrayTree, noisy: str | None) -> chex.ArrayTree:
+    """Probes that add an error to the input gradient of the layer with this path alone."""
+
+    def probe(path: str, subspace: Subspace) -> Probe:
+        stack = jnp.shape(subspace.uses)
+        noise = jnp.full(stack, float(path == noisy), jnp.float32)
+        return dataclasses.replace(Probe.of(subspace, 0, stack), noise=noise)
+
+    return model_gradients.map_memories(probe, memory)
+
+
+def _kernel(path: str, params: Any) -> chex.Array:
+    """The entry for a layer's kernel in a tree like the parameters."""
+    for name in path.split("/"):
+        params = params[name]
+    return nn.unbox(params["kernel"])
+
+
+def _calls_by_path(probes: chex.ArrayTree) -> dict[str, list[Norms]]:
+    """For each path the norms that the probes of all calls measured."""
+    calls: dict[str, list[Norms]] = {}
+    for path, probe in jax.tree.leaves_with_path(probes, is_leaf=is_memory):
+        norms = jax.tree.map(np.asarray, probe.measured)
+        calls.setdefault(model_gradients.layer_path(path), []).append(norms)
+    return calls
+
+
+def _stack_members(norms: Norms) -> list[Norms]:
+    """The norms of each layer in a stack, or of a single layer."""
+    stack = norms.uses.shape
+    flat = [a.reshape(-1, *a.shape[len(stack) :]) for a in norms]
+    return [Norms(*member) for member in zip(*flat, strict=True)]
