@@ -29,7 +29,7 @@ def vary(x, axes: frozenset[str]):
 
 
 def shape_like(shape: tuple[int, ...], dtype, arrays) -> jax.ShapeDtypeStruct:
-    """That of a result which differs over the mesh axes over which any of the arrays does."""
+    """The shape of a result that differs over the mesh axes over which any of the arrays does."""
     axes = axes_of(arrays)
     if hasattr(jax.typeof(arrays[0]), "vma"):  # jax < 0.10
         return jax.ShapeDtypeStruct(shape, dtype, vma=axes)  # type: ignore[call-arg]

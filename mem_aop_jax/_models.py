@@ -65,7 +65,7 @@ def as_rules(caller: str, config_or_rules: MemAOP | Sequence[tuple[str, MemAOP |
 
 
 def config_for(rules: Rules, path: str) -> MemAOP | None:
-    """That of the first rule whose pattern matches the whole path; without one None."""
+    """The configuration of the first rule whose pattern matches the whole path, or None."""
     i = _decider(rules, path)
     return None if i is None else rules[i][1]
 
@@ -98,19 +98,12 @@ def _decider(rules, path):
 
 
 def eval_shape(function: Callable, *args: chex.ArrayTree, **kwargs: chex.ArrayTree):
-    """What `jax.eval_shape` returns. Only `jax.ShapeDtypeStruct`s in the arguments are abstract.
-
-    All else stays what it is, for a model that branches on it.
-    """
+    """`jax.eval_shape` that keeps concrete arguments concrete: a model may branch on them."""
     leaves, structure = jax.tree.flatten((args, kwargs))
+    shapes = {i: a for i, a in enumerate(leaves) if isinstance(a, jax.ShapeDtypeStruct)}
 
-    def is_shape(leaf):
-        return isinstance(leaf, jax.ShapeDtypeStruct)
-
-    def of(traced):
-        traced = iter(traced)
-        some = [next(traced) if is_shape(leaf) else leaf for leaf in leaves]
-        args, kwargs = jax.tree.unflatten(structure, some)
+    def call(traced):
+        args, kwargs = structure.unflatten([traced.get(i, a) for i, a in enumerate(leaves)])
         return function(*args, **kwargs)
 
-    return jax.eval_shape(of, list(filter(is_shape, leaves)))
+    return jax.eval_shape(call, shapes)

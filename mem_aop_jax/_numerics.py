@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SCALES = (2.0**80, 1.0, 2.0**-80)  # one of which fits any row's squares
+SCALES = (2.0**80, 1.0, 2.0**-80)  # the squares of any row fit with one of them
 
 
 @jax.jit  # also where the caller is not: what depends on the platform is compiled each time
 def row_norms(rows: chex.Array) -> chex.Array:
     """Euclidean norms of rows of any finite size, in units of 256, without under- or overflow.
 
-    Three scaled sums of squares, of which the first finite one is good.
+    Takes the first finite one of three scaled sums of squares.
     """
     on_cpu = functools.partial(_row_norms, blocks=16)
     return jax.lax.platform_dependent(rows, cpu=on_cpu, default=_row_norms)

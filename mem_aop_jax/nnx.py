@@ -90,7 +90,7 @@ class Linear(nnx.Linear):
     """`flax.nnx.Linear` whose kernel gradient is Mem-AOP-GD's (arXiv 2110.09164).
 
     The same parameters with the same initial values, the same outputs; the gradient of the bias is
-    exact, and that of the inputs unless `config.input_grad` says otherwise.
+    exact, and the gradient of the inputs unless `config.input_grad` is set.
 
     Args:
       in_features: the inputs' last dimension.

@@ -189,7 +189,7 @@ def state_shardings(
       tx: the optimizer, with `carry_memory` in it.
       params: the parameters, or their `jax.ShapeDtypeStruct`s.
       params_sharding: the sharding of all parameters, or a tree of one for each.
-      batch_sharding: the sharding of the batch. Only its first axis counts: that of the rows.
+      batch_sharding: the sharding of the batch. Only its first axis counts, the rows.
 
     Returns:
       A tree of `NamedSharding` like `tx.init(params)`. What has neither a parameter's shape nor

@@ -31,10 +31,11 @@ def dense(
 ) -> chex.Array:
     """`x @ kernel`, with the weight gradient of Mem-AOP-GD (arXiv 2110.09164).
 
-    The result is exact, and unless `config.input_grad` says otherwise the gradient of `x`. That of
-    `kernel` is the sum of k of the rows' outer products, those that `config.policy` chooses
-    (weighted by an unbiased policy; of residuals, beside an exact part, with a `Subspace`); the
-    "gradient" of `memory` is the next memory, to be passed in the next step. Products accumulate
+    The result is exact, and so is the gradient of `x` unless `config.input_grad` is set. The
+    gradient of `kernel` is the sum of k of the rows' outer products, which `config.policy` chooses
+    (and weighs, if it is unbiased; with a `Subspace` they are outer products of residuals, beside
+    an exact part). The "gradient" of `memory` is the next memory, to be passed in the next step.
+    Products accumulate
     in float32 (float64 for float64). A row with a NaN or infinity is chosen before all others: it
     makes the same entries of the kernel's gradient non-finite as in the exact layer, and never
     enters the memory. If there are more of them (in a group) than are chosen, or a policy of one's
@@ -102,7 +103,7 @@ def dot_general(
 
     Any contraction without batch dimensions is a dense layer: the free dimensions of `lhs` together
     are the rows, the contracted ones the in_features, the free dimensions of `rhs` the
-    out_features, each in the order in which they stand in the array (in_features: in that of
+    out_features, each in the order in which they stand in the array (in_features: in the order of
     `dimension_numbers`). A contraction with batch dimensions, or with a memory that makes the left
     operand the kernel (a `Subspace` without directions of the cotangents cannot tell), runs exact
     and says so once.

@@ -42,8 +42,8 @@ class Subspace(NamedTuple):
     Attributes:
       inputs: `(in_features, rank)` float32 (float64 for float64 inputs), which span the leading
         directions of the layer's inputs.
-      cotangents: `(out_features, rank)`, the same of the outputs' cotangents, as many as the
-        kernel's gradient or the inputs' takes out; None for rank 0.
+      cotangents: `(out_features, rank)`, which span the leading directions of the outputs'
+        cotangents, as many as the gradient of the kernel or of the inputs takes out; None for 0.
       uses: as in `Memory`.
     """
 

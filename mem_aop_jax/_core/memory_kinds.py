@@ -32,7 +32,7 @@ def init_memory(
       rows: the product of all dimensions of the layer's inputs but the last.
       in_features: the inputs' last dimension.
       out_features: the outputs' last dimension.
-      dtype: the inputs' dtype, that of the memory unless `config.memory_dtype` says otherwise.
+      dtype: the inputs' dtype. The memory has it, too, unless `config.memory_dtype` is set.
 
     Returns:
       A `Memory` of zeros; a `Subspace` of random directions, always the same; or None where the

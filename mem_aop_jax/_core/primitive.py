@@ -13,7 +13,7 @@ for the paper's memory of rows; what other memories choose from, add and store i
 behind one protocol (`candidates.py`). The next memory is returned as the cotangent of the memory,
 so every JAX transform of a gradient carries it.
 
-The two gradients of the product come apart as two summands of the output, of which the second is 0:
+The output is a sum of two terms, one for each gradient of the product. The second term is 0:
 
     Y = X stop(W)  +  term(stop(Y), stop(X), W, memory, key)
 

@@ -16,21 +16,20 @@ class Measured(NamedTuple):
 
     Attributes:
       gradient_norm: Frobenius norm of the exact gradient of the kernel.
-      estimate_norm: that of the approximate one, root mean square over the draws.
+      estimate_norm: norm of the approximate gradient, root mean square over the draws.
       error: norm of the difference, relative to `gradient_norm`; root mean square over the draws.
-      cosine: between the two, mean over the draws.
-      v: variance over the draws, relative to the square of `gradient_norm`. Of an unbiased
+      cosine: between both gradients, mean over the draws.
+      v: variance over the draws, relative to the square of `gradient_norm`. For an unbiased
         estimate it is the square of `error`, up to the number of draws.
-      input_v: the same of the gradient of the inputs, relative to its own square; 0 where it is
-        exact.
+      input_v: variance of the gradient of the inputs, relative to its square; 0 if it is exact.
       noise: share of the exact gradient's square that is noise of the batch, from its parts; NaN
         where the batch has only one part.
       flops: of the exact layer's step: forward, gradient of the inputs, gradient of the kernel.
       c: FLOPs of the layer's step, relative to `flops`; mean over the steps.
       inputs_inside: share of the inputs' energy (sum of squares) inside the subspace; 0 without.
-      cotangents_inside: the same of the cotangents.
-      inputs_rank: how many directions, of the best, would hold 90% of the inputs' energy.
-      cotangents_rank: the same of the cotangents.
+      cotangents_inside: share of the cotangents' energy.
+      inputs_rank: how many of the best directions would hold 90% of the inputs' energy.
+      cotangents_rank: how many would hold 90% of the cotangents'.
       chosen: share of the candidates' sum of norm products that the chosen ones have, each counted
         once; mean over the draws.
       uses: 1.
@@ -54,7 +53,7 @@ class Measured(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """What is left of a layer's rows outside of the first 0, 1, ... directions of a `Subspace`.
+    """Norms of a layer's rows without the first 0, 1, ... directions of a `Subspace`.
 
     Attributes:
       inputs: `(rows, rank + 1)` float32, norms of the inputs' residuals.
@@ -79,17 +78,19 @@ class Norms(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """In place of a layer's memory: the gradient is exact, and that of the probe what was measured.
+    """Takes the place of a layer's memory; its "gradient" is what was measured of the layer.
+
+    The gradients of the kernel and of the inputs are exact.
 
     Attributes:
       memory: the memory that it stands for; None where the configuration has none. Its gradient
-        is 0 (beside `Norms`, the next memory).
+        is 0; beside `Norms` it is the next memory.
       measured: zeros; its "gradient" is the measurement.
       draws: how many approximate gradients are drawn; with 0 nothing is measured.
-      draw: None; or a number, `()` int32, and the layer's gradients are approximate, as with the
-        memory alone but with a key of that number's own. Then the probe has no gradient.
-      noise: None; or a factor, `()` float32, on what is wrong with a draw of the gradient of the
-        inputs, which then is added to the exact one. Then nothing is measured.
+      draw: None; or a number, `()` int32: then the layer's gradients are approximate, as with the
+        memory alone, with a key for that number, and the probe has no gradient.
+      noise: None; or a factor, `()` float32: then the error of a draw of the gradient of the
+        inputs, times the factor, is added to the exact gradient, and nothing is measured.
     """
 
     memory: LayerMemory | None

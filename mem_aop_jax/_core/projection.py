@@ -2,7 +2,7 @@
 
     X = A V^T + Xr,  A = X V          V (N, q) the directions, A (M, q) the coordinates
 
-Of the residuals Xr only the chosen rows are ever formed.
+Only the chosen rows of the residuals Xr are ever formed.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class Projection(NamedTuple):
     Attributes:
       rows: `(groups, rows, features)`.
       basis: `(features, q)`, in the dtype of products.
-      coordinates: `(groups, rows, q)`; 0 in place of what is not finite.
+      coordinates: `(groups, rows, q)`; 0 in place of numbers that are not finite.
       norms: `(groups, rows)`, Euclidean norms of the rows, in the units of `row_norms`.
       own: as in `SideProducts`, for the next basis; None where there is none.
       other: as in `SideProducts`.

@@ -6,8 +6,8 @@
          + Xr^T Gr                    sampled: K rows, with weights
     Xr^T B = X^T B - V (A^T B)
 
-This holds for any V and U, so the estimate is unbiased for any; its variance is that of the last
-term alone. A subspace iteration lets V and U follow the rows: V <- orth(X^T A), and
+This holds for any V and U, so the estimate is unbiased whatever they are; only the last term adds
+variance. A subspace iteration lets V and U follow the rows: V <- orth(X^T A), and
 U <- orth(G^T B). Nothing of the size of X or G is formed beside them, and of the residuals Xr and
 Gr only the chosen rows.
 """
@@ -143,7 +143,7 @@ class Residuals(Candidates):
 
 
 def _shapes(config, in_features, out_features):
-    """Of the directions that a `Subspace` holds: `(features, rank)` of each side."""
+    """`(features, rank)` of the directions of each side that a `Subspace` holds."""
     return tuple(
         zip((in_features, out_features), config.held_ranks(in_features, out_features), strict=True)
     )

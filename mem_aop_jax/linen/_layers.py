@@ -33,7 +33,7 @@ class Dense(nn.Dense):
 
     A drop-in: every field of `nn.Dense` but `dot_general` and `dot_general_cls`, the same
     parameters with the same initial values, the same outputs. The gradient of the bias is exact,
-    and that of the inputs unless `config.input_grad` says otherwise.
+    and the gradient of the inputs unless `config.input_grad` is set.
 
     `init` puts the first memory into the collection `COLLECTION`; a `Memory` of rows for as many as
     the example input has: initialise with a batch of the training size. The gradient with respect
@@ -207,7 +207,7 @@ class _New:
 
 
 def scopes_of(module: nn.Module) -> list[Scope]:
-    """Of a module and of those in its fields, which exist before any method is called."""
+    """Scopes of a module and of those in its fields, which exist before any method is called."""
     return get_module_scopes(module, (), {})[0]
 
 
@@ -263,7 +263,7 @@ _calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # root scope ->
 
 
 def count_calls_together(scope: Scope, inner: Scope) -> None:
-    """Those of modules in a lifted transform of a module with those of the module."""
+    """Counts the calls in a lifted transform of a module with those outside of it."""
     _calls[inner.root] = _calls.setdefault(scope.root, collections.Counter())
 
 
