@@ -17,15 +17,10 @@ MemoryName = Literal["auto", "rows", "subspace"]
 
 
 class MemoryRules(NamedTuple):
-    """What a kind of memory asks of a configuration.
+    """What a kind of memory asks of a configuration."""
 
-    Attributes:
-      options: the attributes of `MemAOP` that only this memory has.
-      weights: whether a policy must return weights beside it, or must not; None: as it likes.
-    """
-
-    options: tuple[str, ...]
-    weights: bool | None
+    options: tuple[str, ...]  # the attributes of `MemAOP` that only this memory has
+    weights: bool | None  # whether a policy must, or must not, return weights; None: as it likes
 
 
 MEMORIES = {
@@ -244,24 +239,21 @@ class MemAOP:
         return 0 if self.input_grad is None else self.input_grad.rank
 
     @property
-    def needs_key(self) -> bool:
-        """Whether a named policy, the memory or the input gradient draws at random."""
-        draws = self.signed, self.refresh > 1, self._draws_inputs, self.policy in RANDOM_POLICIES
-        return any(draws)
-
-    @property
-    def _draws_inputs(self):
-        return self.input_grad is not None and self.input_grad.ratio < 1
-
-    @property
-    def why_key(self) -> str:
-        """The option that draws at random, for an error message."""
+    def why_key(self) -> str | None:
+        """What draws at random and so needs a key, for an error message; None if nothing does."""
         if self.signed or self.refresh > 1:
             option = "signed=True" if self.signed else f"refresh={self.refresh}"
             return f"a memory with {option} draws at random"
-        if self._draws_inputs and self.policy not in RANDOM_POLICIES:
+        if self.policy in RANDOM_POLICIES:
+            return f"policy {self.policy!r} draws at random"
+        if self.input_grad is not None and self.input_grad.ratio < 1:
             return f"input_grad={self.input_grad} draws at random"
-        return f"policy {self.policy!r} draws at random"
+        return None
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether a named policy, the memory or the input gradient draws at random."""
+        return self.why_key is not None
 
     def stored_dtype(self, inputs: chex.ArrayDType) -> jnp.dtype:
         """The dtype of the memory of a layer whose inputs have dtype `inputs`."""

@@ -26,14 +26,8 @@ from jax import lax
 from mem_aop_jax._compat import varying_axes
 from mem_aop_jax._core.candidates import SIGNS_KEY, Candidates, MemoryKind, weighted
 from mem_aop_jax._core.memory import Memory
-from mem_aop_jax._kernels import row_access_tpu, row_sums_tpu
-from mem_aop_jax._kernels.row_access import (
-    choose_block_rows,
-    flat_indices,
-    flat_rows,
-    gather_rows,
-    grouped_row_norms,
-)
+from mem_aop_jax._kernels import row_access, row_access_tpu, row_sums_tpu
+from mem_aop_jax._kernels.row_access import flat_rows, gather_rows
 from mem_aop_jax._numerics import accumulation_dtype, row_norms, widened
 
 
@@ -96,7 +90,10 @@ class RowMemory(MemoryKind):
     def tpu_candidates(self, call, x, g, memory):
         """Sums in the memory's place, where kernels can write the next memory."""
         config = call.config
-        blocks = *map(_sum_block_rows, (x, g)), *(choose_block_rows(rows, 1) for rows in (x, g))
+        blocks = (
+            *map(_sum_block_rows, (x, g)),
+            *(row_access.choose_block_rows(rows, 1) for rows in (x, g)),
+        )
         if (
             None in blocks
             or callable(config.policy)
@@ -177,7 +174,7 @@ class RowsJoinedInPlace(Candidates):
 
     def gather(self, chosen):
         """Takes the chosen rows out of the memory: zeros are left, and the rows that wait."""
-        indices = flat_indices(chosen.indices, chosen.waiting.shape[1])
+        indices = row_access.flat_indices(chosen.indices, chosen.waiting.shape[1])
         waiting = chosen.waiting.reshape(-1)
 
         def extract(rows):
@@ -207,14 +204,10 @@ class RowsAndSlots(Candidates):
     def norms(self):
         """Norms of the rows, then of the slots."""
         return tuple(
-            jnp.concatenate(
-                [
-                    grouped_row_norms(fresh),
-                    grouped_row_norms(kept).astype(accumulation_dtype(fresh.dtype)),
-                ],
-                axis=1,
+            jnp.concatenate([fresh_norms, kept_norms.astype(fresh_norms.dtype)], axis=1)
+            for fresh_norms, kept_norms in (
+                map(row_access.grouped_row_norms, side) for side in self._sides()
             )
-            for fresh, kept in self._sides()
         )
 
     def gather(self, chosen):
