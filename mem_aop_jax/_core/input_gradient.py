@@ -57,7 +57,9 @@ def input_gradient(
     k = call.config.input_rows(norms.size) // len(norms)
     draw = functools.partial(priority, k=k)
     indices, weights = map_groups(draw, jax.random.fold_in(key, INPUTS_KEY), scores)
-    rows = g.residuals(indices, weights, call.precision, add_projection=True, dtype=product_dtype)
+    rows = g.residuals(
+        indices, weights, precision=call.precision, add_projection=True, dtype=product_dtype
+    )
     sampled = matmul(rows, kernel.T).astype(dtype)
     too_many = jnp.sum(~finite, axis=1, dtype=jnp.int32)[:, None, None] > k
     zero = jnp.where(too_many, jnp.nan, 0).astype(product_dtype)  # of the rows that are not drawn

@@ -40,7 +40,7 @@ from jax.sharding import AxisType
 
 from mem_aop_jax._compat import axes_of, vary, varying_axes
 from mem_aop_jax._core import validation
-from mem_aop_jax._core.candidates import Call, Candidates, Chosen
+from mem_aop_jax._core.candidates import Call, Candidates, Chosen, Factors
 from mem_aop_jax._core.input_gradient import input_gradient
 from mem_aop_jax._core.layout import as_inputs, as_kernel, as_matrix, as_rows
 from mem_aop_jax._core.memory_kinds import MEMORY_KINDS
@@ -173,21 +173,13 @@ def _with_automatic_axes(rule, like):
 
 
 class Estimate(NamedTuple):
-    """The approximate gradients of a layer.
+    """The approximate gradients of a layer, and what the policy chose from."""
 
-    Attributes:
-      inputs: like the inputs; None where it was not asked for.
-      kernel: like the kernel.
-      memory: the next one.
-      norms: of the candidates' inputs and cotangents, `(groups, candidates)` each.
-      unchosen: `(groups, candidates)` bool.
-    """
-
-    inputs: chex.Array | None
+    inputs: chex.Array | None  # None where it was not asked for
     kernel: chex.Array
-    memory: chex.ArrayTree
-    norms: tuple[chex.Array, chex.Array]
-    unchosen: chex.Array
+    memory: chex.ArrayTree  # the next one
+    norms: Factors  # of the candidates, `(groups, candidates)` each
+    unchosen: chex.Array  # `(groups, candidates)` bool
 
 
 def estimate(
@@ -245,9 +237,7 @@ def _kernel_gradient(candidates, dtype):
     return dw, _store(candidates, chosen, dw), norms, unchosen
 
 
-def _select(
-    candidates: Candidates, norms: tuple[chex.Array, chex.Array]
-) -> tuple[chex.Array, Chosen]:
+def _select(candidates: Candidates, norms: Factors) -> tuple[chex.Array, Chosen]:
     """S, the candidates that the policy chooses by their scores."""
     call, memory = candidates.call, candidates.memory
     groups, rows, _ = candidates.x.shape

@@ -42,33 +42,15 @@ class Projection(NamedTuple):
 
     def residual_norms(self) -> chex.Array:
         """`(groups, rows)`: norms of the residuals, in the units of `row_norms`."""
-        share = safe_divide(row_norms(self.coordinates.astype(self._wide_dtype)), self.norms)
+        coordinates = self.coordinates.astype(accumulation_dtype(self.rows.dtype))
+        share = safe_divide(row_norms(coordinates), self.norms)
         # At least a little for every row: products in bfloat16, as on TPUs, tell no less.
         return self.norms * jnp.sqrt(jnp.maximum(1 - jnp.square(share), 1e-3))
 
-    def residuals(
-        self,
-        chosen: chex.Array,
-        weights: chex.Array | None,
-        precision: lax.PrecisionLike,
-        add_projection: bool = False,
-        dtype: chex.ArrayDType | None = None,
-    ) -> chex.Array:
-        """As `gather_residuals`, of these rows; `dtype` None is float32 (float64 for float64)."""
-        return gather_residuals(
-            self.rows,
-            chosen,
-            weights,
-            self.coordinates,
-            self.basis,
-            precision,
-            add_projection=add_projection,
-            dtype=dtype or self._wide_dtype,
-        )
-
-    @property
-    def _wide_dtype(self):
-        return accumulation_dtype(self.rows.dtype)
+    def residuals(self, chosen: chex.Array, weights: chex.Array | None, **options) -> chex.Array:
+        """As `gather_residuals`, of these rows."""
+        side = self.coordinates, self.basis
+        return gather_residuals(self.rows, chosen, weights, *side, **options)
 
 
 def project(rows: chex.Array, basis: chex.Array | None, precision: lax.PrecisionLike) -> Projection:
@@ -85,16 +67,11 @@ def project_both(
     due: chex.Array | None,
     precision: lax.PrecisionLike,
 ) -> tuple[Projection, Projection]:
-    """As `project`, of the inputs and of the cotangents, with the products for a `Subspace`.
+    """As `project`, of inputs and cotangents on their bases, with the products for a `Subspace`.
 
-    Args:
-      x: `(groups, rows, in_features)`.
-      g: `(groups, rows, out_features)`.
-      bases: of the inputs and of the cotangents.
-      rank: how many directions of the cotangents the kernel's gradient takes out.
-      due: `()` bool, whether this step refreshes the subspaces (on a CPU in a pass of its own over
-        X and G); None is always (in the same pass).
-      precision: of products.
+    The kernel's gradient takes out `rank` of the cotangents' directions. `due`, `()` bool, says
+    whether this step refreshes the subspaces (on a CPU in a pass of its own over X and G); None is
+    always (in the same pass).
     """
     v, u = (_product_basis(rows, basis) for rows, basis in zip((x, g), bases, strict=True))
     x_products, g_products = side_products(x, g, v, u, due, rank, precision)

@@ -105,11 +105,17 @@ class Residuals(Candidates):
     def gather(self, chosen):
         """The chosen rows of Xr and Gr; there are weights."""
         widest = widest_dtype(self.x.dtype, self.g.dtype)
-        dtype = None if jnp.float16 in (self.x.dtype, self.g.dtype) else widest
-        weights = chosen.side_weights(self.x, self.g)
+        half = jnp.float16 in (self.x.dtype, self.g.dtype)  # in which a weighted row could overflow
         return tuple(
-            side.residuals(chosen.indices, weight, self.call.precision, dtype=dtype)
-            for side, weight in zip(self._sides(), weights, strict=True)
+            side.residuals(
+                chosen.indices,
+                weights,
+                precision=self.call.precision,
+                dtype=accumulation_dtype(side.rows.dtype) if half else widest,
+            )
+            for side, weights in zip(
+                self._sides(), chosen.side_weights(self.x, self.g), strict=True
+            )
         ), self
 
     def exact_part(self):
