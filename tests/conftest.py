@@ -5,14 +5,11 @@ optimisations, except in tests with the marker `optimized`, which read FLOPs, by
 what was compiled; and what was compiled stays in a cache from run to run.
 """
 
-import functools
 import os
 
 import chex
 import jax
 import pytest
-
-from mem_aop_jax._kernels import row_access_tpu, subspace_products_tpu
 
 chex.set_n_cpu_devices(4)
 jax.config.update("jax_enable_x64", True)
@@ -56,14 +53,3 @@ def without_x64():
     jax.config.update("jax_enable_x64", False)
     yield
     jax.config.update("jax_enable_x64", True)
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Kernels for TPUs run on CPUs, which have one kind of memory."""
-    call = functools.partial(subspace_products_tpu.pl.pallas_call, interpret=True)
-    monkeypatch.setattr(subspace_products_tpu.pl, "pallas_call", call)
-    monkeypatch.setattr(
-        subspace_products_tpu.pltpu, "with_memory_space_constraint", lambda array, _: array
-    )
-    monkeypatch.setattr(row_access_tpu, "TPU_COPIES_ROWS", True)

@@ -1,9 +1,11 @@
-"""Computations for which one TPU has a kernel.
+"""The choice between a TPU kernel and XLA's version of the same computation.
 
-A kernel is one device's. Where a program is partitioned automatically, which no kernel is, the
-compiler's version takes its place; nobody but the lowering knows, so it is there that one is taken.
-With MEM_AOP_JAX_KERNELS=0 in the environment it is always the compiler's, and where kernels do not
-compile: with x64, for its loops, and for TPU v2 and v3, for products and for copies of single rows.
+XLA cannot partition a kernel over devices, and only the lowering knows whether a program will be
+partitioned. So the choice is made there: `kernel_or_xla` binds a primitive that holds both.
+
+XLA's version runs, too, with MEM_AOP_JAX_KERNELS=0 in the environment, and where kernels do not
+compile: with x64, because of their loops, and on `OLD_CHIPS`, because of their products and their
+copies of single rows.
 """
 
 import functools
@@ -15,69 +17,73 @@ import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-OLD = "TPU v2", "TPU v3"  # kinds of devices
+OLD_CHIPS = "TPU v2", "TPU v3"
 
 
-def kernel_or_xla(kernel: Callable, compute: Callable, *args: chex.ArrayTree) -> chex.ArrayTree:
-    """`compute(*args)`, which `kernel(*args)` computes where each device is a TPU by itself.
+def kernel_or_xla(kernel: Callable, xla: Callable, *args: chex.ArrayTree) -> chex.ArrayTree:
+    """`kernel(*args)` in a program of a single TPU, `xla(*args)` in any other.
 
-    The kernel is traced where the program is lowered: nothing is, where it is for another device.
+    The kernel is traced only if the program is lowered for a TPU, with the settings of now.
     """
     leaves, structure = jax.tree.flatten(args)
-    jaxpr, shapes = jax.make_jaxpr(compute, return_shape=True)(*args)
-    precision, keys = jax.config.jax_default_matmul_precision, jax.config.jax_default_prng_impl
+    jaxpr, shapes = jax.make_jaxpr(xla, return_shape=True)(*args)
+    precision, prng = jax.config.jax_default_matmul_precision, jax.config.jax_default_prng_impl
 
-    def of_leaves(*leaves):
-        with jax.default_matmul_precision(precision), jax.default_prng_impl(keys):
+    def flat_kernel(*leaves):
+        with jax.default_matmul_precision(precision), jax.default_prng_impl(prng):
             return jax.tree.leaves(kernel(*jax.tree.unflatten(structure, leaves)))
 
-    found = _kernel_or_xla.bind(*leaves, jaxpr=jaxpr, kernel=of_leaves)
-    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+    results = _primitive.bind(*leaves, jaxpr=jaxpr, kernel=flat_kernel)
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
-_kernel_or_xla = Primitive("mem_aop_kernel_or_xla")
-_kernel_or_xla.multiple_results = True
+_primitive = Primitive("mem_aop_kernel_or_xla")
+_primitive.multiple_results = True
 
 
-@_kernel_or_xla.def_impl
-def _run(*args, jaxpr, **_):
+@_primitive.def_impl
+def _run_xla(*args, jaxpr, **_):
     return jaxpr_as_fun(jaxpr)(*args)
 
 
-@_kernel_or_xla.def_abstract_eval
-def _results(*_, jaxpr, **__):
+@_primitive.def_abstract_eval
+def _result_types(*_, jaxpr, **__):
     return jaxpr.out_avals
 
 
-def _batched(args, axes, **params):
-    found = jax.vmap(functools.partial(_run, **params), axes)(*args)
-    return found, [0] * len(found)
+def _batch(args, axes, **params):
+    results = jax.vmap(functools.partial(_run_xla, **params), axes)(*args)
+    return results, [0] * len(results)
 
 
-def _differentiated(args, tangents, **params):
+def _differentiate(args, tangents, **params):
     tangents = map(ad.instantiate_zeros, tangents)
-    return jax.jvp(functools.partial(_run, **params), tuple(args), tuple(tangents))
+    return jax.jvp(functools.partial(_run_xla, **params), tuple(args), tuple(tangents))
 
 
-def _lowered_for_tpu(context, *args, kernel, **params):
+def _lower_for_tpu(context, *args, kernel, **params):
     module = context.module_context
-    wanted = os.environ.get("MEM_AOP_JAX_KERNELS", "1") != "0" and not jax.config.jax_enable_x64
-    wanted &= {device.device_kind for device in module.backend.devices()}.isdisjoint(OLD)
-    if wanted and _is_of_one_device(module.axis_context):
+    chips = {device.device_kind for device in module.backend.devices()}
+    if (
+        os.environ.get("MEM_AOP_JAX_KERNELS", "1") != "0"
+        and not jax.config.jax_enable_x64
+        and chips.isdisjoint(OLD_CHIPS)
+        and _runs_on_one_device(module.axis_context)
+    ):
         return mlir.lower_fun(kernel)(context, *args)
-    return _lowered(context, *args, **params)
+    return _lower_xla(context, *args, **params)
 
 
-def _is_of_one_device(program):
-    """Whether each device runs it by itself. Where JAX does not say so, it is not."""
-    if hasattr(program, "manual_axes"):
-        manual = set(program.manual_axes) | set(program.mesh.manual_axes)
-        return manual == set(program.mesh.axis_names)
-    return getattr(program, "num_devices", None) == 1
+def _runs_on_one_device(axis_context):
+    """Whether each device runs the program by itself; False if JAX does not say so."""
+    if hasattr(axis_context, "manual_axes"):
+        manual = set(axis_context.manual_axes) | set(axis_context.mesh.manual_axes)
+        return manual == set(axis_context.mesh.axis_names)
+    return getattr(axis_context, "num_devices", None) == 1
 
 
-_lowered = mlir.lower_fun(_run)
-ad.primitive_jvps[_kernel_or_xla] = _differentiated
-batching.primitive_batchers[_kernel_or_xla] = _batched
-mlir.register_lowering(_kernel_or_xla, _lowered)
-mlir.register_lowering(_kernel_or_xla, _lowered_for_tpu, platform="tpu")
+_lower_xla = mlir.lower_fun(_run_xla)
+ad.primitive_jvps[_primitive] = _differentiate
+batching.primitive_batchers[_primitive] = _batch
+mlir.register_lowering(_primitive, _lower_xla)
+mlir.register_lowering(_primitive, _lower_for_tpu, platform="tpu")

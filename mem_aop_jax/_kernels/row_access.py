@@ -1,4 +1,7 @@
-"""Norms of rows, the chosen rows, and rows in their places: by kernels on TPUs, or the compiler."""
+"""Norms, gathers and replacements of rows in groups: by TPU kernels where they run, else by XLA.
+
+Where a function takes `chosen`, `(groups, k)` int32, these are indices of rows of each group.
+"""
 
 import functools
 import math
@@ -15,51 +18,41 @@ from mem_aop_jax._numerics import accumulation_dtype, row_norms
 
 @jax.jit  # as `row_norms`
 def grouped_row_norms(rows: chex.Array) -> chex.Array:
-    """As `row_norms`, `(groups, rows)`, of rows of any floating dtype."""
-    block = row_sums_tpu.choose_block_rows(
-        math.prod(rows.shape[:2]), rows.shape[2], rows.dtype, False
+    """`row_norms` of rows `(groups, rows, features)` of any floating dtype, `(groups, rows)`."""
+    groups, number, features = rows.shape
+    block_rows = row_sums_tpu.choose_block_rows(
+        groups * number, features, rows.dtype, with_memory=False
     )
-    if block is None:
-        return _norms(rows)
-    return kernel_or_xla(functools.partial(_norms_by_kernel, block=block), _norms, rows)
 
+    def xla(rows):
+        return row_norms(rows.astype(accumulation_dtype(rows.dtype)))
 
-def _norms(rows):
-    return row_norms(rows.astype(accumulation_dtype(rows.dtype)))
+    def kernel(rows):
+        norms, _ = row_sums_tpu.norms_and_sums(flat_rows(rows), None, block_rows)
+        return norms.reshape(groups, number)
 
-
-def _norms_by_kernel(rows, *, block):
-    return row_sums_tpu.norms_and_sums(flat_rows(rows), None, block)[0].reshape(rows.shape[:2])
+    return kernel_or_xla(kernel, xla, rows) if block_rows else xla(rows)
 
 
 @jax.jit  # as `row_norms`
 def gather_rows(rows: chex.Array, chosen: chex.Array) -> chex.Array:
-    """The chosen rows of each group, `(groups, k, features)`; NaN for one that there is not."""
-    block = choose_block_rows(rows, chosen.size)
-    if block is None:
-        return _take(rows, chosen)
-    by_kernel = functools.partial(_take_by_kernel, block=block)
-    return kernel_or_xla(by_kernel, _take, rows, chosen)
+    """The chosen rows, `(groups, k, features)`; NaN in place of one that does not exist."""
+    block_rows = choose_block_rows(rows, chosen.size)
+
+    @jax.vmap
+    def xla(rows, chosen):
+        return rows.at[chosen].get(mode="fill", fill_value=jnp.nan)
+
+    def kernel(rows, chosen):
+        gathered = row_access_tpu.map_gathered_rows(
+            lambda gathered, _: gathered, _gather_operands(rows, chosen), block_rows, rows.dtype
+        ).reshape(*chosen.shape, -1)
+        return jnp.where(_exists(rows, chosen)[..., None], gathered, jnp.nan)
+
+    return kernel_or_xla(kernel, xla, rows, chosen) if block_rows else xla(rows, chosen)
 
 
-@jax.vmap
-def _take(rows, chosen):
-    return rows.at[chosen].get(mode="fill", fill_value=jnp.nan)
-
-
-def _take_by_kernel(rows, chosen, *, block):
-    found = row_access_tpu.gather_rows(flat_rows(rows), flat_indices(chosen, rows.shape[1]), block)
-    there = _is_there(chosen, rows)[..., None]
-    return jnp.where(there, found.reshape(*chosen.shape, -1), jnp.nan)
-
-
-def _is_there(chosen, rows):
-    return (chosen >= 0) & (chosen < rows.shape[1])
-
-
-@functools.partial(
-    jax.jit, static_argnames=("precision", "add_projection", "dtype")
-)  # as `row_norms`
+@functools.partial(jax.jit, static_argnames=("precision", "add_projection", "dtype"))
 def gather_residuals(
     rows: chex.Array,
     chosen: chex.Array,
@@ -71,7 +64,7 @@ def gather_residuals(
     add_projection: bool = False,
     dtype,
 ) -> chex.Array:
-    """What a basis does not hold of the chosen rows, times weights; NaN for a row that is missing.
+    """Weights times what a basis leaves of the chosen rows; NaN for a row that does not exist.
 
     Args:
       rows: `(groups, rows, features)`.
@@ -79,46 +72,38 @@ def gather_residuals(
       weights: `(groups, k)`; None is all ones.
       coordinates: `(groups, rows, q)`, of all rows.
       basis: `(features, q)`.
-      precision: of the product.
-      add_projection: whether to add what the basis holds, without weights.
+      precision: of the product of the last two, the projection.
+      add_projection: whether the projection is added to the result, without weights.
       dtype: of the result, `(groups, k, features)`; inside it is float32 (float64 for float64).
     """
-    if weights is None:
-        weights = jnp.ones_like(chosen, dtype=accumulation_dtype(rows.dtype))
-    args = (
-        rows,
-        chosen,
-        weights.astype(accumulation_dtype(rows.dtype)),
-        gather_rows(coordinates, chosen),
-        basis,
-    )
-    options = {"precision": precision, "add_projection": add_projection, "dtype": dtype}
-    by_compiler = functools.partial(_take_outside, **options)
-    block = choose_block_rows(rows, chosen.size, basis.shape[1])
-    options["precision"] = subspace_products_tpu.precision_of_products(
-        coordinates, basis, precision
-    )
-    if not basis.shape[1] or block is None or options["precision"] is None:
-        return by_compiler(*args)
-    by_kernel = functools.partial(_take_outside_by_kernel, block=block, **options)
-    return kernel_or_xla(by_kernel, by_compiler, *args)
+    inner_dtype = accumulation_dtype(rows.dtype)
+    weights = jnp.ones_like(chosen) if weights is None else weights
+    arrays = rows, chosen, weights.astype(inner_dtype), gather_rows(coordinates, chosen), basis
+    block_rows = choose_block_rows(rows, chosen.size, basis.shape[1])
+    kernel_precision = subspace_products_tpu.choose_precision(coordinates, basis, precision)
 
+    def combine(rows, weights, projections):
+        residuals = weights * (rows.astype(inner_dtype) - projections)
+        return (projections + residuals if add_projection else residuals).astype(dtype)
 
-def _take_outside(rows, chosen, weights, coordinates, basis, *, precision, add_projection, dtype):
-    rows = gather_rows(rows, chosen).astype(accumulation_dtype(rows.dtype))
-    coordinates, basis = coordinates.astype(rows.dtype), basis.astype(rows.dtype)
-    held = jnp.matmul(coordinates, basis.T, precision=precision)
-    rest = weights[..., None] * (rows - held)
-    return (held + rest if add_projection else rest).astype(dtype)
+    def xla(rows, chosen, weights, coordinates, basis):
+        coordinates, basis = coordinates.astype(inner_dtype), basis.astype(inner_dtype)
+        projections = jnp.matmul(coordinates, basis.T, precision=precision)
+        return combine(gather_rows(rows, chosen), weights[..., None], projections)
 
+    def kernel(rows, chosen, weights, coordinates, basis):
+        def combine_block(rows, _, weights, coordinates, directions):
+            projections = row_access_tpu.product(coordinates, directions, kernel_precision)
+            return combine(rows, weights, projections)
 
-def _take_outside_by_kernel(rows, chosen, weights, coordinates, basis, **options):
-    at = flat_indices(chosen, rows.shape[1])
-    weights = jnp.where(_is_there(chosen, rows), weights, jnp.nan).reshape(-1)
-    found = row_access_tpu.gather_residuals(
-        flat_rows(rows), at, weights, flat_rows(coordinates), basis.T, **options
-    )
-    return found.reshape(*chosen.shape, -1)
+        weights = jnp.where(_exists(rows, chosen), weights, jnp.nan).reshape(-1, 1)
+        operands = _gather_operands(rows, chosen, (weights, flat_rows(coordinates)), (basis.T,))
+        residuals = row_access_tpu.map_gathered_rows(combine_block, operands, block_rows, dtype)
+        return residuals.reshape(*chosen.shape, -1)
+
+    if not basis.shape[1] or block_rows is None or kernel_precision is None:
+        return xla(*arrays)
+    return kernel_or_xla(kernel, xla, *arrays)
 
 
 def replace_product_rows(
@@ -128,64 +113,75 @@ def replace_product_rows(
     directions: chex.Array,
     precision: lax.PrecisionLike,
 ) -> chex.Array:
-    """Rows of `coordinates @ directions`, but for the chosen ones, which are sampled.
+    """The rows of `coordinates @ directions`, with the chosen ones replaced by sampled ones.
 
     Args:
       sampled: `(groups, k, features)`, in the dtype of the result.
-      chosen: `(groups, k)` int32, which rows of each group they are; none twice.
+      chosen: `(groups, k)` int32, the rows that they replace; none twice.
       coordinates: `(groups, rows, q)`, in the dtype of the product.
       directions: `(q, features)`, in the same.
       precision: of the product.
     """
-    by_compiler = functools.partial(_place, precision=precision)
-    args = sampled, chosen, coordinates, directions
+    arrays = sampled, chosen, coordinates, directions
     groups, rows, rank = coordinates.shape
-    sizes = groups * rows, chosen.size, sampled.shape[2]
-    block = row_access_tpu.choose_block_rows(*sizes, sampled.dtype, rank)
-    of_kernel = subspace_products_tpu.precision_of_products(coordinates, directions, precision)
-    if (
-        block is None
-        or of_kernel is None
-        or chosen.size % row_access_tpu.rows_of_word(sampled.dtype)
-    ):
-        return by_compiler(*args)
-    by_kernel = functools.partial(_place_by_kernel, block=block, precision=of_kernel)
-    return kernel_or_xla(by_kernel, by_compiler, *args)
-
-
-def _place(sampled, chosen, coordinates, directions, *, precision):
-    rows = jnp.matmul(coordinates, directions, precision=precision)
-    return replace_rows(rows.astype(sampled.dtype), chosen, sampled)  # no copy of it in float32
-
-
-def _place_by_kernel(sampled, chosen, coordinates, directions, *, block, precision):
-    groups, rows, _ = coordinates.shape
-    number = jnp.arange(chosen.size, dtype=jnp.int32)
-    at = jnp.full(groups * rows, -1, jnp.int32).at[flat_indices(chosen, rows)].set(number)
-    found = row_access_tpu.replace_product_rows(
-        flat_rows(sampled), at, flat_rows(coordinates), directions, block, precision
+    block_rows = row_access_tpu.choose_block_rows(
+        groups * rows, chosen.size, sampled.shape[2], sampled.dtype, rank
     )
-    return found.reshape(groups, rows, -1)
+    kernel_precision = subspace_products_tpu.choose_precision(coordinates, directions, precision)
+    whole_words = not chosen.size % row_access_tpu.rows_per_word(sampled.dtype)
+
+    def xla(sampled, chosen, coordinates, directions):
+        product = jnp.matmul(coordinates, directions, precision=precision)
+        product = product.astype(sampled.dtype)  # before the copy that replacing rows makes
+        return replace_rows(product, chosen, sampled)
+
+    def kernel(sampled, chosen, coordinates, directions):
+        def select_block(sampled, is_sampled, coordinates, directions):
+            product = row_access_tpu.product(coordinates, directions, kernel_precision)
+            return jnp.where(is_sampled, sampled.astype(product.dtype), product)
+
+        positions = jnp.arange(chosen.size, dtype=jnp.int32)
+        indices = jnp.full(groups * rows, -1, jnp.int32)  # in `sampled`, of each row of the result
+        indices = indices.at[flat_indices(chosen, rows)].set(positions)
+        operands = row_access_tpu.Operands(
+            flat_rows(sampled), (indices,), (flat_rows(coordinates),), (directions,)
+        )
+        return row_access_tpu.map_gathered_rows(
+            select_block, operands, block_rows, sampled.dtype, copies=chosen.size
+        ).reshape(groups, rows, -1)
+
+    if block_rows is None or kernel_precision is None or not whole_words:
+        return xla(*arrays)
+    return kernel_or_xla(kernel, xla, *arrays)
 
 
 @jax.vmap
 def replace_rows(rows: chex.Array, chosen: chex.Array, sampled: chex.Array) -> chex.Array:
-    """The rows of each group, with the chosen ones, none twice, replaced."""
+    """The rows of each group, with the chosen ones, none twice, replaced by sampled ones."""
     return rows.at[chosen].set(sampled, unique_indices=True)
 
 
 def choose_block_rows(rows: chex.Array, chosen: int, rank: int = 0) -> int | None:
-    """As `row_access_tpu.choose_block_rows`, of `(groups, rows, features)`."""
+    """`row_access_tpu.choose_block_rows` for rows `(groups, rows, features)`."""
     groups, number, features = rows.shape
     return row_access_tpu.choose_block_rows(groups * number, chosen, features, rows.dtype, rank)
 
 
 def flat_indices(chosen: chex.Array, rows: int) -> chex.Array:
-    """Indices `(groups, k)` of rows of each group as indices of the rows of all, `(groups k,)`."""
+    """The chosen rows `(groups, k)` as indices of `flat_rows`, `(groups k,)`, each of its group."""
     first = rows * jnp.arange(len(chosen), dtype=chosen.dtype)
     return (jnp.clip(chosen, 0, rows - 1) + first[:, None]).reshape(-1)
 
 
 def flat_rows(rows: chex.Array) -> chex.Array:
-    """The rows of all groups."""
-    return rows.reshape(-1, rows.shape[-1])
+    """The rows of all groups, `(groups rows, features)`."""
+    return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
+
+
+def _gather_operands(rows, chosen, blocked=(), resident=()):
+    indices = flat_indices(chosen, rows.shape[1])
+    return row_access_tpu.Operands(flat_rows(rows), (indices,), blocked, resident)
+
+
+def _exists(rows, chosen):
+    return (chosen >= 0) & (chosen < rows.shape[1])

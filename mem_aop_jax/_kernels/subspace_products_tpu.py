@@ -1,13 +1,11 @@
-"""TPU kernels for what is computed of all rows, in one pass over them.
-
-For a step with subspaces (`one_pass`)
+"""A TPU kernel for the products of all rows in a step with subspaces, in one pass over them.
 
     A = X V,  B = G U                              and the norms of the rows
     X^T [A / max |A|, B],  G^T [A, B / max |B|]
 
-for which XLA reads X and G three times each. The products with few columns stay on the chip, as
-does their unit, which grows as larger rows come. Inside, what has few columns is transposed, so
-that it fills the lanes. Grids walk over blocks of rows, of all features.
+XLA reads X and G three times each for these. The kernel keeps the sums on the second line on the
+chip, and their units, which grow as larger coordinates come. Matrices of few columns are transposed
+inside, so that they fill the lanes.
 """
 
 import functools
@@ -24,46 +22,47 @@ from mem_aop_jax._kernels.row_sums_tpu import (
     IN_ORDER,
     LANES,
     SUBLANES,
-    VMEM,
-    norms_of_block,
-    whole_tiles,
+    block_norms,
+    fitting_block_rows,
+    squares_scratch,
 )
 from mem_aop_jax._numerics import SCALES
 
 
-def precision_of_products(
-    x: chex.Array, g: chex.Array, precision: lax.PrecisionLike
+def choose_precision(
+    a: chex.Array, b: chex.Array, precision: lax.PrecisionLike
 ) -> lax.Precision | None:
-    """What the kernel's products need to be as precise; None where it has no such products."""
-    if x.dtype != g.dtype:
+    """The precision in a kernel for a product that has one outside; None: no kernel has it."""
+    if a.dtype != b.dtype:
         return None
-    if x.dtype == jnp.bfloat16:
-        return lax.Precision.DEFAULT  # exact, of which the sums are in float32
+    if a.dtype == jnp.bfloat16:
+        return lax.Precision.DEFAULT  # exact: the terms are added up in float32
     wanted = jax.config.jax_default_matmul_precision if precision is None else precision
     wanted = wanted if isinstance(wanted, tuple) else (wanted, wanted)
     try:
-        found = {lax.Precision.DEFAULT if of is None else lax.Precision(of) for of in wanted}
+        precisions = {lax.Precision(name or "default") for name in wanted}
     except ValueError:  # an algorithm of XLA's
         return None
-    fits = x.dtype == jnp.float32 and len(found) == 1 and lax.Precision.HIGH not in found
-    return found.pop() if fits else None
+    has_one = len(precisions) == 1 and lax.Precision.HIGH not in precisions
+    return precisions.pop() if has_one and a.dtype == jnp.float32 else None
 
 
 def choose_block_rows(
     rows: int, in_features: int, out_features: int, ranks: tuple[int, int], dtype
 ) -> int | None:
-    """How many rows the kernel has on the chip.
+    """How many rows a step of the kernel has on the chip; None if it cannot run.
 
-    None: it cannot run, as sizes are not whole tiles, or as too many features are wide.
+    It cannot if arrays are not whole tiles, or if what stays on the chip, which grows with the
+    features, does not fit.
     """
-    if not all(whole_tiles(rows, of, dtype) for of in (in_features, out_features)):
-        return None
     size, features = jnp.dtype(dtype).itemsize, in_features + out_features
     columns = sum(map(_rounded_up, ranks))
-    whole = features * columns * (2 * size + 3 * 4)
-    row = 2 * size * features + 4 * (4 * columns + len(SCALES) * LANES)
-    fit = (of for of in (2 * LANES, LANES) if not rows % of and of * row + whole <= VMEM)
-    return next(fit, None)
+    row_bytes = 2 * size * features + 4 * (4 * columns + len(SCALES) * LANES)
+    fixed_bytes = features * columns * (2 * size + 3 * 4)
+    sizes = 2 * LANES, LANES
+    return fitting_block_rows(
+        sizes, rows, (in_features, out_features), dtype, row_bytes, fixed_bytes
+    )
 
 
 def one_pass(
@@ -71,93 +70,96 @@ def one_pass(
     g: chex.Array,
     v: chex.Array,
     u: chex.Array,
-    rows: int,
+    block_rows: int,
     precision: lax.Precision,
 ) -> tuple[tuple[chex.Array, ...], tuple[chex.Array, ...]]:
-    """As `all_rows.side_products`, of `(rows, features)` arrays, all bfloat16 or all float32.
+    """The fields of `SideProducts` of both sides; all arrays are bfloat16, or all float32.
 
     Args:
-      x: the inputs.
-      g: the cotangents.
+      x: the inputs, `(rows, in_features)`.
+      g: the cotangents, `(rows, out_features)`.
       v: directions of the inputs, `(in_features, q)`.
-      u: directions of the cotangents.
-      rows: of a block, from `choose_block_rows`.
+      u: directions of the cotangents, `(out_features, q)`.
+      block_rows: from `choose_block_rows`.
       precision: of products.
     """
-    ranks = v.shape[1], u.shape[1]
-    bases = [_padded(basis.T) for basis in (v, u)]
-    columns = sum(map(len, bases))
-    arrays = x, g, *bases
+    sides, bases = (x, g), tuple(_padded(basis.T) for basis in (v, u))
+    arrays, total = (*sides, *bases), sum(map(len, bases))
 
-    def in_blocks(of_rows):
-        return pl.BlockSpec((rows, of_rows.shape[1]), lambda block: (block, 0))
+    def block_spec(rows):
+        return pl.BlockSpec((block_rows, rows.shape[1]), lambda step: (step, 0))
 
-    def of_block(number):
-        return pl.BlockSpec((number, rows), lambda block: (0, block))
+    def columns_spec(transposed):
+        return pl.BlockSpec((len(transposed), block_rows), lambda step: (0, step))
 
-    def whole(*shape):
-        return pl.BlockSpec(shape, lambda block: (0, 0))
+    def whole_spec(array):
+        return pl.BlockSpec(array.shape, lambda step: (0, 0))
 
-    outputs = [
-        *((of_block(len(basis)), (len(basis), len(x)), x.dtype) for basis in bases),
-        *((of_block(1), (1, len(x)), jnp.float32) for _ in bases),
-        *((whole(columns, a.shape[1]), (columns, a.shape[1]), jnp.float32) for a in (x, g)),
-    ]
-    shapes = [shape_like(*shape, arrays) for _, *shape in outputs]
+    coordinates = tuple(shape_like((len(basis), len(x)), x.dtype, arrays) for basis in bases)
+    norms = tuple(shape_like((1, len(x)), jnp.float32, arrays) for _ in sides)
+    sums = tuple(shape_like((total, rows.shape[1]), jnp.float32, arrays) for rows in sides)
     flops = sum(
-        2 * len(x) * basis.shape[1] * (len(basis) + columns) + 2 * len(SCALES) * of.size
-        for of, basis in zip((x, g), bases, strict=True)
+        2 * len(x) * basis.shape[1] * (len(basis) + total) + 2 * len(SCALES) * rows.size
+        for rows, basis in zip(sides, bases, strict=True)
     )
-    moved = sum(a.size * a.dtype.itemsize for a in (*arrays, *shapes))
-    a, b, x_norms, g_norms, of_x, of_g = pl.pallas_call(
+    moved = (*arrays, *coordinates, *norms, *sums)
+    (a, b), (x_norms, g_norms), (x_sums, g_sums) = pl.pallas_call(
         functools.partial(_kernel, precision=precision),
-        grid=(len(x) // rows,),
-        in_specs=[in_blocks(x), in_blocks(g), *(whole(*basis.shape) for basis in bases)],
-        out_specs=[spec for spec, *_ in outputs],
-        out_shape=shapes,
-        scratch_shapes=[
-            pltpu.SMEM((2,), jnp.float32),
-            pltpu.VMEM((len(SCALES), rows, LANES), jnp.float32),
-        ],
-        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
+        grid=(len(x) // block_rows,),
+        in_specs=[tuple(map(block_spec, sides)), tuple(map(whole_spec, bases))],
+        out_specs=(
+            tuple(map(columns_spec, coordinates)),
+            tuple(map(columns_spec, norms)),
+            tuple(map(whole_spec, sums)),
+        ),
+        out_shape=(coordinates, norms, sums),
+        scratch_shapes=[pltpu.SMEM((2,), jnp.float32), squares_scratch(block_rows)],
+        cost_estimate=pl.CostEstimate(
+            flops=flops,
+            bytes_accessed=sum(array.size * array.dtype.itemsize for array in moved),
+            transcendentals=0,
+        ),
         compiler_params=IN_ORDER,
-    )(*arrays)
-    of_a, of_b = slice(ranks[0]), slice(len(bases[0]), len(bases[0]) + ranks[1])
+    )(sides, bases)
+    with_a = slice(v.shape[1])
+    with_b = slice(len(bases[0]), len(bases[0]) + u.shape[1])
     return (
-        (a[: ranks[0]].T, x_norms[0], of_x[of_a].T, of_x[of_b].T),
-        (b[: ranks[1]].T, g_norms[0], of_g[of_b].T, of_g[of_a].T),
+        (a[: v.shape[1]].T, x_norms[0], x_sums[with_a].T, x_sums[with_b].T),
+        (b[: u.shape[1]].T, g_norms[0], g_sums[with_b].T, g_sums[with_a].T),
     )
 
 
-def _kernel(x, g, v, u, a, b, x_norms, g_norms, of_x, of_g, units, sums, *, precision):
+def _kernel(sides, bases, coordinates, norms, sums, units, squares, *, precision):
+    """All but the last two arguments are pairs: of the inputs and of the cotangents."""
+
     @pl.when(pl.program_id(0) == 0)
     def _():
-        of_x[...], of_g[...] = jnp.zeros_like(of_x), jnp.zeros_like(of_g)
+        for side in range(2):
+            sums[side][...] = jnp.zeros_like(sums[side])
         units[0] = units[1] = jnp.float32(0)
 
-    product = functools.partial(
+    dot = functools.partial(
         lax.dot_general, precision=precision, preferred_element_type=jnp.float32
     )
-    for rows, basis, coordinates in ((x, v, a), (g, u, b)):
-        found = product(basis[...], rows[...], (((1,), (1,)), ((), ())))
-        found = jnp.where(jnp.abs(found) < jnp.inf, found, 0)
-        coordinates[...] = found.astype(coordinates.dtype)
-    for rows, norms in ((x, x_norms), (g, g_norms)):
-        norms[...] = norms_of_block(rows, sums)
+    for side in range(2):
+        products = dot(bases[side][...], sides[side][...], (((1,), (1,)), ((), ())))
+        products = jnp.where(jnp.abs(products) < jnp.inf, products, 0)
+        coordinates[side][...] = products.astype(coordinates[side].dtype)
+    for side in range(2):
+        norms[side][...] = block_norms(sides[side], squares)
 
-    a, b = (coordinates[...].astype(jnp.float32) for coordinates in (a, b))
-    for side, (rows, own, total) in enumerate(((x, a, of_x), (g, b, of_g))):
-        before = units[side]
-        now = jnp.maximum(before, jnp.max(jnp.abs(own)))
-        units[side] = now
-        now = jnp.where(now > 0, now, 1)
-        both = [a, b]
-        both[side] = own / now
-        both = jnp.concatenate(both).astype(rows.dtype)
-        shrink = [jnp.ones((len(of), 1), jnp.float32) for of in (a, b)]
-        shrink[side] *= before / now
-        added = product(both, rows[...], (((1,), (0,)), ((), ())))
-        total[...] = total[...] * jnp.concatenate(shrink) + added
+    stored = [array[...].astype(jnp.float32) for array in coordinates]
+    for side in range(2):
+        old_unit = units[side]
+        new_unit = jnp.maximum(old_unit, jnp.max(jnp.abs(stored[side])))
+        units[side] = new_unit
+        new_unit = jnp.where(new_unit > 0, new_unit, 1)
+        factors, shrink = [*stored], [jnp.ones((len(array), 1), jnp.float32) for array in stored]
+        factors[side] /= new_unit
+        shrink[side] *= old_unit / new_unit
+        factors = jnp.concatenate(factors).astype(sides[side].dtype)
+        added = dot(factors, sides[side][...], (((1,), (0,)), ((), ())))
+        sums[side][...] = sums[side][...] * jnp.concatenate(shrink) + added
 
 
 def _rounded_up(number):
