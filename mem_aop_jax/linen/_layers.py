@@ -5,6 +5,7 @@ import contextvars
 import functools
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -61,7 +62,6 @@ class Dense(nn.Dense):
 
     config: MemAOP | None = None
 
-    @nn.compact
     def __call__(self, inputs: chex.Array) -> chex.Array:
         """`inputs @ kernel + bias`: `(..., in_features)` to `(..., features)`."""
         if self.dot_general is not None or self.dot_general_cls is not None:
@@ -69,17 +69,8 @@ class Dense(nn.Dense):
                 f"{_name(self)}: aop.linen.Dense has a dot_general of its own; leave dot_general "
                 "and dot_general_cls unset, or use flax.linen.Dense."
             )
-        in_features = jnp.shape(inputs)[-1]
-        kernel = self.param(
-            "kernel", self.kernel_init, (in_features, self.features), self.param_dtype
-        )
-        bias = None
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        contraction = (((inputs.ndim - 1,), (0,)), ((), ()))
-        y = product_of(self, self.config, inputs, kernel, contraction, self.precision)
-        return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        product = functools.partial(product_of, self, self.config)
+        return call_with_product(self, product, super().__call__, inputs)
 
 
 class DotGeneral(nn.Module):
@@ -224,6 +215,15 @@ _probing = contextvars.ContextVar("whether layers without a memory get a probe",
 _recorded: contextvars.ContextVar[dict | None] = contextvars.ContextVar(
     "the layers of a call, by path and memory", default=None
 )
+
+
+def call_with_product(module: nn.Module, product: Callable, call: Callable, *args, **kwargs):
+    """Calls a dense layer's method with this `dot_general`, which the layer reads in this call."""
+    object.__setattr__(module, "dot_general", product)  # the fields of a module are frozen
+    try:
+        return call(*args, **kwargs)
+    finally:
+        object.__setattr__(module, "dot_general", None)
 
 
 def product_of(

@@ -19,6 +19,7 @@ from mem_aop_jax.linen._layers import (
     RNG,
     Dense,
     Lent,
+    call_with_product,
     count_calls_together,
     product_of,
     scopes_of,
@@ -156,12 +157,7 @@ def _intercept(rules, depth, lend, gains, paths, call, args, kwargs, context):
     if config is None:
         return call(*args, **kwargs)
     product = functools.partial(product_of, module, config, lend=lend, gains=gains)
-    # The fields of a module are frozen; the layer reads this one during this call alone.
-    object.__setattr__(module, "dot_general", product)
-    try:
-        return call(*args, **kwargs)
-    finally:
-        object.__setattr__(module, "dot_general", None)
+    return call_with_product(module, product, call, *args, **kwargs)
 
 
 # ---- memories inside a wrapped model
