@@ -37,6 +37,11 @@ def shape_like(shape: tuple[int, ...], dtype, arrays) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=type(kind)(varying=axes))
 
 
+def jax_option(name: str):
+    """A setting of `jax.config`, whose type hints do not know it."""
+    return getattr(jax.config, name)
+
+
 def get_value(variable):
     """What an NNX variable holds, a pytree."""
     return variable.get_value() if hasattr(variable, "get_value") else variable.value  # flax < 0.12

@@ -17,6 +17,8 @@ import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from mem_aop_jax._compat import jax_option
+
 OLD_CHIPS = "TPU v2", "TPU v3"
 
 
@@ -27,7 +29,7 @@ def kernel_or_xla(kernel: Callable, xla: Callable, *args: chex.ArrayTree) -> che
     """
     leaves, structure = jax.tree.flatten(args)
     jaxpr, shapes = jax.make_jaxpr(xla, return_shape=True)(*args)
-    precision, prng = jax.config.jax_default_matmul_precision, jax.config.jax_default_prng_impl
+    precision, prng = map(jax_option, ("jax_default_matmul_precision", "jax_default_prng_impl"))
 
     def flat_kernel(*leaves):
         with jax.default_matmul_precision(precision), jax.default_prng_impl(prng):

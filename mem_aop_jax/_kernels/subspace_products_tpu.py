@@ -11,13 +11,12 @@ inside, so that they fill the lanes.
 import functools
 
 import chex
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mem_aop_jax._compat import shape_like
+from mem_aop_jax._compat import jax_option, shape_like
 from mem_aop_jax._kernels.row_sums_tpu import (
     IN_ORDER,
     LANES,
@@ -37,7 +36,7 @@ def choose_precision(
         return None
     if a.dtype == jnp.bfloat16:
         return lax.Precision.DEFAULT  # exact: the terms are added up in float32
-    wanted = jax.config.jax_default_matmul_precision if precision is None else precision
+    wanted = jax_option("jax_default_matmul_precision") if precision is None else precision
     wanted = wanted if isinstance(wanted, tuple) else (wanted, wanted)
     try:
         precisions = {lax.Precision(name or "default") for name in wanted}
