@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_layer import gradients
 
 import mem_aop_jax as aop
 
@@ -31,53 +32,59 @@ CONTRACTIONS = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def dot_general_gradients(config, numbers, lhs, rhs, memory, g, key):
+    """The product, and the gradients of both operands and of the memory."""
+
+    def layer(lhs, rhs, memory):
+        return aop.dot_general(lhs, rhs, numbers, memory=memory, config=config, key=key)
+
+    y, pull_back = jax.vjp(layer, lhs, rhs, memory)
+    return y, *pull_back(g)
+
+
 @pytest.mark.parametrize(
     ("name", "policy"),
     [(name, "topk") for name in CONTRACTIONS] + [("kernel in the middle", "weightedk")],
 )
 def test_any_contraction_is_a_dense_layer(name, policy):
+    """The same contraction after moving its axes."""
     lhs_shape, rhs_shape, contracting = CONTRACTIONS[name]
-    lhs, rhs = arrays(lhs_shape, rhs_shape)
     numbers = (contracting, ((), ()))
-    exact = functools.partial(jax.lax.dot_general, dimension_numbers=numbers)
-    (g,) = arrays(exact(lhs, rhs).shape)
-    exact_dx, exact_dw = jax.vjp(exact, lhs, rhs)[1](g)
-
+    free = [d for d in range(len(lhs_shape)) if d not in contracting[0]]
+    features = [d for d in range(len(rhs_shape)) if d not in contracting[1]]
     in_features = np.prod([lhs_shape[d] for d in contracting[0]])
-    rows, out_features = lhs.size // in_features, rhs.size // in_features
-    memory = aop.init_memory(aop.MemAOP(k=1), rows, in_features, out_features)
-    (kept,) = arrays((rows, in_features + out_features))
-    memory = memory._replace(inputs=kept[:, :in_features], cotangents=kept[:, in_features:])
-    key = jax.random.key(0)
+    rows, out_features = np.prod(lhs_shape) // in_features, np.prod(rhs_shape) // in_features
+    y_shape = [lhs_shape[d] for d in free] + [rhs_shape[d] for d in features]
 
-    @jax.jit
-    def of_dense(x, kernel, memory, g):  # the same contraction after moving axes, config of k = 2
-        layer = functools.partial(aop.dense, config=aop.MemAOP(k=2, policy=policy), key=key)
-        return jax.vjp(layer, x, kernel, memory)[1](g)
+    def as_matrix(kernel):
+        return kernel.transpose(*contracting[1], *features).reshape(in_features, out_features)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def of_dot_general(config, lhs, rhs, memory, g):
-        def layer(lhs, rhs, memory):
-            return aop.dot_general(lhs, rhs, numbers, memory=memory, config=config, key=key)
+    lhs, rhs, g, kept = map(
+        np.asarray, arrays(lhs_shape, rhs_shape, y_shape, (rows, in_features + out_features))
+    )
+    x = lhs.transpose(*free, *contracting[0]).reshape(rows, in_features)
+    kernel, key = as_matrix(rhs), jax.random.key(0)
+    memory = aop.Memory(kept[:, :in_features], kept[:, in_features:], np.float32(0))
 
-        y, pull_back = jax.vjp(layer, lhs, rhs, memory)
-        return y, *pull_back(g)
-
-    empty = jax.tree.map(jnp.zeros_like, memory)
-    y, dx, dw, after = of_dot_general(aop.MemAOP(k=rows, policy=policy), lhs, rhs, empty, g)
+    all_rows, config = (aop.MemAOP(k=k, policy=policy) for k in (rows, 2))
+    empty = jax.tree.map(np.zeros_like, memory)
+    y, dx, dw, after = dot_general_gradients(all_rows, numbers, lhs, rhs, empty, g, key)
+    exact_dx = np.tensordot(g, rhs, (range(len(free), g.ndim), features))
+    axes = free + [contracting[0][i] for i in np.argsort(contracting[1])]
+    exact_dx = exact_dx.transpose(np.argsort(axes))
+    exact_dw = x.T @ g.reshape(rows, out_features)
     chex.assert_trees_all_close(
-        (y, dx, dw), (exact(lhs, rhs), exact_dx, exact_dw), rtol=1e-5, atol=1e-5
+        (y, dx, as_matrix(dw)),
+        (np.tensordot(lhs, rhs, contracting), exact_dx, exact_dw),
+        rtol=1e-5,
+        atol=1e-5,
     )
     assert not any(rows.any() for rows in after[:2])
 
-    free = [d for d in range(lhs.ndim) if d not in contracting[0]]
-    features = [d for d in range(rhs.ndim) if d not in contracting[1]]
-    x = lhs.transpose(*free, *contracting[0]).reshape(rows, in_features)
-    kernel = rhs.transpose(*contracting[1], *features).reshape(in_features, out_features)
-    _, dw_2d, after_2d = of_dense(x, kernel, memory, g.reshape(rows, out_features))
-    _, _, dw, after = of_dot_general(aop.MemAOP(k=2, policy=policy), lhs, rhs, memory, g)
-    dw = dw.transpose(*contracting[1], *features).reshape(in_features, out_features)
-    chex.assert_trees_all_close((dw, after), (dw_2d, after_2d), rtol=1e-5, atol=1e-5)
+    wanted = gradients(config, x, kernel, memory, g.reshape(rows, out_features), key)[1:]
+    _, _, dw, after = dot_general_gradients(config, numbers, lhs, rhs, memory, g, key)
+    chex.assert_trees_all_close((as_matrix(dw), after), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_preferred_element_type():
@@ -88,8 +95,12 @@ def test_preferred_element_type():
     def layer(x, kernel):
         return aop.dot_general(x, kernel, numbers, None, jnp.float32, config=config)
 
-    y, pull_back = jax.vjp(layer, x, kernel)
-    dx, dw = pull_back(jnp.ones_like(y))
+    @jax.jit
+    def product_and_gradients(x, kernel):
+        y, pull_back = jax.vjp(layer, x, kernel)
+        return y, *pull_back(jnp.ones_like(y))
+
+    y, dx, dw = product_and_gradients(x, kernel)
     assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
     np.testing.assert_array_equal(y, jax.lax.dot_general(x, kernel, numbers, None, jnp.float32))
 
@@ -99,15 +110,15 @@ def test_batch_dimensions_run_exact_and_say_so_once():
     numbers = (((2,), (1,)), ((0,), (0,)))
     layer = functools.partial(aop.dot_general, dimension_numbers=numbers, name="scores of heads")
 
-    def gradients(config):
+    def both_gradients(config):
         return jax.grad(lambda *a: layer(*a, config=config).sum(), argnums=(0, 1))(lhs, rhs)
 
     with pytest.warns(UserWarning, match="scores of heads: .* runs exact: it has batch dim"):
-        approximate = gradients(aop.MemAOP(k=1))
+        approximate = both_gradients(aop.MemAOP(k=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        gradients(aop.MemAOP(k=1))
-        chex.assert_trees_all_equal(approximate, gradients(None))
+        both_gradients(aop.MemAOP(k=1))
+        chex.assert_trees_all_equal(approximate, both_gradients(None))
 
 
 KERNEL_ON_THE_LEFT = (((0,), (1,)), ((), ()))  # (5, 3), (6, 5) -> (3, 6)
@@ -119,15 +130,15 @@ def test_a_memory_for_swapped_operands_runs_exact_and_says_so_once():
     memory = aop.init_memory(config, 6, 5, 3)
     layer = functools.partial(aop.dot_general, dimension_numbers=KERNEL_ON_THE_LEFT, name="swapped")
 
-    def gradients(**options):
+    def both_gradients(**options):
         return jax.grad(lambda *a: layer(*a, **options).sum(), argnums=(0, 1))(kernel, x)
 
     with pytest.warns(UserWarning, match="swapped: .* exact: its kernel is the left operand"):
-        approximate = gradients(config=config, memory=memory)
+        approximate = both_gradients(config=config, memory=memory)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        gradients(config=config, memory=memory)
-        chex.assert_trees_all_equal(approximate, gradients())
+        both_gradients(config=config, memory=memory)
+        chex.assert_trees_all_equal(approximate, both_gradients())
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -174,9 +185,9 @@ def test_dot_general_cls_of_stock_layers(name):
     """The same parameters and outputs, and at k = rows the same gradients, for three steps."""
     x = arrays((3, 4, 8))[0]
     theirs, ours = LAYERS[name](None), LAYERS[name](PRODUCT)
-    variables = ours.init(jax.random.key(0), x)
+    variables = jax.jit(ours.init)(jax.random.key(0), x)
     params, memory = variables["params"], variables[COLLECTION]
-    chex.assert_trees_all_equal(params, theirs.init(jax.random.key(0), x)["params"])
+    chex.assert_trees_all_equal(params, jax.jit(theirs.init)(jax.random.key(0), x)["params"])
 
     @jax.jit
     def step(params, memory):
@@ -192,10 +203,9 @@ def test_dot_general_cls_of_stock_layers(name):
     for _ in range(3):
         grads, memory = step(params, memory)
         chex.assert_trees_all_close(grads, exact(params), rtol=1e-4, atol=1e-5)
-        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
-    np.testing.assert_allclose(
-        ours.apply({"params": params}, x), theirs.apply({"params": params}, x), rtol=1e-5
-    )
+        params = jax.tree.map(lambda p, g: np.asarray(p - 0.1 * np.asarray(g)), params, grads)
+    evaluated = (jax.jit(model.apply)({"params": params}, x) for model in (ours, theirs))
+    np.testing.assert_allclose(*evaluated, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -203,9 +213,9 @@ def test_rows_wait_in_the_memories_of_an_attention_layer():
     config = aop.MemAOP(ratio=0.25, policy="randk")
     product = functools.partial(aop.linen.DotGeneral, config=config)
     model, x = LAYERS["attention"](product), arrays((3, 4, 8))[0]
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     rngs = {aop.linen.RNG: jax.random.key(1)}
-    grads = jax.grad(lambda v: jnp.mean(model.apply(v, x, rngs=rngs) ** 2))(variables)
+    grads = jax.jit(jax.grad(lambda v: jnp.mean(model.apply(v, x, rngs=rngs) ** 2)))(variables)
     memories = [
         grads[COLLECTION][n]["DotGeneral_0"]["memory"] for n in ("query", "key", "value", "out")
     ]

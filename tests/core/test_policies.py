@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import mem_aop_jax as aop
 from mem_aop_jax._core.policies import POLICIES, UNBIASED_POLICIES, row_scores, top_k_by_rank
 from mem_aop_jax._numerics import row_norms
 
@@ -224,34 +223,6 @@ def test_rows_that_are_not_finite_score_infinity():
     zeros, finite = scores_of(jnp.zeros((4, 2)), jnp.zeros((4, 1)))
     assert finite.all()
     assert not zeros.any()
-
-
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
-@pytest.mark.parametrize(
-    ("policy", "memory", "groups"),
-    [
-        *((of, None, 1) for of in POLICIES),
-        *((of, None, 4) for of in ("topk", "weightedk", "priority")),
-        *((of, "subspace", 1) for of in UNBIASED_POLICIES),
-        *(pytest.param(of, None, 4, marks=pytest.mark.slow) for of in ("randk", "crs", "uniform")),
-        *(pytest.param(of, "subspace", 4, marks=pytest.mark.slow) for of in UNBIASED_POLICIES),
-    ],
-)
-def test_cpus_sort_no_rows(policy, memory, groups, without_x64):
-    """They find the k largest, of both gradients, in a fraction of the time."""
-    of_inputs = aop.InputGrad(ratio=0.25, rank=8 if memory else 0)
-    config = aop.MemAOP(k=16, policy=policy, memory=memory, groups=groups, input_grad=of_inputs)
-    rows, features = 256, 32
-
-    def loss_fn(x, kernel, memory, key):
-        return jnp.sum(aop.dense(x, kernel, memory, config=config, key=key) ** 2)
-
-    args = jnp.ones((rows, features)), jnp.ones((features, features))
-    args += aop.init_memory(config, rows, features, features), jax.random.key(0)
-    gradient = jax.jit(jax.grad(loss_fn, argnums=(0, 1, 2) if memory else (0, 1)))
-    program = gradient.lower(*args).compile().as_text()
-    assert " sort(" not in program
-    assert program.count('custom_call_target="TopK"') == (1 if policy == "crs" else 2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint32"])

@@ -13,10 +13,9 @@ import pytest
 import trained_language_model
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from one_layer import weight_gradient
+from one_layer import M, N, P, exact_gradient, rows_near_a_subspace, stepped, weight_gradient
 
 import mem_aop_jax as aop
-from mem_aop_jax._core.policies import UNBIASED_POLICIES
 from mem_aop_jax._core.subspace_memory import (
     inverse_by_elimination,
     inverse_factor,
@@ -26,96 +25,9 @@ from mem_aop_jax._core.subspace_memory import (
 )
 from mem_aop_jax._numerics import row_norms
 
-M, N, P = 48, 12, 8
-POLICIES = ["priority", "crs", "uniform"]
-
 
 def config_of(policy="priority", k=6, rank=3, **options):
     return aop.MemAOP(k=k, policy=policy, memory="subspace", rank=rank, **options)
-
-
-def rows_near_a_subspace(rows, features, rank, noise, seed):
-    rng = np.random.default_rng(seed)
-    exact = rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, features))
-    return jnp.asarray(exact + noise * rng.normal(size=(rows, features)), jnp.float32)
-
-
-def exact_gradient(x, g):
-    return np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
-
-
-def refreshed(config, x, g, steps=3, memory=None):
-    memory = memory or aop.init_memory(config, len(x), x.shape[1], g.shape[1], x.dtype)
-    for key in jax.random.split(jax.random.key(9), steps):
-        _, memory = weight_gradient(config, x, g, memory, key)
-    return memory
-
-
-ROWS = {"uniform": np.ones(M), "heavy tails": np.arange(1, M + 1) ** -1.5}
-ROWS["one dominant"] = np.array([300.0] + [1.0] * (M - 1))
-
-
-@functools.cache
-def draws_of(config, number):
-    """`number` weight gradients for one batch, with keys of their own."""
-
-    def all_draws(x, g, memory):
-        keys = jax.random.split(jax.random.key(1), number)
-        return jax.vmap(lambda key: weight_gradient(config, x, g, memory, key)[0])(keys)
-
-    return jax.jit(all_draws)
-
-
-@pytest.mark.parametrize(
-    ("policy", "basis", "k"),
-    [(policy, "refreshed", 6) for policy in POLICIES]
-    + [
-        pytest.param(policy, *case, marks=[] if policy == "priority" else pytest.mark.slow)
-        for policy in POLICIES
-        for case in [("first", 6), ("one-sided", 6), ("refreshed", 2), ("refreshed", M - 1)]
-    ],
-)
-@pytest.mark.parametrize("norms", ROWS.values(), ids=ROWS)
-def test_unbiased_for_any_directions(norms, policy, basis, k):
-    config = config_of(policy, k=k, rank=(3, 0) if basis == "one-sided" else 3)
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(norms[:, None] * rng.normal(size=(M, N)), jnp.float32)
-    g = jnp.asarray(1 + rng.normal(size=(M, P)), jnp.float32)
-    memory = refreshed(config, x, g, steps=0 if basis == "first" else 3)
-    sums = np.asarray(draws_of(config, 20_000)(x, g, memory), np.float64)
-    exact = exact_gradient(x, g)
-    off, error = np.abs(sums.mean(axis=0) - exact), sums.std(axis=0) / len(sums) ** 0.5
-    assert np.linalg.norm(off) <= 4 * np.linalg.norm(error)
-    assert (off <= 5 * error + 1e-5 * np.abs(exact).max()).all()  # the worst of 96 entries
-    assert error.max() > 1e-6 * np.abs(exact).max()  # it is no exact gradient
-
-
-def test_the_variance_is_that_of_the_residuals():
-    x, g = rows_near_a_subspace(M, N, 2, 0.02, 0), rows_near_a_subspace(M, P, 2, 0.02, 1)
-    exact = exact_gradient(x, g)
-
-    def variance(config, memory):
-        draws = np.asarray(draws_of(config, 2_000)(x, g, memory))
-        return ((draws - exact) ** 2).sum((1, 2)).mean()
-
-    sampled = variance(aop.MemAOP(k=6, policy="priority"), None)
-    for rank in (3, (3, 0)):
-        config = config_of(rank=rank)
-        assert variance(config, refreshed(config, x, g)) < sampled / 100
-
-
-@pytest.mark.parametrize(
-    ("policy", "rank"),
-    [("priority", 3), ("crs", 3), ("uniform", 3)]
-    + [("priority", rank) for rank in ((2, 5), (4, 0), 64)],
-)
-def test_all_rows_are_the_exact_gradient(policy, rank):
-    x, g = rows_near_a_subspace(M, N, N, 1, 0), rows_near_a_subspace(M, P, P, 1, 1)
-    for k in (M, 6) if rank == 64 else (M,):  # with all directions no row is needed
-        config = config_of(policy, k=k, rank=rank)
-        memory = refreshed(config, x, g, steps=2)
-        dw, _ = weight_gradient(config, x, g, memory, jax.random.key(0))
-        np.testing.assert_allclose(dw, exact_gradient(x, g), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -124,7 +36,8 @@ def test_rows_are_scored_by_what_lies_outside(dtype):
     basis = jnp.eye(N, dtype=jnp.float32)[:, :3]
     rows = np.zeros((4, N))
     rows[0, 1], rows[1, 5], rows[2, [0, 7]], rows[3, :] = 50, 2, (30, 4), 1
-    outside = side(jnp.asarray(rows, dtype)[None], basis, None).residual_norms()
+    norms = jax.jit(lambda rows: side(rows, basis, None).residual_norms())
+    outside = norms(jnp.asarray(rows, dtype)[None])
     wanted = np.linalg.norm(rows[:, 3:], axis=1)
     ratio = np.asarray(outside[0]) / float(row_norms(jnp.ones((1, 1)))[0])
     np.testing.assert_allclose(ratio[1:], wanted[1:], rtol=0.01)
@@ -145,14 +58,14 @@ def test_mixed_dtypes(rank):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dw = jax.grad(loss_fn)(jnp.zeros((N, P), jnp.float32))
+        dw = jax.jit(jax.grad(loss_fn))(jnp.zeros((N, P), jnp.float32))
     np.testing.assert_allclose(dw, exact_gradient(x, g), rtol=1e-4, atol=1e-3)
 
 
 def test_the_refresh_is_a_subspace_iteration():
     """The spans of X^T X V and G^T G U, against NumPy's QR in float64."""
     x, g = rows_near_a_subspace(M, N, N, 1, 0), rows_near_a_subspace(M, P, P, 1, 1)
-    memory = refreshed(config_of(), x, g, steps=4)
+    memory = stepped(config_of(), x, g, steps=4)
     _, after = weight_gradient(config_of(), x, g, memory, jax.random.key(0))
     for rows, before, now in zip((x, g), memory[:2], after[:2], strict=True):
         rows, before = np.asarray(rows, np.float64), np.asarray(before, np.float64)
@@ -167,10 +80,9 @@ def test_a_rare_refresh_is_the_same_step_with_the_same_gradient():
     always, rarely = config_of(), config_of(refresh=4)
     first = aop.init_memory(rarely, M, N, P)
     key = jax.random.key(0)
-    chex.assert_trees_all_equal(
-        *(weight_gradient(config, x, g, first, key)[1] for config in (always, rarely))
-    )
-    memory, refreshes = refreshed(always, x, g, steps=2), 0
+    firsts = (weight_gradient(config, x, g, first, key)[1] for config in (always, rarely))
+    chex.assert_trees_all_close(*firsts, rtol=1e-4, atol=1e-5)  # two programs round apart
+    memory, refreshes = stepped(always, x, g, steps=2), 0
     for key in jax.random.split(jax.random.key(1), 200):
         (dw, after), (wanted, followed) = (
             weight_gradient(config, x, g, memory, key) for config in (rarely, always)
@@ -199,8 +111,8 @@ def test_devices_with_keys_of_their_own_refresh_together(rank):
             step, mesh=mesh, in_specs=(rows, rows, everywhere, rows), out_specs=everywhere
         )
     )
-    memory, refreshes = refreshed(config_of(rank=rank), x, g, steps=2), 0
-    wanted = refreshed(config_of(rank=rank), x, g, steps=1, memory=memory)
+    memory, refreshes = stepped(config_of(rank=rank), x, g, steps=2), 0
+    wanted = stepped(config_of(rank=rank), x, g, steps=1, memory=memory)
     for key in jax.random.split(jax.random.key(0), 24):
         _, after = sharded(x, g, memory, jax.random.split(key, devices))
         unchanged = bool(jnp.all(after.inputs == memory.inputs))
@@ -219,7 +131,7 @@ def test_a_rare_refresh_needs_a_key():
 
 def test_the_directions_converge_to_the_leading_ones():
     x, g = rows_near_a_subspace(M, N, 3, 0.1, 0), rows_near_a_subspace(M, P, 3, 0.1, 1)
-    memory = refreshed(config_of(), x, g, steps=20)
+    memory = stepped(config_of(), x, g, steps=20)
     for rows, basis in zip((x, g), memory[:2], strict=True):
         leading = np.linalg.svd(np.asarray(rows, np.float64))[2][:3]
         np.testing.assert_allclose(basis @ basis.T, leading.T @ leading, atol=1e-3)
@@ -300,68 +212,21 @@ def test_directions_of_a_trained_language_model(standard_promotion):
 def test_the_inverse_of_a_cholesky_factor_on_each_platform(invert, rank):
     columns = np.random.default_rng(0).normal(size=(200, rank)) * np.logspace(0, 2, rank)
     gram = columns.T @ columns
-    found = np.asarray(invert(jnp.asarray(gram)))
-    np.testing.assert_allclose(found @ gram @ found.T, np.eye(rank), atol=1e-9)
-    np.testing.assert_array_equal(found, np.tril(found))
-    singular = jnp.ones((rank, rank)).at[0, 0].set(0)
+    invert = jax.jit(invert)
+    inverse = np.asarray(invert(gram))
+    np.testing.assert_allclose(inverse @ gram @ inverse.T, np.eye(rank), atol=1e-9)
+    np.testing.assert_array_equal(inverse, np.tril(inverse))
+    singular = np.ones((rank, rank))
+    singular[0, 0] = 0
     assert not np.isfinite(invert(singular)).all()
 
 
 def test_columns_that_are_not_finite_change_no_direction():
-    old = aop.init_memory(config_of(), M, N, P).inputs
-    for bad in (jnp.nan, jnp.inf):
-        chex.assert_trees_all_equal(orthonormal(jnp.ones_like(old).at[2, 1].set(bad), old), old)
-
-
-@pytest.mark.parametrize("rank", [3, (3, 0)])
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-@pytest.mark.parametrize("side", ["inputs", "cotangents"])
-def test_rows_that_are_not_finite_show_in_the_gradient_and_change_no_direction(side, bad, rank):
-    x, g = rows_near_a_subspace(M, N, 3, 1, 0), rows_near_a_subspace(M, P, 3, 1, 1)
-    config = config_of(rank=rank)
-    memory = refreshed(config, x, g)
-    if side == "inputs":
-        x = x.at[5, 2].set(bad)
-    else:
-        g = g.at[5, 2].set(bad)
-    dw, after = weight_gradient(config, x, g, memory, jax.random.key(0))
-    np.testing.assert_array_equal(np.isfinite(dw), np.isfinite(exact_gradient(x, g)))
-    of_side = 0 if side == "inputs" else 1
-    chex.assert_trees_all_equal(after[of_side], memory[of_side])
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
-
-
-@pytest.mark.parametrize("policy", UNBIASED_POLICIES)
-def test_more_bad_rows_than_are_chosen_show_beside_a_subspace(policy):
-    x, g = rows_near_a_subspace(M, N, 3, 1, 0), rows_near_a_subspace(M, P, 3, 1, 1)
-    config = config_of(rank=3, k=2, policy=policy)
-    memory = refreshed(config, x, g)
-    x = x.at[:4, 2].set(jnp.nan)
-    dw, _ = weight_gradient(config, x, g, memory, jax.random.key(0))
-    np.testing.assert_array_equal(np.isfinite(dw), np.isfinite(exact_gradient(x, g)))
-
-
-@pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64])
-def test_dtypes(x_dtype):
-    x = rows_near_a_subspace(M, N, 3, 0.1, 0).astype(x_dtype)
-    g = rows_near_a_subspace(M, P, 3, 0.1, 1).astype(x_dtype)
-    memory = refreshed(config_of(), x, g, steps=4)
-    assert memory.inputs.dtype == (jnp.float64 if x_dtype == jnp.float64 else jnp.float32)
-    dw, _ = weight_gradient(config_of(), x, g, memory, jax.random.key(0))
-    assert dw.dtype == x_dtype
-    exact = exact_gradient(x, g)
-    assert np.linalg.norm(np.asarray(dw, np.float64) - exact) < 0.05 * np.linalg.norm(exact)
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("memory", ["subspace", None])
-def test_weights_do_not_overflow_in_float16(policy, memory):
-    config = aop.MemAOP(k=2, policy=policy, memory=memory)
-    x = jnp.full((M, N), 0.01, jnp.float16)
-    g = jnp.full((M, P), 6e3, jnp.float16)  # times 24
-    kept = aop.init_memory(config, M, N, P, jnp.float16)
-    dw, _ = weight_gradient(config, x, g, kept, jax.random.key(0))
-    np.testing.assert_allclose(dw, exact_gradient(x, g), rtol=0.02)
+    old = np.asarray(aop.init_memory(config_of(), M, N, P).inputs)
+    for bad in (np.nan, np.inf):
+        columns = np.ones_like(old)
+        columns[2, 1] = bad
+        chex.assert_trees_all_equal(jax.jit(orthonormal)(columns, old), old)
 
 
 def test_any_batch_size():
@@ -369,28 +234,8 @@ def test_any_batch_size():
     memory = None
     for rows in (16, 7, 33):
         x, g = rows_near_a_subspace(rows, N, 3, 0.1, 0), rows_near_a_subspace(rows, P, 3, 0.1, 1)
-        memory = refreshed(config, x, g, 2, memory)
+        memory = stepped(config, x, g, 2, memory)
     assert memory.inputs.shape == (N, 3)
-
-
-def test_flops_and_memory_of_the_backward_pass():
-    """About 3 q (1/N + 1/P) of dW beside the rows; no temporary of the size of X beside X and G."""
-    m, n, q = 4096, 512, 16
-    x = g = jax.ShapeDtypeStruct((m, n), jnp.float32)
-    key = jax.random.key(0)
-
-    def compiled(config):
-        memory = jax.eval_shape(lambda: aop.init_memory(config, m, n, n))
-        step = jax.jit(lambda x, g, memory: weight_gradient(config, x, g, memory, key))
-        return step.lower(x, g, memory).compile()
-
-    exact = 2 * m * n * n
-    sampled = compiled(aop.MemAOP(ratio=0.125, policy="priority"))
-    ours = compiled(config_of(k=m // 8, rank=q))
-    extra = ours.cost_analysis()["flops"] - sampled.cost_analysis()["flops"]
-    assert extra < 1.25 * 3 * q * (2 / n) * exact
-    temporaries = [c.memory_analysis().temp_size_in_bytes for c in (ours, sampled)]
-    assert temporaries[0] - temporaries[1] < m * n * 4 / 4
 
 
 # ---- a layer in training
@@ -467,7 +312,7 @@ def test_one_basis_for_all_devices_under_shard_map():
     """The refresh is summed over devices: nothing larger than directions and dW travels."""
     x, g = rows_near_a_subspace(M, N, 3, 1, 0), rows_near_a_subspace(M, P, 3, 1, 1)
     one = config_of(k=M)  # all rows: no draw, so that devices and one device agree
-    memory = refreshed(one, x, g, steps=2)
+    memory = stepped(one, x, g, steps=2)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     rows, everywhere = PartitionSpec("data"), PartitionSpec()
     sharded = jax.shard_map(
