@@ -202,21 +202,16 @@ def wrap(
         raise TypeError(f"wrap: model is of type {type(model).__name__}, not an NNX module.")
     rules = as_rules("wrap", config_or_rules)
     validation.min_speedup("wrap", min_speedup)
-    calls = _calls(model, example_inputs, kwargs)
-    check_all_used("wrap", rules, list(calls))
     products = []
-    for path, layer in _stock_layers(model):
-        config = config_for(rules, path) if path in calls else None
-        if config is None:
-            continue
-        layers = _layers(path, config, calls[path])
-        _, dtype, kernel_ndim = calls[path][0]
-        speedups = (cost(config, *sizes, dtype=dtype).speedup for sizes, dtype, _ in calls[path])
+    for node, config, layers, dtype, kernel_ndim in _planned(
+        "wrap", model, rules, example_inputs, kwargs
+    ):
+        speedups = (cost(config, *layer.sizes, dtype=dtype).speedup for layer in layers)
         if min_speedup is not None and max(speedups) < min_speedup:
             continue
-        stack = layer.kernel.shape[: len(layer.kernel.shape) - kernel_ndim]
-        product = DotGeneral(config, layers, dtype, _key(config, rngs, path), stack)
-        products.append((layer, product))
+        stack = node.kernel.shape[: len(node.kernel.shape) - kernel_ndim]
+        key = _key(config, rngs, layers[0].path)
+        products.append((node, DotGeneral(config, layers, dtype, key, stack)))
     for layer, product in products:  # now that nothing is wrong
         layer.dot_general = nnx.data(product)
     return model
@@ -236,14 +231,8 @@ def sized_layers(
     caller: str, model: nnx.Module, rules: Rules, args: tuple
 ) -> list[tuple[Layer, jnp.dtype]]:
     """The layers of a model that rules make approximate, each with the dtype of its inputs."""
-    calls = _calls(model, args, {})
-    check_all_used(caller, rules, list(calls))
-    return [
-        (layer, calls[path][0].dtype)
-        for path, _ in _stock_layers(model)
-        if path in calls and config_for(rules, path) is not None
-        for layer in _layers(path, config_for(rules, path), calls[path])
-    ]
+    planned = _planned(caller, model, rules, args, {})
+    return [(layer, dtype) for _, _, layers, dtype, _ in planned for layer in layers]
 
 
 def update_memory(
@@ -293,11 +282,13 @@ def update_memory(
     return param_grads
 
 
-class _Call(NamedTuple):
-    """One call of a layer, whose sizes are (rows, in_features, out_features)."""
+class _Planned(NamedTuple):
+    """A layer that the rules make approximate."""
 
-    sizes: tuple[int, int, int]
-    dtype: jnp.dtype
+    node: nnx.Linear | nnx.LinearGeneral
+    config: MemAOP
+    layers: list[Layer]  # one for each call
+    dtype: jnp.dtype  # of the inputs
     kernel_ndim: int  # of one layer, where several are stacked
 
 
@@ -314,15 +305,15 @@ class _Recorder(nnx.Module):
         return jax.lax.dot_general(lhs, rhs, dimension_numbers, *args, **options)
 
 
-def _calls(model, args, kwargs) -> dict[str, list[_Call]]:
-    """The calls of each dense layer in a forward pass, by the path of the layer."""
-    calls: dict[str, dict[int, _Call]] = {}
+def _planned(caller, model, rules, args, kwargs) -> list[_Planned]:
+    """The layers that the rules make approximate, from the calls in a forward pass."""
+    calls: dict[str, dict[int, tuple[tuple[int, int, int], jnp.dtype, int]]] = {}
 
     def record(path, call, lhs, rhs, dimension_numbers):
         if why_exact(lhs, rhs, dimension_numbers) is None:
             validation.floating(path, lhs, rhs)
             sizes = contraction_sizes(lhs, rhs, dimension_numbers)
-            calls.setdefault(path, {})[call] = _Call(sizes, lhs.dtype, rhs.ndim)
+            calls.setdefault(path, {})[call] = sizes, lhs.dtype, rhs.ndim
 
     graph, state = nnx.split(model)
 
@@ -333,11 +324,18 @@ def _calls(model, args, kwargs) -> dict[str, list[_Call]]:
         copy(*args, **kwargs)
 
     eval_shape(run, jax.eval_shape(lambda state: state, state), *args, **kwargs)
-    return {path: list(numbered.values()) for path, numbered in calls.items()}
-
-
-def _layers(path, config, calls):
-    return [Layer(path, *call.sizes, config.selected_rows(call.sizes[0], path)) for call in calls]
+    check_all_used(caller, rules, list(calls))
+    planned = []
+    for path, node in _stock_layers(model):
+        config = config_for(rules, path)
+        if path in calls and config is not None:
+            (_, dtype, kernel_ndim), *_ = calls[path].values()
+            layers = [
+                Layer(path, *sizes, config.selected_rows(sizes[0], path))
+                for sizes, *_ in calls[path].values()
+            ]
+            planned.append(_Planned(node, config, layers, dtype, kernel_ndim))
+    return planned
 
 
 def _stock_layers(model):
