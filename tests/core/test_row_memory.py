@@ -7,16 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from one_layer import weight_gradient
+from one_layer import normal, weight_gradient
 
 import mem_aop_jax as aop
 
 M, N, P, STEPS = 12, 5, 4, 200
 SLOTS = 5  # does not divide the rows
-
-
-def numbers(*shape, seed=0, mean=0.0):
-    return jnp.asarray(mean + np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 @functools.cache
@@ -35,11 +31,18 @@ def sums_of(config, runs):
     return jax.jit(jax.vmap(run, in_axes=(None, None, 0)))
 
 
-@pytest.mark.parametrize("slots", [None, SLOTS])
-@pytest.mark.parametrize("policy", ["topk", "randk"])
+@pytest.mark.parametrize(
+    ("policy", "slots"),
+    [
+        ("topk", None),
+        ("randk", SLOTS),
+        pytest.param("topk", SLOTS, marks=pytest.mark.slow),
+        pytest.param("randk", None, marks=pytest.mark.slow),
+    ],
+)
 def test_with_signs_the_sum_over_many_steps_is_unbiased(policy, slots):
     """Rows with a mean, so that cross terms would add up."""
-    x, g = numbers(STEPS, M, N, seed=0, mean=0.5), numbers(STEPS, M, P, seed=1, mean=0.5)
+    x, g = normal(STEPS, M, N, seed=0, mean=0.5), normal(STEPS, M, P, seed=1, mean=0.5)
     exact = np.einsum("tmn,tmp->np", x, g)
 
     def off(signed, runs):
@@ -58,8 +61,15 @@ def test_with_signs_the_sum_over_many_steps_is_unbiased(policy, slots):
     assert distance > max(4 * error, 0.2 * np.linalg.norm(exact))
 
 
-@pytest.mark.parametrize(("groups", "rows"), [(1, M), (1, M - 3), (1, 2), (2, M), (2, 2)])
-@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(
+    ("groups", "rows", "signed"),
+    [
+        *((*sizes, True) for sizes in ((1, M), (1, M - 3), (1, 2), (2, M), (2, 2))),
+        *((*sizes, False) for sizes in ((1, M), (2, M))),
+        *(pytest.param(1, rows, False, marks=pytest.mark.slow) for rows in (M - 3, 2)),
+        pytest.param(2, 2, False, marks=pytest.mark.slow),
+    ],
+)
 def test_slots_follow_a_numpy_loop_at_any_batch_size(signed, groups, rows):
     """Candidates are the rows, then the slots; row m waits in slot m mod slots of its group."""
     of_group, slots = rows // groups, 3
@@ -70,7 +80,7 @@ def test_slots_follow_a_numpy_loop_at_any_batch_size(signed, groups, rows):
     kept = [np.zeros((groups, slots, n)) for n in (N, P)]
     for step in range(4):
         key = jax.random.key(step)
-        x, g = numbers(rows, N, seed=2 * step), numbers(rows, P, seed=2 * step + 1)
+        x, g = normal(rows, N, seed=2 * step), normal(rows, P, seed=2 * step + 1)
         dw, memory = weight_gradient(config, x, g, memory, key)
         signs = np.ones((groups, of_group))
         if signed:
@@ -96,37 +106,17 @@ def test_slots_follow_a_numpy_loop_at_any_batch_size(signed, groups, rows):
 
 
 def test_signs_change_nothing_but_the_sign_of_what_waits():
-    x, g, key = numbers(M, N), numbers(M, P, seed=1), jax.random.key(0)
+    x, g, key = normal(M, N), normal(M, P, seed=1), jax.random.key(0)
     plain, signed = aop.MemAOP(k=3), aop.MemAOP(k=3, signed=True)
     memory = aop.init_memory(plain, M, N, P)
     dw, after = weight_gradient(plain, x, g, memory, None)
     signed_dw, signed_after = weight_gradient(signed, x, g, memory, key)
     np.testing.assert_array_equal(dw, signed_dw)
-    products = [jnp.einsum("mn,mp->mnp", *sides[:2]) for sides in (after, signed_after)]
+    products = [np.einsum("mn,mp->mnp", *sides[:2]) for sides in (after, signed_after)]
     np.testing.assert_array_equal(*products)
     waits = np.asarray(after.inputs[:, 0]) != 0
     signs = np.asarray(signed_after.inputs[:, 0])[waits] / np.asarray(after.inputs[:, 0])[waits]
     assert set(signs) == {1, -1}
-
-
-@pytest.mark.parametrize("shape", [(M,), (3, 4)])
-def test_all_rows_are_the_exact_gradient_and_leave_the_slots_empty(shape):
-    config = aop.MemAOP(k=M, memory_slots=SLOTS, signed=True)
-    x, g = numbers(*shape, N), numbers(*shape, P, seed=1)
-    memory = aop.init_memory(config, M, N, P)
-    dw, memory = weight_gradient(config, x, g, memory, jax.random.key(0))
-    np.testing.assert_allclose(dw, x.reshape(M, N).T @ g.reshape(M, P), rtol=1e-5, atol=1e-5)
-    assert not np.asarray(memory.inputs).any()
-
-
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_a_row_that_is_not_finite_shows_and_enters_no_slot(bad):
-    config = aop.MemAOP(k=3, memory_slots=SLOTS)
-    x, g = numbers(M, N).at[0, 1].set(bad), numbers(M, P, seed=1)
-    dw, memory = weight_gradient(config, x, g, aop.init_memory(config, M, N, P), None)
-    assert np.isnan(dw).any(axis=1).tolist() == [n == 1 for n in range(N)] or np.isinf(dw[1]).all()
-    assert np.isfinite(np.delete(dw, 1, axis=0)).all()
-    assert all(np.isfinite(side).all() for side in memory[:2])
 
 
 def test_a_slot_that_outgrows_float16_shows_in_the_next_gradient_and_is_emptied():
@@ -146,8 +136,8 @@ def test_slots_of_a_device_are_a_share_of_all():
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, everywhere = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     specs = aop.Memory(rows, rows, everywhere)
-    x, g = numbers(4 * M, N), numbers(4 * M, P, seed=1)
-    memory = aop.Memory(numbers(8, N, seed=2), numbers(8, P, seed=3), jnp.ones((), jnp.float32))
+    x, g = normal(4 * M, N), normal(4 * M, P, seed=1)
+    memory = aop.Memory(normal(8, N, seed=2), normal(8, P, seed=3), jnp.ones((), jnp.float32))
     step = functools.partial(weight_gradient, config, key=None)
     sharded = jax.shard_map(
         step, mesh=mesh, in_specs=(rows, rows, specs), out_specs=(everywhere, specs)
@@ -178,22 +168,20 @@ def test_another_number_of_slots(given):
     config = aop.MemAOP(k=3, memory_slots=SLOTS)
     memory = aop.init_memory(aop.MemAOP(k=3, memory_slots=given), M, N, P)
     with pytest.raises(ValueError, match=rf"\({given}, 5\).*needs \(5, 5\).*number of slots"):
-        weight_gradient(config, numbers(M, N), numbers(M, P), memory, None)
+        weight_gradient(config, normal(M, N), normal(M, P), memory, None)
 
 
 @pytest.mark.parametrize("slots", [None, SLOTS])
 def test_signs_need_a_key(slots):
     config = aop.MemAOP(k=3, signed=True, memory_slots=slots)
     with pytest.raises(ValueError, match=r"dense: a memory with signed=True draws.*no key"):
-        weight_gradient(
-            config, numbers(M, N), numbers(M, P), aop.init_memory(config, M, N, P), None
-        )
+        weight_gradient(config, normal(M, N), normal(M, P), aop.init_memory(config, M, N, P), None)
 
 
 def test_a_policy_may_count_from_the_end():
     """The last candidate is the last slot, in the product as in the memory."""
-    x, g = numbers(M, N), numbers(M, P, seed=1)
-    memory = aop.Memory(numbers(SLOTS, N, seed=2), numbers(SLOTS, P, seed=3), jnp.ones((), "f4"))
+    x, g = normal(M, N), normal(M, P, seed=1)
+    memory = aop.Memory(normal(SLOTS, N, seed=2), normal(SLOTS, P, seed=3), jnp.ones((), "f4"))
     results = []
     for last in (-1, M + SLOTS - 1):
         config = aop.MemAOP(
