@@ -51,7 +51,7 @@ def primitive(config, rows, remat=None):
     layers = () if remat is None else (LAYERS,)
     params = initial((*layers, FEATURES), (*layers, FEATURES, FEATURES))
     memory = aop.init_memory(config, rows, FEATURES, FEATURES)
-    memory = jax.tree.map(lambda a: jnp.broadcast_to(a, (*layers, *a.shape)), memory)
+    memory = jax.tree.map(lambda a: np.broadcast_to(a, (*layers, *a.shape)), memory)
 
     def layer(params, memory, x):
         bias, kernel = params
@@ -86,7 +86,7 @@ def linen(dense, memory_is_carried, wrap, config, rows, remat=None):
 
     model = Layer() if remat is None else Stack()
     model = aop.linen.wrap(model, config) if wrap else model
-    variables = model.init(jax.random.key(0), jnp.zeros((rows, FEATURES), jnp.float32))
+    variables = jax.jit(model.init)(jax.random.key(0), np.zeros((rows, FEATURES), np.float32))
 
     rngs = {aop.linen.RNG: jax.random.key(0)} if config.needs_key else None
 
@@ -191,15 +191,11 @@ def has_subspace(way):
     return kind_of(way) in ("subspace", "rare refresh", "inputs")
 
 
-def reference_of(way):
-    return with_memory(kind_of(way), primitive) if kind_of(way) else primitive
-
-
 # ---- what a cell is compared with
 
 
 def numbers(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def initial(*shapes):
@@ -212,6 +208,8 @@ def like(tree, leaves):
 
 
 def gradients(model):
+    """A function of params, memory and x: the gradients of params, and the next memory."""
+
     def loss_fn(params, memory, x):
         x += jnp.mean(jax.tree.leaves(params)[0])  # so that the gradient of the inputs counts
         return jnp.sum(model.apply(params, memory, x) ** 2)
@@ -219,29 +217,52 @@ def gradients(model):
     return jax.grad(loss_fn, argnums=(0, 1))
 
 
-def setup(way, config=CONFIG, rows=ROWS, remat=None, batches=None):
-    """A model, the primitive, its parameters, a memory that is not empty, and the inputs.
+@functools.cache
+def model_of(way, config=CONFIG, rows=ROWS, remat=None):
+    return WAYS[way](config, rows, remat)
 
-    With `batches`, memory and inputs are stacked.
-    """
-    model, reference = (make(config, rows, remat) for make in (WAYS[way], reference_of(way)))
-    before = () if batches is None else (batches,)
-    layers = () if remat is None else (LAYERS,)
+
+def reference_of(way, config=CONFIG, rows=ROWS):
+    """The primitive with the memory of this way in."""
+    kind = kind_of(way)
+    return model_of(f"`dense`, {kind}" if kind else "`dense`", config, rows)
+
+
+@functools.cache
+def reference_gradients(way, config=CONFIG, rows=ROWS):
+    """Compiled once for all cells that are compared with it."""
+    return jax.jit(gradients(reference_of(way, config, rows)))
+
+
+class Inputs(NamedTuple):
+    """Parameters, a memory that is not empty, and the inputs; as the primitive takes them."""
+
+    params: chex.ArrayTree
+    memory: aop.Memory | aop.Subspace
+    x: chex.Array
+
+    def for_model(self, model):
+        return Inputs(like(model.params, self.params), like(model.memory, self.memory), self.x)
+
+
+def inputs_of(way, config=CONFIG, rows=ROWS, layers=(), batches=()):
+    """With `layers` parameters and memory are stacked; with `batches` memory and inputs."""
+    params = initial((*layers, FEATURES), (*layers, FEATURES, FEATURES))
     if has_subspace(way):
         ranks = RANK, FEATURES if kind_of(way) == "inputs" else RANK
         sides = (
-            jnp.linalg.qr(numbers(*before, *layers, FEATURES, rank, seed=seed))[0]
+            np.linalg.qr(numbers(*batches, *layers, FEATURES, rank, seed=seed))[0]
             for seed, rank in zip((5, 6), ranks, strict=True)
         )
-        memory = aop.Subspace(*sides, jnp.ones((*before, *layers), jnp.float32))
+        memory = aop.Subspace(*sides, np.ones((*batches, *layers), np.float32))
     else:
         held = SLOTS * config.groups if kind_of(way) == "slots" else rows
         memory = aop.Memory(
-            numbers(*before, *layers, held, FEATURES, seed=5),
-            numbers(*before, *layers, held, FEATURES, seed=6),
-            jnp.ones((*before, *layers), jnp.float32),
+            numbers(*batches, *layers, held, FEATURES, seed=5),
+            numbers(*batches, *layers, held, FEATURES, seed=6),
+            np.ones((*batches, *layers), np.float32),
         )
-    return model, reference, reference.params, memory, numbers(*before, rows, FEATURES, seed=7)
+    return Inputs(params, memory, numbers(*batches, rows, FEATURES, seed=7))
 
 
 def same(ours, wanted):
@@ -250,70 +271,69 @@ def same(ours, wanted):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def one_by_one(function, *stacked):
-    """The results for each of the batches, stacked."""
-    results = [
-        function(*(jax.tree.map(operator.itemgetter(i), s) for s in stacked))
-        for i in range(BATCHES)
-    ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+def one_by_one(way, inputs):
+    """The primitive's results for each of the batches, stacked."""
+    results = []
+    for i in range(BATCHES):
+        memory, x = jax.tree.map(operator.itemgetter(i), (inputs.memory, inputs.x))
+        results.append(reference_gradients(way)(inputs.params, memory, x))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *results)
 
 
-def alone(transform):
-    """A cell: the gradients under a transform, against the primitive's without."""
+def summed(grads):
+    return jax.tree.map(lambda a: a.sum(axis=0), grads)
 
-    def cell(way):
-        model, reference, params, memory, x = setup(way)
-        ours = transform(gradients(model))(
-            like(model.params, params), like(model.memory, memory), x
-        )
-        same(ours, gradients(reference)(params, memory, x))
 
-    return cell
+# ---- the cells of a column: a transform of the gradients, against the primitive's without
+
+
+def jit(way):
+    model, inputs = model_of(way), inputs_of(way)
+    ours = jax.jit(gradients(model))(*inputs.for_model(model))
+    same(ours, gradients(reference_of(way))(*inputs))  # which is not compiled
+
+
+def grad(way):
+    model, inputs = model_of(way), inputs_of(way)
+    ours = gradients(model)(*inputs.for_model(model))
+    same(ours, reference_gradients(way)(*inputs))
 
 
 def vmap(way):
-    model, reference, params, memory, x = setup(way, batches=BATCHES)
-    grad_fn = jax.vmap(gradients(model), in_axes=(None, 0, 0))
-    ours = grad_fn(like(model.params, params), like(model.memory, memory), x)
-    same(ours, one_by_one(functools.partial(gradients(reference), params), memory, x))
+    model, inputs = model_of(way), inputs_of(way, batches=(BATCHES,))
+    grad_fn = jax.jit(jax.vmap(gradients(model), in_axes=(None, 0, 0)))
+    same(grad_fn(*inputs.for_model(model)), one_by_one(way, inputs))
 
 
 def vmap_per_example(way):
     """Inside the loss: the examples' gradients are summed, and each has its own rows."""
-    model, reference, params, memory, x = setup(way, batches=BATCHES)
-
-    def loss_fn(params, memory, x):
-        x += jnp.mean(jax.tree.leaves(params)[0])
-        return jnp.sum(jax.vmap(model.apply, in_axes=(None, 0, 0))(params, memory, x) ** 2)
-
-    grad_fn = jax.jit(jax.grad(loss_fn, argnums=(0, 1)))
-    ours = grad_fn(like(model.params, params), like(model.memory, memory), x)
-    grads, after = one_by_one(functools.partial(gradients(reference), params), memory, x)
-    same(ours, (jax.tree.map(lambda a: a.sum(axis=0), grads), after))
+    model, inputs = model_of(way), inputs_of(way, batches=(BATCHES,))
+    per_example = model._replace(apply=jax.vmap(model.apply, in_axes=(None, 0, 0)))
+    ours = jax.jit(gradients(per_example))(*inputs.for_model(model))
+    grads, after = one_by_one(way, inputs)
+    same(ours, (summed(grads), after))
 
 
 def pmap(way):
-    model, reference, params, memory, x = setup(way, batches=BATCHES)
+    model, inputs = model_of(way), inputs_of(way, batches=(BATCHES,))
 
     @functools.partial(jax.pmap, axis_name="data", in_axes=(None, 0, 0))
     def step(params, memory, x):
         grads, memory = gradients(model)(params, memory, x)
         return jax.lax.psum(grads, "data"), memory
 
-    grads, after = step(like(model.params, params), like(model.memory, memory), x)
-    wanted, wanted_after = one_by_one(functools.partial(gradients(reference), params), memory, x)
+    grads, after = jax.tree.map(np.asarray, step(*inputs.for_model(model)))
+    wanted, wanted_after = one_by_one(way, inputs)
     for device in range(BATCHES):
-        own = jax.tree.map(operator.itemgetter(device), grads)
-        same(own, jax.tree.map(lambda a: a.sum(axis=0), wanted))
+        same(jax.tree.map(operator.itemgetter(device), grads), summed(wanted))
     same(after, wanted_after)
 
 
 def for_all_rows(way):
-    """On one device with a group for each of four devices; and the model for one device."""
-    model, reference, params, memory, x = setup(way, OF_FOUR, BATCHES * ROWS)
-    wanted = gradients(reference)(params, memory, x)
-    return model, like(model.params, params), like(model.memory, memory), x, wanted
+    """What one device computes with a group for each of four devices."""
+    sizes = OF_FOUR, BATCHES * ROWS
+    inputs = inputs_of(way, *sizes)
+    return inputs, reference_gradients(way, *sizes)(*inputs)
 
 
 def mesh_of(axis_type):
@@ -327,22 +347,26 @@ def specs_of(way):
 
 
 def shard_map(way):
-    _, params, memory, x, wanted = for_all_rows(way)
-    specs = like(memory, specs_of(way))
+    model = model_of(way)
+    inputs, wanted = for_all_rows(way)
+    inputs = inputs.for_model(model)
+    specs = like(inputs.memory, specs_of(way))
     sharded = jax.shard_map(
-        gradients(WAYS[way](CONFIG, ROWS)),
+        gradients(model),
         mesh=mesh_of(AxisType.Auto),
         in_specs=(EVERYWHERE, specs, ROWS_SPEC),
         out_specs=(EVERYWHERE, specs),
     )
-    ours = jax.jit(sharded)(params, memory, x)
+    ours = jax.jit(sharded)(*inputs)
     if kind_of(way) == "signed":  # with one key, all devices draw the same signs
-        ours, wanted = jax.tree.map(jnp.abs, (ours, wanted))
+        ours, wanted = jax.tree.map(np.abs, (ours, wanted))
     same(ours, wanted)
 
 
 def jit_over_a_mesh(axis_type, way):
-    model, params, memory, x, wanted = for_all_rows(way)
+    model = model_of(way, OF_FOUR, BATCHES * ROWS)
+    inputs, wanted = for_all_rows(way)
+    params, memory, x = inputs.for_model(model)
     rows, everywhere = (NamedSharding(mesh_of(axis_type), s) for s in (ROWS_SPEC, EVERYWHERE))
     shardings = [NamedSharding(rows.mesh, spec) for spec in specs_of(way)]
     memory = jax.device_put(memory, like(memory, shardings))
@@ -353,75 +377,92 @@ def jit_over_a_mesh(axis_type, way):
         assert after.sharding.is_equivalent_to(sharding, after.ndim)
 
 
+def descend(grad_fn, state, x):
+    """A step of a scan over batches; the state is parameters and memory."""
+    grads, memory = grad_fn(*state, x)
+    return (jax.tree.map(lambda p, g: p - 0.01 * g, state[0], grads), memory), None
+
+
 def scan_over_steps(way):
-    model, reference, params, memory, _ = setup(way)
+    model = model_of(way)
+    params, memory, _ = inputs_of(way)
     batches = numbers(BATCHES, ROWS, FEATURES, seed=8)
-
-    def step(state, x, model):
-        grads, memory = gradients(model)(*state, x)
-        return (jax.tree.map(lambda p, g: p - 0.01 * g, state[0], grads), memory), None
-
+    step = functools.partial(descend, gradients(model))
     state = like(model.params, params), like(model.memory, memory)
-    ours, _ = jax.lax.scan(functools.partial(step, model=model), state, batches)
+    ours, _ = jax.jit(functools.partial(jax.lax.scan, step))(state, batches)
     wanted = params, memory
     for x in batches:
-        wanted, _ = step(wanted, x, reference)
+        wanted, _ = jax.tree.map(np.asarray, descend(reference_gradients(way), wanted, x))
     same(ours, wanted)
 
 
-def scan_over_layers(remat, way):
-    model, _, params, memory, x = setup(way, remat=remat)
+@functools.cache
+def unrolled_gradients(way):
+    """Of a stack of the primitive's layers, one after the other."""
+    layer = reference_of(way).apply
 
-    def unrolled(params, memory, x):
-        layer = reference_of(way)(CONFIG, ROWS).apply
+    def apply(params, memory, x):
         for i in range(LAYERS):
             x = layer(*jax.tree.map(operator.itemgetter(i), (params, memory)), x)
         return x
 
-    grad_fn = jax.jit(gradients(model))
-    ours = grad_fn(like(model.params, params), like(model.memory, memory), x)
-    same(ours, gradients(model._replace(apply=unrolled))(params, memory, x))
+    return jax.jit(gradients(reference_of(way)._replace(apply=apply)))
+
+
+def scan_over_layers(remat, way):
+    model, inputs = model_of(way, remat=remat), inputs_of(way, layers=(LAYERS,))
+    ours = jax.jit(gradients(model))(*inputs.for_model(model))
+    same(ours, unrolled_gradients(way)(*inputs))
+
+
+@functools.cache
+def reference_cotangents(way):
+    """The primitive's pulled back from one cotangent of its outputs."""
+    apply = reference_of(way).apply
+
+    @jax.jit
+    def pull_back(params, memory, x, unit):
+        return jax.vjp(lambda *args: apply(*args, x), params, memory)[1](unit)
+
+    return pull_back
 
 
 def jacrev(way):
     """For each entry of the output an approximate gradient, and a memory, of its own."""
-    model, reference, params, memory, x = setup(way)
-    jacobian = jax.jit(jax.jacrev(model.apply, argnums=(0, 1)))
-    ours = jacobian(like(model.params, params), like(model.memory, memory), x)
-    y, pull_back = jax.vjp(lambda *args: reference.apply(*args, x), params, memory)
-    units = jnp.eye(y.size, dtype=y.dtype).reshape(y.size, *y.shape)
-    wanted = [jax.tree.leaves(pull_back(unit)) for unit in units]
-    wanted = [
-        jnp.stack(leaves).reshape(*y.shape, *leaves[0].shape)
-        for leaves in zip(*wanted, strict=True)
-    ]
-    same(ours, wanted)
+    model, inputs = model_of(way), inputs_of(way)
+    ours = jax.jit(jax.jacrev(model.apply, argnums=(0, 1)))(*inputs.for_model(model))
+    shape = ROWS, FEATURES
+    units = np.eye(ROWS * FEATURES, dtype=np.float32).reshape(-1, *shape)
+    pulled = [jax.tree.leaves(reference_cotangents(way)(*inputs, unit)) for unit in units]
+    stacked = [np.stack(leaves) for leaves in zip(*pulled, strict=True)]
+    same(ours, [leaf.reshape(*shape, *leaf.shape[1:]) for leaf in stacked])
 
 
 def remat(way):
-    model, reference, params, memory, x = setup(way)
-    grad_fn = jax.jit(gradients(model._replace(apply=jax.checkpoint(model.apply))))
-    ours = grad_fn(like(model.params, params), like(model.memory, memory), x)
-    same(ours, gradients(reference)(params, memory, x))
+    model, inputs = model_of(way), inputs_of(way)
+    recomputed = model._replace(apply=jax.checkpoint(model.apply))
+    ours = jax.jit(gradients(recomputed))(*inputs.for_model(model))
+    same(ours, reference_gradients(way)(*inputs))
 
 
 def export(way):
     """One program for three platforms, run on this one."""
-    model, reference, params, memory, x = setup(way)
+    model, (params, memory, x) = model_of(way), inputs_of(way)
 
-    def of_leaves(params, memory, x):
-        grads = gradients(model)(like(model.params, params), like(model.memory, memory), x)
-        return jax.tree.leaves(grads)
+    def leaves_of_gradients(params, memory, x):
+        inputs = Inputs(params, memory, x).for_model(model)
+        return jax.tree.leaves(gradients(model)(*inputs))
 
     args = params, tuple(memory), x
-    exported = jax_export.export(jax.jit(of_leaves), platforms=["cpu", "cuda", "tpu"])(*args)
+    function = jax.jit(leaves_of_gradients)
+    exported = jax_export.export(function, platforms=["cpu", "cuda", "tpu"])(*args)
     assert exported.platforms == ("cpu", "cuda", "tpu")
-    same(exported.call(*args), gradients(reference)(params, memory, x))
+    same(exported.call(*args), reference_gradients(way)(params, memory, x))
 
 
 COLUMNS = {
-    "`jit`": alone(jax.jit),
-    "`grad`": alone(lambda function: function),
+    "`jit`": jit,
+    "`grad`": grad,
     "`vmap`": vmap,
     "`vmap` per example": vmap_per_example,
     "`pmap`": pmap,
@@ -437,37 +478,62 @@ COLUMNS = {
 }
 
 
-def slow_if_its_parts_are_in_others(way):
-    """Minutes in all: a rare refresh is a subspace with a branch, signs are rows times signs.
+# Where a way in differs from the primitive. All cells are in the slow tests.
+SHARED = {  # several examples or devices: what a memory shares among them
+    "`vmap`",
+    "`vmap` per example",
+    "`pmap`",
+    "`shard_map`",
+    "`jit`, auto mesh",
+    "`jit`, explicit mesh",
+    "`jacrev`",
+    "export",
+}
+FLAX = {  # how Flax carries a memory through its own transforms and JAX's
+    "`jit`",
+    "`vmap` per example",
+    "`jit`, explicit mesh",
+    "`nn.scan` over layers",
+    "`remat` in `scan`",
+}
+BY_DEFAULT = {
+    "`dense`": set(COLUMNS),
+    **{f"`dense`, {kind}": SHARED for kind in ("subspace", "inputs", "slots")},
+    **dict.fromkeys(("`linen.Dense`", "`linen.wrap`", "`linen.DotGeneral`", "`nnx.Linear`"), FLAX),
+    "`nnx.Linear`, subspace": {"`jit`", "`nn.scan` over layers"},
+}
 
-    Slots and gradients of inputs are in `dense`, and how Flax carries a memory in its other layers;
-    subspaces in `dense` and NNX.
-    """
-    in_others = "rare refresh", "signed"
-    if "wrap" in way:
-        in_others += ("subspace",)
-    if "`dense`" not in way:
-        in_others += "slots", "inputs"
-    return pytest.param(way, marks=[pytest.mark.slow] if kind_of(way) in in_others else [])
+
+def cells():
+    for way in WAYS:
+        for column in COLUMNS:
+            yield pytest.param(
+                way,
+                column,
+                marks=[] if column in BY_DEFAULT.get(way, ()) else pytest.mark.slow,
+                id=f"{way}-{column}".replace("`", ""),
+            )
 
 
-@pytest.mark.parametrize("column", COLUMNS, ids=lambda name: name.replace("`", ""))
-@pytest.mark.parametrize(
-    "way", list(map(slow_if_its_parts_are_in_others, WAYS)), ids=lambda name: name.replace("`", "")
-)
+@pytest.mark.parametrize(("way", "column"), cells())
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_cell(way, column):
     COLUMNS[column](way)
 
 
-@pytest.mark.parametrize("forward", [jax.jacfwd, lambda f: lambda x: jax.jvp(f, (x,), (x,))])
 @pytest.mark.parametrize("way", WAYS, ids=lambda name: name.replace("`", ""))
 @pytest.mark.usefixtures("standard_promotion")
-def test_forward_mode_is_an_error_that_says_so(way, forward):
-    model, _, params, memory, x = setup(way)
-    params, memory = like(model.params, params), like(model.memory, memory)
+def test_forward_mode_is_an_error_that_says_so(way):
+    model = model_of(way)
+    params, memory, x = inputs_of(way).for_model(model)
+
+    def output(params):
+        return model.apply(params, memory, x)
+
     with pytest.raises(TypeError, match=r"can't apply forward-mode"):
-        forward(lambda params: model.apply(params, memory, x))(params)
+        jax.jacfwd(output)(params)
+    with pytest.raises(TypeError, match=r"can't apply forward-mode"):
+        jax.jvp(output, (params,), (params,))
 
 
 def table(mark):
