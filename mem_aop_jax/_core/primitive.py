@@ -1,4 +1,4 @@
-"""The primitive: an exact product, of whose kernel gradient K of M outer products are computed.
+"""The primitive: an exact product whose kernel gradient adds up K of M outer products.
 
     forward     Y  = X W                  X (M, N), W (N, P), Y (M, P)
     backward    dX = G W^T                G = dL/dY (M, P); exact, unless an InputGrad is asked for
@@ -8,10 +8,10 @@
     multiply    dW = Xh[S]^T Gh[S]        in place of X^T G
     store       mem_X, mem_G <- sqrt(decay) * (Xh, Gh with the rows of S set to 0)
 
-This is arXiv 2110.09164 in gradient units: the optimizer applies the learning rate. Here it stands
-for the paper's memory of rows; what other memories choose from, add and store is in their files,
-behind one protocol (`candidates.py`). The next memory is returned as the cotangent of the memory,
-so every JAX transform of a gradient carries it.
+This is arXiv 2110.09164 in gradient units: the optimizer applies the learning rate. The equations
+are those of the paper's memory of rows. Other memories choose from other candidates, and store
+others; each has a file, behind one protocol (`candidates.py`). The next memory is returned as the
+cotangent of the memory, so every JAX transform of a gradient carries it.
 
 The output is a sum of two terms, one for each gradient of the product. The second term is 0:
 
@@ -21,9 +21,9 @@ The output is a sum of two terms, one for each gradient of the product. The seco
         differentiates    select, gather, multiply, store
         a product
 
-XLA drops the zeros. Whoever differentiates X alone, as to evaluate, meets only the first summand:
-he pays for no selection and needs no memory. With an approximate dX the first summand is constant,
-and X goes into the term.
+XLA drops the zeros. A caller that differentiates X alone meets only the first term: it selects
+nothing and needs no memory. Where dX is approximate, X is stopped in the first term and goes into
+the second, whose rule then returns dX, too.
 """
 
 import dataclasses
@@ -66,7 +66,8 @@ def product(
 ) -> chex.Array:
     """Y = X W, with the gradients of this module's docstring; `options` are `lax.dot_general`'s.
 
-    The rule may be asked for a gradient of the inputs, and JAX may add the exact one.
+    `rule` is the term's backward rule. With `differentiates_inputs` it returns a gradient of the
+    inputs; with `exact_inputs` JAX adds the exact one.
     """
     # In shard_map: one kernel on all devices, whose transpose sums dW.
     kernel = vary(kernel, axes_of(x, memory, key))
@@ -85,9 +86,9 @@ def product(
 
 
 def _zeros(call, rule, y, x, kernel, memory, key):
-    """Zeros like y; under vmap batched where y, the memory or the key is.
+    """Zeros like y. Under vmap they are batched if y, the memory or the key is.
 
-    So each example of the batch has a cotangent, and a next memory, of its own.
+    So each example of the batch gets a cotangent, and a next memory, of its own.
     """
     del call, rule, x, kernel
     zeros = jnp.zeros_like(y)
