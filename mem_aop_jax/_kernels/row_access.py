@@ -20,9 +20,7 @@ from mem_aop_jax._numerics import accumulation_dtype, row_norms
 def grouped_row_norms(rows: chex.Array) -> chex.Array:
     """`row_norms` of rows `(groups, rows, features)` of any floating dtype, `(groups, rows)`."""
     groups, number, features = rows.shape
-    block_rows = row_sums_tpu.choose_block_rows(
-        groups * number, features, rows.dtype, with_memory=False
-    )
+    block_rows = row_sums_tpu.choose_block_rows(groups * number, features, rows.dtype, False)
 
     def xla(rows):
         return row_norms(rows.astype(accumulation_dtype(rows.dtype)))
@@ -64,7 +62,7 @@ def gather_residuals(
     add_projection: bool = False,
     dtype,
 ) -> chex.Array:
-    """Weights times what a basis leaves of the chosen rows; NaN for a row that does not exist.
+    """weights * (rows - coordinates basis^T) of the chosen rows; NaN for one that does not exist.
 
     Args:
       rows: `(groups, rows, features)`.
@@ -72,8 +70,8 @@ def gather_residuals(
       weights: `(groups, k)`; None is all ones.
       coordinates: `(groups, rows, q)`, of all rows.
       basis: `(features, q)`.
-      precision: of the product of the last two, the projection.
-      add_projection: whether the projection is added to the result, without weights.
+      precision: of the product, the projection of the rows.
+      add_projection: whether it is added to the result, without weights.
       dtype: of the result, `(groups, k, features)`; inside it is float32 (float64 for float64).
     """
     inner_dtype = accumulation_dtype(rows.dtype)

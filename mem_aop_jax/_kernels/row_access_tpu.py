@@ -1,7 +1,8 @@
-"""TPU kernels that copy chosen rows of an array, one by one, from HBM into on-chip memory and back.
+"""TPU kernels that copy chosen rows of an array, one by one, from HBM into on-chip memory.
 
-XLA copies a whole array of bfloat16 into on-chip memory before it gathers rows of it. Two rows of
-bfloat16 share 32-bit words: they are copied together, and the kernels take them apart.
+One kernel computes any function of gathered rows; another one gathers rows and clears them in their
+array. XLA copies a whole array of bfloat16 into on-chip memory before it gathers rows of it. Two
+rows of bfloat16 share 32-bit words: they are copied together, and the kernels take them apart.
 """
 
 import functools
@@ -26,7 +27,7 @@ from mem_aop_jax._kernels.row_sums_tpu import (
 
 MAX_CACHED = 2**24  # bytes of a result that XLA may leave on the chip for the operation after it
 MAX_INDICES = 2**16  # of rows: scalar memory holds three arrays of so many
-ABSENT = 1  # in place of the shift of a row, 0 or 16 bits: there is no row
+ABSENT = 1  # a shift that stands for no row; those of rows are 0 and 16 bits
 STAYS, DROPPED = -2, -1  # states of a row; that of a chosen one is its last position in `chosen`
 
 
@@ -74,17 +75,13 @@ def choose_block_rows(rows: int, chosen: int, features: int, dtype, rank: int = 
 
 
 def map_gathered_rows(
-    function: Callable,
-    operands: Operands,
-    block_rows: int,
-    dtype,
-    copies: int | None = None,
+    function: Callable, operands: Operands, block_rows: int, dtype, copies: int | None = None
 ) -> chex.Array:
-    """A function of gathered rows, block by block: `(k, features)`.
+    """A function of gathered rows, computed block by block, `(k, features)`.
 
     Args:
-      function: of a block of gathered rows, `(block_rows, features)`; whether each of them exists,
-        `(block_rows, 1)` bool, else it may be anything; and the blocked and resident arrays.
+      function: takes a block of gathered rows, `(block_rows, features)`; `(block_rows, 1)` bool,
+        false where the index is negative and the row is anything; and the other operands.
       operands: with `prefetched` the indices alone.
       block_rows: from `choose_block_rows`.
       dtype: of the result.
@@ -196,7 +193,7 @@ def _call(kernel, operands, block_rows, dtype, scratch=(), copies=None):
     results are `(k, features)` and, if there is scratch memory, `rows`, changed in place.
     """
     rows, prefetched, blocked, resident = operands
-    number, features = len(prefetched[0]), rows.shape[1]
+    k, features = len(prefetched[0]), rows.shape[1]
     shifts = _shifts(prefetched[0][:, None], rows.dtype)
     args = prefetched, shifts, (*blocked, *resident), keep_in_hbm(rows)
     arrays = jax.tree.leaves(args)
@@ -208,19 +205,19 @@ def _call(kernel, operands, block_rows, dtype, scratch=(), copies=None):
         return pl.BlockSpec(array.shape, lambda step, *_: (0, 0))
 
     hbm_spec = pl.BlockSpec(memory_space=pltpu.HBM)
-    gathered = shape_like((number, features), dtype, arrays)
+    gathered = shape_like((k, features), dtype, arrays)
     changed = [hbm_shape(rows, arrays)] if scratch else []
     arrivals = Arrivals(
         pltpu.VMEM((2, rows_per_word(rows.dtype) * block_rows, features), rows.dtype),
         pltpu.SemaphoreType.DMA((2,)),
     )
-    copied_bytes = 4 * features * (1 + len(changed)) * (copies or number)
-    result_bytes = number * features * jnp.dtype(dtype).itemsize
+    copied_bytes = 4 * features * (1 + len(changed)) * (copies or k)
+    result_bytes = k * features * jnp.dtype(dtype).itemsize
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(number // block_rows,),
+            grid=(k // block_rows,),
             in_specs=[
                 block_spec(shifts),
                 (*map(block_spec, blocked), *map(whole_spec, resident)),
@@ -232,7 +229,7 @@ def _call(kernel, operands, block_rows, dtype, scratch=(), copies=None):
         out_shape=[gathered, *changed],
         input_output_aliases={len(arrays) - 1: 1} if changed else {},
         cost_estimate=pl.CostEstimate(
-            flops=sum(2 * number * array.size for array in resident),
+            flops=sum(2 * k * array.size for array in resident),
             bytes_accessed=copied_bytes
             + (result_bytes if result_bytes > MAX_CACHED else 0)
             + sum(array.nbytes for array in (shifts, *blocked, *resident)),

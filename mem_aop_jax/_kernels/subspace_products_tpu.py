@@ -58,10 +58,8 @@ def choose_block_rows(
     columns = sum(map(_rounded_up, ranks))
     row_bytes = 2 * size * features + 4 * (4 * columns + len(SCALES) * LANES)
     fixed_bytes = features * columns * (2 * size + 3 * 4)
-    sizes = 2 * LANES, LANES
-    return fitting_block_rows(
-        sizes, rows, (in_features, out_features), dtype, row_bytes, fixed_bytes
-    )
+    sizes, both = (2 * LANES, LANES), (in_features, out_features)
+    return fitting_block_rows(sizes, rows, both, dtype, row_bytes, fixed_bytes)
 
 
 def one_pass(

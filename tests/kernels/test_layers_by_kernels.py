@@ -25,8 +25,8 @@ ROWS = {
 }
 
 
-def by_default(cases, *default):
-    """All cases, of which the others are for the slow run."""
+def slow_except(cases, *default):
+    """The cases as parameters; all but the default ones are for the slow run."""
     params = []
     for case in cases:
         values = case if isinstance(case, tuple) else (case,)
@@ -47,7 +47,7 @@ def steps(step, memory, x, g, number=2):
     return found
 
 
-def rows_of(dtype=jnp.float32):
+def batch(dtype=jnp.float32):
     return normal(1, M, N, dtype=dtype), normal(2, M, P, dtype=dtype)
 
 
@@ -59,21 +59,21 @@ def assert_same_steps(name, x, g, number, tolerance=1e-5):
     return found
 
 
-@pytest.mark.parametrize("name", by_default(ROWS, "topk", "randk"))
+@pytest.mark.parametrize("name", slow_except(ROWS, "topk", "randk", "priority", "slots"))
 def test_layers_of_rows(name):
-    assert_same_steps(name, *rows_of(), number=2)
+    assert_same_steps(name, *batch(), number=2)
 
 
-@pytest.mark.parametrize("name", by_default(["topk", "randk"], "topk"))
+@pytest.mark.parametrize("name", slow_except(["topk", "randk"], "topk"))
 def test_a_memory_in_bfloat16(name):
     """Rounded once, when it is stored; XLA's version adds up the chosen rows in float32."""
-    assert_same_steps(name, *rows_of(jnp.bfloat16), number=1, tolerance=1e-2)
+    assert_same_steps(name, *batch(jnp.bfloat16), number=1, tolerance=1e-2)
 
 
 def test_bad_rows_never_enter_the_memory():
     """Up to k of them are chosen and show where they are; more make dW NaN."""
     for bad in (1, K, K + 1, M):
-        x, g = rows_of()
+        x, g = batch()
         x[:bad, 5] = np.nan
         dw, inputs, cotangents, _ = assert_same_steps("topk", x, g, number=1)
         assert np.isnan(dw).all() == (bad > K)
@@ -84,7 +84,7 @@ def test_bad_rows_never_enter_the_memory():
 
 
 def test_a_row_that_outgrows_the_memory_is_chosen():
-    x, g = rows_of()
+    x, g = batch()
     x[0] = 2e38
     memory = aop.Memory(jnp.asarray(x), jnp.asarray(normal(3, M, P)), jnp.float32(1))
     by_kernels, _ = weight_gradient("randk")
@@ -103,7 +103,7 @@ SUBSPACES = {
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    by_default(itertools.product(SUBSPACES, (jnp.float32, jnp.bfloat16)), ("both", jnp.float32)),
+    slow_except(itertools.product(SUBSPACES, (jnp.float32, jnp.bfloat16)), ("both", jnp.float32)),
 )
 def test_layers_with_subspaces(name, dtype):
     """Three steps in float32, also with directions that the gradient of the inputs alone has."""
@@ -113,7 +113,7 @@ def test_layers_with_subspaces(name, dtype):
         call = functools.partial(aop.dense, config=config, key=key)
         return jax.vjp(call, x, kernel, memory)[1](g)
 
-    (x, g), kernel = rows_of(dtype), normal(3, N, P, dtype=dtype)
+    (x, g), kernel = batch(dtype), normal(3, N, P, dtype=dtype)
     results = []
     for version in versions(step, 128):
         memory = aop.init_memory(config, M, N, P, dtype)
