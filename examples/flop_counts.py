@@ -52,6 +52,8 @@ def skipped_refresh_flops(
     always = [
         (pattern, config and dataclasses.replace(config, refresh=1)) for pattern, config in rules
     ]
+    if always == list(rules):
+        return 0.0
     return _planned_flops(model, always, example) - _planned_flops(model, rules, example)
 
 

@@ -128,6 +128,9 @@ class Trained(NamedTuple):
     params: Any
 
 
+STEP_FLOPS = {}  # by the sizes and rules of a step
+
+
 class Trainer:
     """Training of a run for a number of steps, for any seed."""
 
@@ -149,7 +152,6 @@ class Trainer:
         )
         self.init = jax.jit(self._init)
         self.advance = jax.jit(self._advance, static_argnums=0, donate_argnums=1)
-        self.step_flops = functools.cache(self._step_flops)
 
     def rules_with(self, config):
         """Rules for `aop.linen.wrap`: the configuration for all but the exact layers."""
@@ -204,11 +206,18 @@ class Trainer:
 
         return jax.lax.fori_loop(start, stop, body, state)
 
-    def _step_flops(self, rules) -> float:
+    def step_flops(self, rules) -> float:
         """FLOPs of a training step with these rules, which is exact if there are none.
 
-        As XLA counts them, less the refreshes that most steps skip.
+        As XLA counts them, less the refreshes that most steps skip. They are counted once: runs
+        that differ in the number of steps alone have the same.
         """
+        sizes = self.exact, rules, self.batch, self.sequence
+        if sizes not in STEP_FLOPS:
+            STEP_FLOPS[sizes] = self._count_step_flops(rules)
+        return STEP_FLOPS[sizes]
+
+    def _count_step_flops(self, rules):
         model, key = self.wrapped(rules), jax.random.key(0)
         memory = jax.eval_shape(model.init, key, self.example).get(aop.linen.COLLECTION, {})
         params, opt_state = jax.eval_shape(self.init, key)

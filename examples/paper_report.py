@@ -5,8 +5,8 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from matplotlib.figure import Figure
-from scipy import stats
 
 PUBLISHED_RUNS = 10
 
@@ -177,7 +177,7 @@ def published_levels(summary: tuple[float, ...], classes: np.ndarray, accuracy: 
 
 def same_levels(ours, theirs) -> float:
     """The p-value of the hypothesis that our runs and theirs come from one distribution."""
-    return stats.permutation_test(
+    return scipy.stats.permutation_test(
         (np.asarray(ours, float), np.asarray(theirs, float)),
         lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis),
         n_resamples=20_000,

@@ -85,7 +85,7 @@ class Trainer:
         self.digits = digits
         self.batch_size = options.batch_size
         self.example = digits.train_x[: options.batch_size]
-        variables = self.model.init(jax.random.key(0), self.example)
+        variables = jax.eval_shape(self.model.init, jax.random.key(0), self.example)
         memory = variables.get(aop.linen.COLLECTION, {})  # empty if the run has none
         self.optimizer = aop.mem_aop_sgd(options.learning_rate, memory)
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mem_aop_jax as aop
 
@@ -140,7 +140,7 @@ class Trainer:
             experiment.out_features, config=config, kernel_init=uniform, bias_init=uniform
         )
         self.example = jnp.zeros((experiment.rows, in_features), jnp.float32)
-        variables = self.model.init(jax.random.key(0), self.example)
+        variables = jax.eval_shape(self.model.init, jax.random.key(0), self.example)
         memory = variables.get(aop.linen.COLLECTION, {})  # empty if there is none
         self.optimizer = aop.mem_aop_sgd(LEARNING_RATE, memory)
 
@@ -222,7 +222,7 @@ def train(trainer, data, key, options, progress):
         donate_argnums=0,
     )
     keys = jax.random.split(key, (options.epochs + 1, options.runs))
-    state = jax.vmap(trainer.init)(keys[0])
+    state = jax.device_put(jax.vmap(trainer.init)(keys[0]), NamedSharding(mesh, runs))
     history = []
     for epoch_keys in keys[1:]:
         state, metrics = epoch(state, epoch_keys, data)
@@ -382,10 +382,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())  # a few runs a core
     results = run(options, load(options, EXPERIMENTS[options.experiment].rows))
     print("\n" + paper_report.write(options.dataset, results, options.out))
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())  # a few runs a core
     main()

@@ -1,6 +1,7 @@
 """The benchmark measures what it says, in a table, a CSV and a figure."""
 
 import csv
+import functools
 import importlib.util
 import itertools
 import os
@@ -22,21 +23,32 @@ EXAMPLES = pathlib.Path(benchmark.__file__).parent
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-def rows_of(folder, command):
+def read_rows(folder, command):
     assert (folder / f"{command}.png").stat().st_size > 1000
     with (folder / f"{command}.csv").open() as file:
         return list(csv.DictReader(file))
 
 
-def test_layers(tmp_path, capsys):
-    sizes = "--rows 64 128 --in-features 32 --out-features 16 --ratio 1/4 1/8 --rounds 2"
+@pytest.mark.parametrize(
+    ("sizes", "ratios"),
+    [
+        ([64], ["1/8"]),  # on a device whose rates are given
+        pytest.param([64, 128], ["1/4", "1/8"], marks=pytest.mark.examples),
+    ],
+)
+def test_layers(sizes, ratios, tmp_path, monkeypatch, capsys):
+    if len(sizes) == 1:
+        rates = aop.Rates("some", 1e11, 1e11, 1e10)
+        monkeypatch.setattr(aop, "cost", functools.partial(aop.cost, rates=rates))
+    arguments = f"--rows {' '.join(map(str, sizes))} --ratio {' '.join(ratios)} --rounds 2"
     runs = [word for run in benchmark.LAYER_RUNS[1::3] for word in ("--run", run)]
-    benchmark.main(["layer", *sizes.split(), *runs, "--out", str(tmp_path)])
-    rows = rows_of(tmp_path, "layer")
-    assert len(rows) == 2 * (1 + 2 * 2)
-    assert sum("memory=rows" in row["run"] for row in rows) == 4
-    assert sum("memory=subspace,input_ratio=1/8" in row["run"] for row in rows) == 2
-    exact, *others = rows[: len(rows) // 2]
+    features = ["--in-features", "32", "--out-features", "16"]
+    benchmark.main(["layer", *arguments.split(), *features, *runs, "--out", str(tmp_path)])
+    rows = read_rows(tmp_path, "layer")
+    assert len(rows) == len(sizes) * (1 + 2 * len(ratios))
+    assert sum("memory=rows" in row["run"] for row in rows) == len(sizes) * len(ratios)
+    assert sum("memory=subspace,input_ratio=1/8" in row["run"] for row in rows) == len(sizes)
+    exact, *others = rows[: len(rows) // len(sizes)]
     assert exact["run"] == "exact"
     assert float(exact["speed"]) == 1
     assert exact["ceiling"] == ""
@@ -45,10 +57,10 @@ def test_layers(tmp_path, capsys):
         assert ratio == pytest.approx(float(row["of it"]))
         assert float(row["ms"]) > 0
         assert float(row["predicted"]) > 0
-        of_rows = "memory=rows" in row["run"]
-        assert (float(row["MB of memory"]) > 0) == (of_rows or "subspace" in row["run"])
+        has_memory = "memory=rows" in row["run"] or "subspace" in row["run"]
+        assert (float(row["MB of memory"]) > 0) == has_memory
     printed = capsys.readouterr().out
-    assert "| run | rows | ms |" in printed
+    assert ("| run | rows | ms |" if len(sizes) > 1 else "| run | ms |") in printed
     assert "in_features 32, out_features 16" in printed
     near = [
         0.85 <= float(r["predicted"]) / float(r["speed"]) <= 1.15 for r in rows if r["predicted"]
@@ -56,23 +68,23 @@ def test_layers(tmp_path, capsys):
     assert f"predicted within 15%: {sum(near)} of {len(near)}" in printed
 
 
-@pytest.mark.parametrize("which", steps.PASSES)
-def test_a_layer_step_is_the_layers(which):
+@pytest.mark.parametrize(("passes", "number"), [("both", 3), ("forward", 1), ("backward", 2)])
+def test_the_exact_step_computes_the_products(passes, number):
     sizes = steps.Sizes(64, 32, 16, "float32")
     inputs = steps.layer_inputs(sizes)
-    (exact, _), (products, _) = (
-        (step.function(*step.args, jax.random.key(0), step.state)[1], None)
+    exact, products = (
+        step.function(*step.args, jax.random.key(0), step.state)[1]
         for step in (
-            steps.layer_step(None, sizes, inputs, which),
-            steps.products_step(64, 64, inputs, which),
+            steps.layer_step(None, sizes, inputs, passes),
+            steps.products_step(64, 64, inputs, passes),
         )
     )
     for a, b in zip(exact, products, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-10)
-    assert len(exact) == {"both": 3, "forward": 1, "backward": 2}[which]
+    assert len(exact) == number
 
 
-def test_own_flops_are_those_beside_the_chosen_rows():
+def test_overhead_is_beside_the_products_of_chosen_rows():
     sizes = steps.Sizes(4096, 2048, 2048, "float32")
     none = steps.overhead(aop.MemAOP(ratio=1 / 8, memory=None), sizes)
     beside = steps.overhead(
@@ -81,15 +93,17 @@ def test_own_flops_are_those_beside_the_chosen_rows():
     assert 0 <= none < 0.002 < beside < 0.05
 
 
+@pytest.mark.examples
 def test_models(tmp_path):
     sizes = "--width 16 --layers 1 --heads 2 --sequence 8 --batch 2 --images 16 --rounds 2"
     run = ["--run", "topk:ratio=1/4", "--min-speedup", "100"]
     benchmark.main(["model", *sizes.split(), *run, "--out", str(tmp_path)])
-    rows = rows_of(tmp_path, "model")
+    rows = read_rows(tmp_path, "model")
     assert [row["approximate layers"] for row in rows] == ["0", "3", "0", "0", "5", "0"]
     assert all(float(row["speed"]) > 0 for row in rows)
 
 
+@pytest.mark.examples
 def test_torch_peers_compute_what_jax_does():
     torch = pytest.importorskip("torch")
     sizes = steps.Sizes(64, 32, 16, "float32")
@@ -98,6 +112,7 @@ def test_torch_peers_compute_what_jax_does():
     assert torch.get_num_threads() > 0
 
 
+@pytest.mark.examples
 def test_bad_options(tmp_path, capsys):
     for arguments, message in (
         (["layer", "--run", "topk:speed=2"], "'speed'"),
@@ -117,11 +132,12 @@ def test_bad_options(tmp_path, capsys):
             benchmark.main(["peers", "--out", str(tmp_path)])
 
 
+@pytest.mark.examples
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason='the TPU compiler is not installed: pip install "jax[tpu]"',
 )
-def test_what_the_compiler_for_tpus_says(tmp_path):
+def test_the_estimates_of_the_compiler_for_tpus(tmp_path):
     """On a layer large enough for the products to decide."""
     root = str(EXAMPLES.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -132,7 +148,7 @@ def test_what_the_compiler_for_tpus_says(tmp_path):
         env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
-    exact, alone, beside = rows_of(tmp_path, "tpu-compile")
+    exact, alone, beside = read_rows(tmp_path, "tpu-compile")
     assert exact["chip"] == "v5e"
     assert float(exact["FLOPs"]) == 1
     for row in (alone, beside):

@@ -232,6 +232,7 @@ def test_training_against_a_loop_in_numpy(data):
 # ---- the command
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -257,6 +258,7 @@ def test_bad_arguments(arguments, message, tmp_path, capsys):
     assert ": error: " in error
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize(
     ("images", "message"), [(63, ": has 63 images; a batch has 64"), (0, "has no file train-")]
 )

@@ -1,8 +1,10 @@
 """examples/language_model.py, as a user runs it, and its parts."""
 
+import contextlib
+import copy
+import io
 import itertools
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -19,23 +21,25 @@ import pytest
 import runs
 from language_training import Run, Trainer
 
-SCRIPT = pathlib.Path(language_model.__file__)
 SIZES = {"--width": 32, "--layers": 1, "--heads": 2, "--sequence": 16, "--batch": 4}
 ARGUMENTS = [str(word) for option in SIZES.items() for word in option]
 TRAINING = [*ARGUMENTS, "--steps", "80", "--learning-rate", "0.01", "--seeds", "2"]
-RUNS = (
-    "exact",
-    "exact:flops=1",
-    "exact:batch=1/2,flops=0.5",
-    "topk:ratio=1,memory=none",
-    "topk:ratio=1/4,flops=1",
-)
+EXACT, APPROXIMATE = RUNS = "exact", "topk:ratio=1/4,flops=1"
+AGAIN, HALF_BATCH, ALL_ROWS = MORE = (
+    "exact:flops=1", "exact:batch=1/2,flops=0.5", "topk:ratio=1,memory=none",
+)  # fmt: skip
 
 
-def train(*arguments, cwd):
-    command = [sys.executable, str(SCRIPT), *TRAINING, *map(str, arguments)]
-    fast = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles in half the time
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | fast)
+def train(folder, *arguments):
+    """Runs the command in a folder; returns its output, its progress bars, and its results."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        language_model.main([*TRAINING, *arguments])
+    return out.getvalue(), err.getvalue(), read_results(folder)
+
+
+def read_results(folder):
+    return json.loads((folder / "out/results.json").read_text())["words.txt"]
 
 
 def write_text(path, characters=20_000):
@@ -46,30 +50,42 @@ def write_text(path, characters=20_000):
     return path
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """What the command printed, and the folder that it left."""
+@pytest.fixture(
+    scope="module",
+    params=[RUNS, pytest.param(RUNS + MORE, marks=pytest.mark.examples)],
+    ids=["two runs", "five runs"],
+)
+def trained(request, tmp_path_factory):
+    """The folder with the command's files, and what `train` returns."""
     folder = tmp_path_factory.mktemp("trained")
     write_text(folder / "words.txt")
-    runs = [word for run in RUNS for word in ("--run", run)]
-    run = train("--text", "words.txt", "--out", "out", *runs, cwd=folder)
-    assert run.returncode == 0, run.stderr
-    return run, folder
+    runs = [word for run in request.param for word in ("--run", run)]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return folder, *train(folder, "--text", "words.txt", "--out", "out", *runs)
 
 
 @pytest.fixture
 def results(trained):
-    _, folder = trained
-    return json.loads((folder / "out/results.json").read_text())["words.txt"]
+    return copy.deepcopy(trained[-1])
 
 
 # ---- the command
 
 
+@pytest.mark.examples
+def test_a_script(tmp_path):
+    write_text(tmp_path / "words.txt")
+    arguments = ["--text", "words.txt", "--out", "out", "--run", EXACT, *TRAINING, "--steps", "9"]
+    command = [sys.executable, language_model.__file__, *arguments]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert read_results(tmp_path)[EXACT]["steps"] == 9
+
+
 def test_it_trains_every_run_and_reports(trained, results):
-    run, folder = trained
-    assert "100%" in run.stderr  # the progress bar
-    assert list(results) == list(RUNS)
+    folder, printed, progress, _ = trained
+    assert "100%" in progress
+    assert tuple(results) in (RUNS, RUNS + MORE)
     for entry in results.values():
         assert np.shape(entry["losses"]) == (2, language_training.EVALUATIONS)
         final = [losses[-1] for losses in entry["losses"]]
@@ -78,8 +94,8 @@ def test_it_trains_every_run_and_reports(trained, results):
         assert final[0] != final[1]
 
     table = (folder / "out/results.md").read_text()
-    assert table in run.stdout + "\n"
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2 : 2 + len(RUNS)]]
+    assert table in printed + "\n"
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2 : 2 + len(results)]]
     for row, (name, entry) in zip(rows, results.items(), strict=True):
         assert row[:3] == [f"`{name}`", str(entry["batch"]), str(entry["steps"])]
         assert row[-1] == f"{entry['mean']:.4f} ± {entry['sd']:.4f}"
@@ -88,40 +104,40 @@ def test_it_trains_every_run_and_reports(trained, results):
 
 
 def test_the_loss_is_that_of_a_model_which_has_learned(trained, results):
-    _, folder = trained
-    text = (folder / "words.txt").read_text(encoding="utf-8")
+    text = (trained[0] / "words.txt").read_text(encoding="utf-8")
     _, counts = np.unique(language_text.encode(text), return_counts=True)
     shares = counts / counts.sum()
     unigram = -(shares * np.log(shares)).sum()
-    for losses in results["exact"]["losses"]:
+    for losses in results[EXACT]["losses"]:
         assert losses[-1] < 0.7 * unigram < losses[0]
-    for name in ("topk:ratio=1/4,flops=1", "exact:batch=1/2,flops=0.5"):
-        assert all(losses[-1] < unigram for losses in results[name]["losses"])
+    for entry in results.values():
+        assert all(losses[-1] < unigram for losses in entry["losses"])
 
 
 def test_runs_of_a_seed_differ_by_their_gradients_alone(results):
-    exact, again, all_rows, approximate = (
-        np.array(results[RUNS[i]]["losses"]) for i in (0, 1, 3, 4)
-    )
-    np.testing.assert_array_equal(exact, again)
-    np.testing.assert_allclose(all_rows, exact, rtol=1e-4)  # the same, added up in another order
+    exact, approximate = (np.array(results[name]["losses"]) for name in RUNS)
     assert (np.abs(approximate - exact).max(axis=1) > 0.01).all()
+    if len(results) > len(RUNS):
+        np.testing.assert_array_equal(results[AGAIN]["losses"], exact)
+        all_rows = results[ALL_ROWS]["losses"]  # the same, added up in another order
+        np.testing.assert_allclose(all_rows, exact, rtol=1e-4)
 
 
 def test_steps_are_what_the_flops_pay_for(results):
-    exact = results["exact"]
+    exact, approximate = results[EXACT], results[APPROXIMATE]
     budget = exact["steps"] * exact["step_flops"]
     assert exact["steps"] == 80
-    for name, share in ((RUNS[1], 1), (RUNS[2], 0.5), (RUNS[4], 1)):
-        entry = results[name]
+    for name in results.keys() - {EXACT, ALL_ROWS}:
+        entry, share = results[name], 0.5 if name == HALF_BATCH else 1
         (spent,) = {flops[-1] for flops in entry["flops"]}
         assert spent == entry["steps"] * entry["step_flops"]
         assert spent <= share * budget < spent + entry["step_flops"]
         assert entry["of_reference"] == pytest.approx(spent / budget)
-    assert results[RUNS[2]]["batch"] == 2
-    assert results[RUNS[2]]["c"] == exact["c"] == 1
-    assert results[RUNS[4]]["c"] == results[RUNS[4]]["step_flops"] / exact["step_flops"] != 1
-    assert results[RUNS[4]]["steps"] == int(80 / results[RUNS[4]]["c"])
+    assert approximate["c"] == approximate["step_flops"] / exact["step_flops"] != exact["c"] == 1
+    assert approximate["steps"] == int(80 / approximate["c"])
+    if len(results) > len(RUNS):
+        assert results[HALF_BATCH]["batch"] == 2
+        assert results[HALF_BATCH]["c"] == 1
     assert len(set(exact["flops"][0])) == language_training.EVALUATIONS
 
 
@@ -130,34 +146,32 @@ def test_flops_of_an_exact_step_are_those_of_its_products(results):
     width, tokens, vocabulary = 32, 4 * 16, language_text.VOCABULARY
     kernels = width * (12 * width + vocabulary)
     products = 6 * tokens * (kernels + 2 * 16 * width)
-    assert products < results["exact"]["step_flops"] < 1.5 * products
+    assert products < results[EXACT]["step_flops"] < 1.5 * products
 
 
-def test_a_stopped_run_goes_on_where_it_was(trained, results, tmp_path):
-    _, folder = trained
-    shutil.copy(folder / "words.txt", tmp_path)
-    stopped = {RUNS[0]: results[RUNS[0]], RUNS[4]: json.loads(json.dumps(results[RUNS[4]]))}
+def test_a_stopped_run_goes_on_where_it_was(trained, results, tmp_path, standard_promotion):
+    shutil.copy(trained[0] / "words.txt", tmp_path)
+    stopped = {name: copy.deepcopy(results[name]) for name in (EXACT, APPROXIMATE)}
     for key in ("losses", "flops", "seconds"):
-        del stopped[RUNS[4]][key][1:]  # after its first seed
+        del stopped[APPROXIMATE][key][1:]  # after its first seed
     (tmp_path / "out").mkdir()
     (tmp_path / "out/results.json").write_text(json.dumps({"words.txt": stopped}))
-    arguments = ("--text", "words.txt", "--out", "out", "--run", RUNS[0], "--run", RUNS[4])
-    run = train(*arguments, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    resumed = json.loads((tmp_path / "out/results.json").read_text())["words.txt"]
-    assert resumed[RUNS[0]] == results[RUNS[0]]  # not run again
-    for entry in (resumed[RUNS[4]], results[RUNS[4]]):
+    arguments = ("--text", "words.txt", "--out", "out", "--run", EXACT, "--run", APPROXIMATE)
+    *_, resumed = train(tmp_path, *arguments)
+    assert resumed[EXACT] == results[EXACT]  # not run again
+    for entry in (resumed[APPROXIMATE], results[APPROXIMATE]):
         assert len(entry.pop("seconds")) == 2
-    assert resumed[RUNS[4]] == results[RUNS[4]]
+    assert resumed[APPROXIMATE] == results[APPROXIMATE]
 
 
 def test_results_of_other_settings_are_refused(trained, standard_promotion):
-    _, folder = trained
+    folder = trained[0]
     arguments = f"--text {folder / 'words.txt'} --out {folder / 'out'} --run exact --width 64"
     with pytest.raises(SystemExit, match=r"exact was run with {'width': 32}, now asked for with"):
         language_model.main([*TRAINING, *arguments.split()])
 
 
+@pytest.mark.examples
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -198,6 +212,7 @@ def test_bad_arguments(arguments, message, capsys):
     assert ": error: " in error
 
 
+@pytest.mark.examples
 def test_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         language_model.main(["--help"])
@@ -312,6 +327,7 @@ def test_the_standard_library(tmp_path):
     assert language_text.standard_library(tmp_path) == "zb\n"
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -334,7 +350,8 @@ def test_a_bad_text_is_one_line(content, message, tmp_path, standard_promotion):
 def test_the_model_looks_at_earlier_characters_alone(standard_promotion):
     model = language_training.Transformer(width=8, layers=2, heads=2)
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(1, 12)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)
+    shapes, rng = jax.eval_shape(model.init, jax.random.key(0), tokens), np.random.default_rng(0)
+    params = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(a.dtype), shapes)
     apply = jax.jit(model.apply)
     logits, other = (apply(params, x) for x in (tokens, tokens.at[0, 7].set(50)))
     changed = (np.abs(logits - other) > 1e-6).any(axis=(0, 2))
@@ -345,10 +362,11 @@ def test_windows_come_in_the_same_order_for_every_batch_size(parse):
     options = parse("--run exact")
     tokens, key = jnp.arange(97, dtype=jnp.uint8), jax.random.key(3)
     one, two = (Trainer(Run("exact", None, {}, batch=batch), 10, options) for batch in (6, 3))
-    windows = one.windows(tokens, key, 1)
-    halves = [two.windows(tokens, key, i) for i in (2, 3)]
-    np.testing.assert_array_equal(windows, jnp.concatenate(halves))
-    np.testing.assert_array_equal(jnp.diff(windows, axis=1), 1)
+    windows = np.array(jax.jit(one.windows)(tokens, key, 1))
+    draw_half = jax.jit(two.windows)
+    halves = [draw_half(tokens, key, i) for i in (2, 3)]
+    np.testing.assert_array_equal(windows, np.concatenate(halves))
+    np.testing.assert_array_equal(np.diff(windows, axis=1), 1)
     assert len(set(windows[:, 0].tolist())) > 1
 
 
@@ -368,12 +386,12 @@ def test_when_a_loss_was_reached():
     entry |= {"losses": [[3.0, 2.5, 2.4], [2.6, 2.4, 2.4]], "flops": [[2e9, 4e9, 6e9]] * 2}
     entry |= {"seconds": [[1.0, 3.0, 5.0], [2.0, 4.0, 6.0]]}
 
-    def of(loss):
+    def last_cells(loss):
         return language_report.table({"exact": entry}, loss).splitlines()[-1].split(" | ")[-2:]
 
-    assert of(2.5) == ["3 ± 0", "3.5e+09 ± 7.071e+08 |"]
-    assert of(2.6) == ["2.3 ± 0.4243", "2.8e+09 ± 1.131e+09 |"]
-    assert of(2.3) == ["never", "never |"]
+    assert last_cells(2.5) == ["3 ± 0", "3.5e+09 ± 7.071e+08 |"]
+    assert last_cells(2.6) == ["2.3 ± 0.4243", "2.8e+09 ± 1.131e+09 |"]
+    assert last_cells(2.3) == ["never", "never |"]
     head = language_report.table({"exact": entry}, 2.5).splitlines()[0]
     assert head.endswith("| loss | s to 2.5 | FLOPs to 2.5 |")
 
@@ -438,7 +456,7 @@ def test_estimates_are_diagnosed_early_and_late(tmp_path, monkeypatch, standard_
 @pytest.mark.parametrize(
     "spelled",
     [
-        "control:every=100",
+        pytest.param("control:every=100", marks=pytest.mark.examples),
         pytest.param("control:every=100,inputs=true", marks=pytest.mark.slow),
     ],
 )
@@ -450,19 +468,18 @@ def test_a_controlled_run(spelled, tmp_path, monkeypatch, standard_promotion, ca
     command = f"{options} --steps 30 --out out --run {spelled} --run exact".split()
     language_model.main(command)
     printed = capsys.readouterr().out
-    found = json.loads(pathlib.Path("out/results.json").read_text())["words.txt"]
-    entry, exact = found[spelled], found["exact"]
+    results = read_results(tmp_path)
+    entry, exact = results[spelled], results["exact"]
     assert entry["inputs"] == ("inputs" in spelled)
     ((decision,),) = entry["decisions"]
     assert decision["step"] == 10
     assert set(decision["v"]) == {"exact", "allocated at 10"}
     assert 0 < decision["v"]["allocated at 10"] < 1
     np.testing.assert_array_equal(entry["losses"][0][:3], exact["losses"][0][:3])
-    flops, of_exact = np.diff(entry["flops"][0]), np.diff(exact["flops"][0])
-    np.testing.assert_array_equal(flops[:2], of_exact[:2])
-    of_allocate = flops[2] - flops[3] - decision["spent"]
-    of_allocate /= exact["step_flops"]
-    assert 25 < of_allocate < 50 if entry["inputs"] else 5 < of_allocate < 20  # measures dX, too
+    flops, exact_flops = np.diff(entry["flops"][0]), np.diff(exact["flops"][0])
+    np.testing.assert_array_equal(flops[:2], exact_flops[:2])
+    allocating = (flops[2] - flops[3] - decision["spent"]) / exact["step_flops"]  # in steps
+    assert 25 < allocating < 50 if entry["inputs"] else 5 < allocating < 20  # it measures dX, too
     assert (flops[3:] == flops[3]).all()
     assert entry["c"] == pytest.approx(entry["flops"][0][-1] / exact["flops"][0][-1])
     assert f"| 10 | {decision['choice']} | {decision['noise']:.2f} |" in printed

@@ -1,21 +1,20 @@
 """examples/colab_tpu.ipynb, run from top to bottom, and the file itself."""
 
 import importlib.metadata
+import importlib.util
 import pathlib
 import re
 import sys
 
 import pytest
 
-pytest.importorskip("nbclient")
-pytest.importorskip("ipykernel")
-
-import nbformat
-from IPython.core.inputtransformer2 import TransformerManager
-from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpecManager
-from nbclient import NotebookClient
-
+pytestmark = [
+    pytest.mark.examples,
+    pytest.mark.skipif(
+        not all(map(importlib.util.find_spec, ("nbclient", "ipykernel"))),
+        reason="nbclient and ipykernel are not installed",
+    ),
+]
 ROOT = pathlib.Path(__file__).parents[2]
 PATH = ROOT / "examples" / "colab_tpu.ipynb"
 DEVICES, ROWS, SIZES = 4, 128, ((64, 128), (128, 10))  # of the layers
@@ -23,12 +22,18 @@ DEVICES, ROWS, SIZES = 4, 128, ((64, 128), (128, 10))  # of the layers
 
 @pytest.fixture
 def notebook():
+    import nbformat  # here: the other tests need not wait for it
+
     return nbformat.read(PATH, as_version=4)
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs a notebook with this interpreter on the CPU; returns what each code cell prints."""
+    """Runs a notebook with this interpreter on the CPU; returns the output of each code cell."""
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+    from nbclient import NotebookClient
+
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # no settings of the user's
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # the notebook asks for four devices itself
@@ -99,11 +104,14 @@ def test_it_runs_from_top_to_bottom_and_shows_what_it_says(notebook, run):
 
     memory = sum(4 * ROWS // DEVICES * (a + b) + 4 for a, b in SIZES)  # bytes; 4 of them a flag's
     parameters = sum(4 * (a * b + b) for a, b in SIZES)
-    of_a_device = [memory, parameters, 4, None]
-    assert list(table(shown["memory"]).values()) == [of_a_device] * DEVICES
+    device = [memory, parameters, 4, None]
+    assert list(table(shown["memory"]).values()) == [device] * DEVICES
 
 
 def test_the_file_has_no_outputs_and_its_code_compiles(notebook):
+    import nbformat
+    from IPython.core.inputtransformer2 import TransformerManager
+
     nbformat.validate(notebook)
     assert PATH.read_text() == nbformat.writes(notebook) + "\n"  # hence a diff is readable
     for cell in code_cells(notebook):

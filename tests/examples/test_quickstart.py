@@ -1,6 +1,5 @@
 """examples/quickstart.py, as a user runs it."""
 
-import importlib.util
 import pathlib
 import re
 import subprocess
@@ -9,15 +8,20 @@ import sys
 import pytest
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "quickstart.py"
+ARGUMENTS = "--epochs 12 --seeds 2 --ratio 0.25 --learning-rate 0.1 --out curves.png"
 
 
-def test_it_trains_every_configuration_and_draws_the_curves(tmp_path):
-    arguments = "--epochs 12 --seeds 2 --ratio 0.25 --learning-rate 0.1 --out curves.png"
-    command = [sys.executable, str(SCRIPT), *arguments.split()]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "100%" in run.stderr  # the progress bar
+@pytest.fixture
+def quickstart():
+    import quickstart  # here: the other tests need not wait for scikit-learn
+
+    return quickstart
+
+
+def check(printed, progress, folder, policies):
+    """It trained all configurations, said what they cost, and drew their curves."""
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "100%" in progress
 
     figure = r"([\d.]+)"
     row = re.compile(
@@ -27,28 +31,38 @@ def test_it_trains_every_configuration_and_draws_the_curves(tmp_path):
     )
     rows = {
         (policy, memory, ratio): (float(loss), float(accuracy), float(flops))
-        for policy, memory, ratio, loss, _, accuracy, _, _, flops in row.findall(run.stdout)
+        for policy, memory, ratio, loss, _, accuracy, _, _, flops in row.findall(printed)
     }
-    assert len(rows) == 1 + 3 * 2
+    assert len(rows) == 1 + len(policies) * 2
     exact_loss, exact_accuracy, exact_flops = rows["exact", "", ""]
     assert exact_loss < 1
     assert exact_accuracy > 0.8
     assert exact_flops == 1
-    for policy in ("topk", "weightedk", "randk"):
+    for policy in policies:
         with_memory, without = rows[policy, "yes", "0.25"], rows[policy, "no", "0.25"]
         assert without[2] < with_memory[2] < 1  # FLOPs
         assert with_memory[0] < without[0]  # train loss
     assert rows["topk", "yes", "0.25"][0] == pytest.approx(exact_loss, rel=0.1)
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.mark.usefixtures("standard_promotion", "without_x64")
+def test_it_trains_exactly_with_and_without_memory(quickstart, tmp_path, monkeypatch, capsys):
+    """With one of the policies."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "POLICIES", ("topk",))
+    quickstart.main(ARGUMENTS.split())
+    check(*capsys.readouterr(), tmp_path, quickstart.POLICIES)
 
 
+@pytest.mark.examples
+def test_the_command_trains_every_configuration(tmp_path):
+    command = [sys.executable, SCRIPT, *ARGUMENTS.split()]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    check(run.stdout, run.stderr, tmp_path, ("topk", "weightedk", "randk"))
+
+
+@pytest.mark.examples
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,15 +76,17 @@ def script():
         ("--out curves", "end the name with .png"),
     ],
 )
-def test_bad_arguments(arguments, message, script, capsys):
+def test_bad_arguments(arguments, message, quickstart, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
-        script.main(arguments.split())
+        quickstart.main(arguments.split())
     assert error.value.code != 0
     assert message in capsys.readouterr().err + str(error.value)
 
 
-def test_help(script, capsys):
+@pytest.mark.examples
+def test_help(quickstart, capsys):
     with pytest.raises(SystemExit, match="0"):
-        script.main(["--help"])
+        quickstart.main(["--help"])
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--ratio", "--seeds", "--epochs", "--out"))

@@ -176,17 +176,13 @@ def test_energy_as_published(tmp_path):
 # ---- the command
 
 SMALL = ("--runs", 2, "--epochs", 4)
+ENERGY = ("energy", "--data", "energy.csv", "--k", 3, *SMALL, "--out", "out", "--policies")
 
 
-def test_energy_writes_results_a_table_and_figures(tmp_path):
-    write_energy(tmp_path / "energy.csv")
-    arguments = ("energy", "--data", "energy.csv", "--k", 3, "--policies", "topk", "uniform")
-    run = reproduce(*arguments, *SMALL, "--out", "out", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert "100%" in run.stderr
-
-    results = json.loads((tmp_path / "out/results.json").read_text())["energy"]
-    kinds = ("topk-mem", "topk-nomem", "uniform-nomem")
+def check_energy(printed, progress, folder, kinds):
+    """The command wrote results of these kinds, a table and a figure."""
+    assert "100%" in progress
+    results = json.loads((folder / "out/results.json").read_text())["energy"]
     assert list(results) == ["baseline", *(f"{kind}-K3" for kind in kinds)]
     for metric in ("loss", "loss_val"):
         entry = results["topk-mem-K3"][metric]
@@ -198,10 +194,26 @@ def test_energy_writes_results_a_table_and_figures(tmp_path):
         assert entry["epoch_mean"][-1] < entry["epoch_mean"][0]
     assert results["baseline"]["loss"]["mean"] < results["topk-nomem-K3"]["loss"]["mean"]
 
-    table = (tmp_path / "out/energy.md").read_text()
-    assert table in run.stdout + "\n"
+    table = (folder / "out/energy.md").read_text()
+    assert table in printed + "\n"
     assert len(table.splitlines()) == 2 + len(results)
-    assert (tmp_path / "out/energy-K3.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "out/energy-K3.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("standard_promotion", "without_x64")
+def test_energy_writes_results_a_table_and_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_energy(tmp_path / "energy.csv")
+    reproduce_paper.main([*map(str, ENERGY), "topk"])
+    check_energy(*capsys.readouterr(), tmp_path, ("topk-mem", "topk-nomem"))
+
+
+@pytest.mark.examples
+def test_the_command_writes_them_too(tmp_path):
+    write_energy(tmp_path / "energy.csv")
+    run = reproduce(*ENERGY, "topk", "uniform", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    check_energy(run.stdout, run.stderr, tmp_path, ("topk-mem", "topk-nomem", "uniform-nomem"))
 
 
 @pytest.mark.slow
@@ -237,6 +249,7 @@ def test_a_killed_run_goes_on_where_it_was(folder, tmp_path):
     assert "baseline was run with {'seed': 0}, now asked for with {'seed': 1}" in other.stderr
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -255,6 +268,7 @@ def test_bad_arguments(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.examples
 def test_bad_data_is_one_line_without_a_traceback(tmp_path):
     run = reproduce("energy", "--data", "none.csv", cwd=tmp_path)
     assert run.returncode != 0
@@ -265,6 +279,7 @@ def test_bad_data_is_one_line_without_a_traceback(tmp_path):
 # ---- bad data
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -289,6 +304,7 @@ def test_a_bad_csv(options, message, tmp_path):
 CONTENTS = {"empty": b"", "no text": b"\xff\xfe\x00\x00\x80", "compressed": gzip.compress(b"a,b")}
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
 def test_a_file_that_is_no_csv(content, tmp_path):
     path = tmp_path / "energy.csv"
@@ -306,6 +322,7 @@ def compressed(edit):
     return lambda content: gzip.compress(edit(gzip.decompress(content)))
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize(
     ("name", "edit", "message"),
     [
@@ -329,6 +346,7 @@ def test_a_bad_idx_file(name, edit, message, folder):
     assert name in str(error.value)
 
 
+@pytest.mark.examples
 def test_a_missing_idx_file_is_named(folder):
     (folder / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(paper_data.DataError, match=r"no file t10k-labels-idx1-ubyte or .*\.gz"):
@@ -365,6 +383,7 @@ def server(tmp_path, monkeypatch):
         running.shutdown()
 
 
+@pytest.mark.examples
 def test_images_are_downloaded_once(server, folder):
     downloaded = paper_data.images("mnist")
     assert downloaded.checksum() == paper_data.images("mnist", folder).checksum()
@@ -373,12 +392,14 @@ def test_images_are_downloaded_once(server, folder):
     assert paper_data.images("mnist").checksum() == downloaded.checksum()  # from the cache
 
 
+@pytest.mark.examples
 def test_a_download_with_a_wrong_checksum_is_refused(server):
     change(server, "train-labels", lambda b: b + b"\x00")
     with pytest.raises(paper_data.DataError, match=r"train-labels-idx1-ubyte\.gz: .*hash"):
         paper_data.images("mnist")
 
 
+@pytest.mark.examples
 def test_energy_with_other_values_is_refused_and_not_kept(server, tmp_path, monkeypatch):
     with pytest.raises(paper_data.DataError, match="its values are not those of the data set"):
         paper_data.energy()
@@ -390,6 +411,7 @@ def test_energy_with_other_values_is_refused_and_not_kept(server, tmp_path, monk
     assert paper_data.energy().checksum() == paper_data.energy(path).checksum()
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize(
     ("load", "wanted"),
     [
@@ -404,6 +426,7 @@ def test_without_a_network_the_files_that_are_wanted_are_named(load, wanted, ser
         load()
 
 
+@pytest.mark.examples
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the data set")
 def test_the_checksum_of_energy_is_that_of_the_data_set(server, tmp_path):
     data = SHARED / "data/energy/energy_efficiency.csv"
@@ -483,5 +506,5 @@ def test_the_published_figures_are_copied_right():
 
 def test_the_double_softmax():
     outputs = np.array([[1.0, -2.0, 0.5]])
-    ours = reproduce_paper.double_softmax_cross_entropy(jnp.asarray(outputs), jnp.array([2]))
+    ours = jax.jit(reproduce_paper.double_softmax_cross_entropy)(outputs, np.array([2]))
     np.testing.assert_allclose(ours, -np.log(softmax(softmax(outputs))[:, 2]), rtol=1e-6)
