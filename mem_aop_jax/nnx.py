@@ -14,7 +14,7 @@ from flax import nnx
 
 from mem_aop_jax._compat import get_value, set_value
 from mem_aop_jax._core import validation
-from mem_aop_jax._core.config import MemAOP
+from mem_aop_jax._core.config import MEMORIES, MemAOP
 from mem_aop_jax._core.dense import dot_general
 from mem_aop_jax._core.layout import contraction_sizes, why_exact
 from mem_aop_jax._core.memory import carried, memory_name, rate_factor
@@ -52,7 +52,7 @@ class DotGeneral(nnx.Module):
         stack: tuple[int, ...] = (),
     ):
         """For one entry of `layers` per call, a memory of `dtype`, and a stack of such layers."""
-        if config.memory_kind == "rows":
+        if config.memory_kind and "memory_dtype" in MEMORIES[config.memory_kind].options:
             config = dataclasses.replace(config, memory_dtype=config.stored_dtype(dtype))
         self.config = config
         self.layers = tuple(layers)

@@ -10,8 +10,11 @@ every memory, and asks the candidates for what differs:
 
 To add a memory, write one file beside `row_memory.py`: a subclass of `Candidates`, and a
 `MemoryKind` that makes it. Then name it in two tables, `MEMORIES` in `config.py` (beside its name
-in `MemoryName`) and `MEMORY_KINDS` in `memory_kinds.py`; a state of its own, that is, neither a
-`Memory` nor a `Subspace`, in `LayerMemory` in `memory.py`, too.
+in `MemoryName`) and `MEMORY_KINDS` in `memory_kinds.py`, and in the configurations of
+tests/core/test_properties.py; what it keeps needs a test of its own. Reuse the state of rows
+(`Memory`) or of directions (`Subspace`) if you can. A state of its own goes into `LayerMemory` in
+`memory.py`, and these must know what it holds: `carried`, `why_exact`, `state_shardings`,
+`Controller`.
 """
 
 import abc
@@ -48,8 +51,7 @@ class Chosen(NamedTuple):
     Attributes:
       indices: `(groups, k)` int32; not below the number of candidates for one that is missing.
       weights: `(groups, k)` floating, NaN where the gradient is void; None is all ones.
-      waiting: `(groups, candidates)` bool, those that go into the next memory: neither chosen, nor
-        lost because they hold a NaN or an infinity or outgrow it.
+      waiting: `(groups, candidates)` bool: not chosen, and finite in the memory.
       is_void: `()` bool, whether the gradient must be NaN: the memory was misused, or a lost
         candidate would not show in it.
     """
@@ -92,12 +94,15 @@ class Candidates(abc.ABC):
         """Euclidean norms of both factors, `(groups, candidates)` each, as `row_norms` has them."""
 
     def storable(self) -> chex.Array | bool:
-        """`(groups, candidates)` bool: which finite candidates stay finite in the memory."""
+        """`(groups, candidates)` bool: False for one that would overflow the memory's dtype.
+
+        It is then chosen first, as one with a NaN or an infinity is.
+        """
         return True
 
     @abc.abstractmethod
     def gather(self, chosen: Chosen) -> tuple[Factors, "Candidates"]:
-        """The chosen candidates, `weighted`, and the candidates for the next steps.
+        """The chosen candidates, `weighted`, and whose `next_memory` to call, mostly `self`.
 
         Both factors are `(groups, k, features)`, in the dtype in which they are added up, or
         rounded already; NaN in place of a missing candidate.
@@ -111,8 +116,8 @@ class Candidates(abc.ABC):
     def next_memory(self, chosen: Chosen, dw: chex.Array) -> Any:
         """The memory for the next batch, in the shapes and dtypes in which the layer holds it.
 
-        The caller sets its `uses`. `dw` is the gradient, for which the old memory was read: a
-        memory that waits for it (see `row_memory`) is written in place.
+        The caller sets its `uses`. `dw` is the gradient: what is stored after it (`after_gradient`
+        in `row_memory.py`) overwrites a donated memory without a copy.
         """
 
     def cotangent_projection(self) -> Projection:
@@ -161,10 +166,16 @@ class MemoryKind(abc.ABC):
         key: chex.PRNGKey | None,
         differentiates_inputs: bool,
     ) -> Candidates:
-        """What the policy chooses from; arguments as in `Candidates`."""
+        """What the policy chooses from; x and g as in `Candidates`, the memory as a layer holds it.
+
+        `differentiates_inputs` says whether the gradient of the inputs is approximate, too.
+        """
 
     def tpu_candidates(
         self, call: Call, x: chex.Array, g: chex.Array, memory: Any
     ) -> Callable[..., Candidates] | None:
-        """Makes `Candidates` of their fields, by kernels of a TPU; None where there are none."""
+        """A function of (call, x, g, memory, key) that returns candidates for a TPU's kernels.
+
+        None where `candidates` serves there, too.
+        """
         return None

@@ -19,8 +19,8 @@ MemoryName = Literal["auto", "rows", "subspace"]
 class MemoryRules(NamedTuple):
     """What a kind of memory asks of a configuration."""
 
-    options: tuple[str, ...]  # the attributes of `MemAOP` that only this memory has
-    weights: bool | None  # whether a policy must, or must not, return weights; None: as it likes
+    options: tuple[str, ...]  # the attributes of `MemAOP` that it reads, of those of memories
+    weights: bool | None  # True: its policy must return weights; False: must not; None: either
 
 
 MEMORIES = {
@@ -181,26 +181,28 @@ class MemAOP:
         self._check_options_of_memory()
 
     def _check_policy_and_memory(self):
-        unbiased = self.policy in UNBIASED_POLICIES
-        if self.memory == "rows" and unbiased:
+        weights = MEMORIES[self.memory].weights if self.memory in MEMORIES else None
+        if callable(self.policy) or weights in (None, self.policy in UNBIASED_POLICIES):
+            return
+        fitting = [repr(name) for name in POLICIES if (name in UNBIASED_POLICIES) == weights]
+        if not weights:
             raise ValueError(
-                f"MemAOP got memory='rows' and policy={self.policy!r}, whose weights make up for "
-                "the rows that it does not choose; from a memory they would come a second time. "
-                "Use memory=None or 'subspace', or one of the policies 'topk', 'weightedk', "
-                "'randk'."
+                f"MemAOP got memory={self.memory!r} and policy={self.policy!r}, whose weights make "
+                "up for the rows that it does not choose; from a memory they would come a second "
+                f"time. Use memory=None or 'subspace', or one of the policies {', '.join(fitting)}."
             )
-        if self.memory == "subspace" and not (unbiased or callable(self.policy)):
-            raise ValueError(
-                f"MemAOP got memory='subspace' and policy={self.policy!r}, which drops the rows "
-                "that it does not choose: with a subspace nothing brings them back. Use a policy "
-                f"with weights, {', '.join(map(repr, UNBIASED_POLICIES))}."
-            )
+        raise ValueError(
+            f"MemAOP got memory={self.memory!r} and policy={self.policy!r}, which drops the rows "
+            f"that it does not choose: with a {self.memory} nothing brings them back. Use a policy "
+            f"with weights, {', '.join(fitting)}."
+        )
 
     def _check_options_of_memory(self):
         kind = self.memory_kind
+        own_options = () if kind is None else MEMORIES[kind].options
         for owner, (options, _) in MEMORIES.items():
             for name in options:
-                if kind != owner and getattr(self, name) != getattr(type(self), name):
+                if name not in own_options and getattr(self, name) != getattr(type(self), name):
                     raise ValueError(
                         f"MemAOP got {name}={getattr(self, name)}, which memory={kind!r} does not "
                         f"have (memory={self.memory!r}, policy={self.policy!r}); leave it out, or "

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from mem_aop_jax._core.candidates import MemoryKind
-from mem_aop_jax._core.config import MemAOP, floating_dtype
+from mem_aop_jax._core.config import MEMORIES, MemAOP, floating_dtype
 from mem_aop_jax._core.memory import LayerMemory
 from mem_aop_jax._core.no_memory import NoMemory
 from mem_aop_jax._core.row_memory import RowMemory
@@ -66,7 +66,7 @@ def check_memory(
         raise ValueError(
             f"{name}: got a memory, but the configuration has memory={config.memory!r}, which with "
             f"policy={config.policy!r} is none; pass memory=None to the layer, or configure "
-            "MemAOP(memory='rows') or 'subspace'."
+            f"MemAOP(memory=...) with one of {', '.join(map(repr, MEMORIES))}."
         )
     if not isinstance(memory, kind.state):
         wanted = f"aop.{kind.state.__name__}"

@@ -10,7 +10,7 @@ from mem_aop_jax._numerics import widened
 class NoMemory(MemoryKind):
     """`MemAOP(memory=None)`."""
 
-    state = type(None)
+    state: type = type(None)
 
     def init(self, config, rows, in_features, out_features, dtype):
         """None."""

@@ -5,6 +5,10 @@ row that must not be left out, as it holds a NaN or an infinity or outgrows the 
 infinite score: the named ones choose such rows before all others. The paper's choose rows whose
 rest waits in a memory. The unbiased ones weigh the rows that they choose, so that the expectation
 of the weighted sum is the sum over all rows.
+
+To add one, write it here and name it in `POLICIES` (in `UNBIASED_POLICIES` if it returns weights),
+in `RANDOM_POLICIES` if it draws, and in `PolicyName` in `config.py`; then in tests/core/
+test_properties.py.
 """
 
 import functools
@@ -132,7 +136,7 @@ UNBIASED_POLICIES: dict[str, Policy] = {"priority": priority, "crs": crs, "unifo
 POLICIES: dict[str, Policy] = {
     "topk": topk, "weightedk": weightedk, "randk": randk, **UNBIASED_POLICIES,
 }  # fmt: skip
-RANDOM_POLICIES = frozenset(POLICIES) - {"topk"}  # those that cannot do without a key
+RANDOM_POLICIES = frozenset({"weightedk", "randk", *UNBIASED_POLICIES})  # those that need a key
 
 
 def map_groups(

@@ -247,7 +247,7 @@ def _select(candidates: Candidates, norms: Factors) -> tuple[chex.Array, Chosen]
     policy = policy if callable(policy) else POLICIES[policy]
 
     def select(key, scores):
-        selection = validation.selection(call.name, call.config, policy, policy(key, scores, k), k)
+        selection = validation.selection(call.name, call.config, policy(key, scores, k), k)
         indices = selection.indices + jnp.where(selection.indices < 0, scores.size, 0)
         missing = jnp.where(indices < 0, scores.size, indices)
         return selection._replace(indices=missing.astype(jnp.int32))

@@ -34,7 +34,7 @@ from mem_aop_jax._numerics import accumulation_dtype, row_norms, widened
 class RowMemory(MemoryKind):
     """`MemAOP(memory="rows")`."""
 
-    state = Memory
+    state: type = Memory
 
     def init(self, config, rows, in_features, out_features, dtype):
         """A `Memory` of zeros."""
@@ -90,6 +90,8 @@ class RowMemory(MemoryKind):
     def tpu_candidates(self, call, x, g, memory):
         """Sums in the memory's place, where kernels can write the next memory."""
         config = call.config
+        if type(self) is not RowMemory:  # a subclass chooses from, or stores, something else
+            return None
         blocks = (
             *map(_sum_block_rows, (x, g)),
             *(row_access.choose_block_rows(rows, 1) for rows in (x, g)),
@@ -116,7 +118,7 @@ class RowsWithMemory(Candidates):
 
     def storable(self):
         """All but those that a narrower dtype of the memory cannot hold."""
-        x, g = (_fits(rows, self.memory.inputs.dtype) for rows in self._sums())
+        x, g = (fit_dtype(rows, self.memory.inputs.dtype) for rows in self._sums())
         return x & g
 
     def gather(self, chosen):
@@ -126,14 +128,14 @@ class RowsWithMemory(Candidates):
 
     def next_memory(self, chosen, dw):
         """Adds the rows anew, and sets the chosen ones to 0."""
-        memory = _flat(self.memory)
+        memory = flat_memory(self.memory)
         arrays = flat_rows(self.x), flat_rows(self.g), memory
-        (x, g, memory), waiting = _after(dw, arrays, chosen.waiting.reshape(-1))
-        signs = _signs(self)
+        (x, g, memory), waiting = after_gradient(dw, arrays, chosen.waiting.reshape(-1))
+        signs = row_signs(self)
         signs = None if signs is None else signs.reshape(-1)
         sums = dataclasses.replace(self, x=x, g=g, memory=memory)._sums()
-        kept = (_kept(rows, waiting, self.call.config.decay, signs) for rows in sums)
-        return _stored(memory, *kept)
+        kept = (kept_rows(rows, waiting, self.call.config.decay, signs) for rows in sums)
+        return stored_memory(memory, *kept)
 
     def _sums(self, select=lambda rows: rows):
         """Xh and Gh, or a selection of their rows."""
@@ -227,17 +229,17 @@ class RowsAndSlots(Candidates):
     def next_memory(self, chosen, dw):
         """Adds the rows that wait to the slots that wait."""
         groups, slots, _ = self.memory.inputs.shape
-        arrays = self.x, self.g, _flat(self.memory)
-        (x, g, memory), waiting = _after(dw, arrays, chosen.waiting)
-        rows, decay, signs = self.x.shape[1], self.call.config.decay, _signs(self)
+        arrays = self.x, self.g, flat_memory(self.memory)
+        (x, g, memory), waiting = after_gradient(dw, arrays, chosen.waiting)
+        rows, decay, signs = self.x.shape[1], self.call.config.decay, row_signs(self)
 
         def add(fresh, kept):
-            fresh = _kept(widened(fresh), waiting[:, :rows], decay, signs)
-            kept = _kept(kept.astype(fresh.dtype), waiting[:, rows:].reshape(-1), decay)
+            fresh = kept_rows(widened(fresh), waiting[:, :rows], decay, signs)
+            kept = kept_rows(kept.astype(fresh.dtype), waiting[:, rows:].reshape(-1), decay)
             fresh = jnp.pad(fresh, ((0, 0), (0, -rows % slots), (0, 0)))
             return kept + flat_rows(fresh.reshape(groups, -1, slots, fresh.shape[-1]).sum(axis=1))
 
-        return _stored(memory, add(x, memory.inputs), add(g, memory.cotangents))
+        return stored_memory(memory, add(x, memory.inputs), add(g, memory.cotangents))
 
     def _sides(self):
         return (self.x, self.memory.inputs), (self.g, self.memory.cotangents)
@@ -249,7 +251,7 @@ def _sum_block_rows(rows):
     return row_sums_tpu.choose_block_rows(groups * number, features, rows.dtype, with_memory=True)
 
 
-def _signs(candidates):
+def row_signs(candidates):
     """`(groups, rows)` random 1 and -1, or None where the memory is not signed."""
     if not candidates.call.config.signed:
         return None
@@ -257,12 +259,12 @@ def _signs(candidates):
     return jax.random.rademacher(key, candidates.x.shape[:2], jnp.float32)
 
 
-def _flat(memory):
+def flat_memory(memory):
     """The memory in the shape that layers hold: XLA does not write over a reshaped one."""
     return memory._replace(inputs=flat_rows(memory.inputs), cotangents=flat_rows(memory.cotangents))
 
 
-def _after(first, arrays, waiting):
+def after_gradient(first, arrays, waiting):
     """`arrays` and `waiting`, for computations that have to wait for `first`.
 
     A donated memory is written over, without a copy, only after it was read for the gradient.
@@ -286,7 +288,7 @@ def after_on_cpu(first: chex.Array, then: chex.Array) -> chex.Array:
     return lax.platform_dependent(then, first, cpu=on_cpu, default=lambda then, first: then)
 
 
-def _kept(rows, waiting, decay, signs=None):
+def kept_rows(rows, waiting, decay, signs=None):
     """The rows that wait, decayed; 0 in place of the others, which may not be finite."""
     rows = math.sqrt(decay) * rows
     if signs is not None:
@@ -294,7 +296,7 @@ def _kept(rows, waiting, decay, signs=None):
     return jnp.where(waiting[..., None], rows, 0)
 
 
-def _stored(memory, inputs, cotangents):
+def stored_memory(memory, inputs, cotangents):
     """A memory with these rows, in the dtypes of the old one."""
     return memory._replace(
         inputs=inputs.astype(memory.inputs.dtype),
@@ -302,7 +304,7 @@ def _stored(memory, inputs, cotangents):
     )
 
 
-def _fits(rows, dtype):
+def fit_dtype(rows, dtype):
     """Which finite rows stay finite in a dtype: all, unless its range is narrower."""
     if jnp.finfo(dtype).maxexp >= jnp.finfo(rows.dtype).maxexp:
         return True

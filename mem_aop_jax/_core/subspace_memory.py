@@ -31,7 +31,7 @@ from mem_aop_jax._numerics import accumulation_dtype, widest_dtype
 class SubspaceMemory(MemoryKind):
     """`MemAOP(memory="subspace")`."""
 
-    state = Subspace
+    state: type = Subspace
 
     def init(self, config, rows, in_features, out_features, dtype):
         """A `Subspace` of random directions, always the same."""

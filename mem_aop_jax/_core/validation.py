@@ -75,30 +75,29 @@ def differentiable(call, memory, key):
     config.selected_rows(call.sizes[0], name)
 
 
-def selection(name, config, policy, returned, k):
+def selection(name, config, returned, k):
     """What a policy returned, as JAX arrays; k rows, with weights if the memory asks for them."""
+    policy = f"{name}: policy {config.policy!r}"
     wanted = f"aop.Selection(indices, weights) with {k} integer indices, of shape ({k},)"
     if not isinstance(returned, Selection):
-        raise TypeError(
-            f"{name}: policy {policy} returned {type(returned).__name__}; it must return {wanted}."
-        )
+        raise TypeError(f"{policy} returned {type(returned).__name__}; it must return {wanted}.")
     indices, weights = returned
     indices = jnp.asarray(indices)
     if indices.shape != (k,) or not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(
-            f"{name}: policy {policy} returned indices of shape {indices.shape} and dtype "
+            f"{policy} returned indices of shape {indices.shape} and dtype "
             f"{indices.dtype}; it must return {wanted}."
         )
     wants_weights = MEMORIES[config.memory_kind].weights if config.memory_kind else None
     if weights is None and wants_weights is True:
         raise ValueError(
-            f"{name}: policy {policy} returned no weights. With memory={config.memory_kind!r} the "
+            f"{policy} returned no weights. With memory={config.memory_kind!r} the "
             "rows that it does not choose are lost: their weight must be on those that it "
             "chooses, so that the sum is unbiased. Return weights, or use memory='rows' or None."
         )
     if weights is not None and wants_weights is False:
         raise ValueError(
-            f"{name}: policy {policy} returned weights. With memory={config.memory_kind!r} the "
+            f"{policy} returned weights. With memory={config.memory_kind!r} the "
             "rows that it does not choose come back, so weights would count them twice. Return "
             "weights=None, or use memory=None or 'subspace'."
         )
@@ -106,7 +105,7 @@ def selection(name, config, policy, returned, k):
         weights = jnp.asarray(weights)
         if weights.shape != (k,) or not jnp.issubdtype(weights.dtype, jnp.floating):
             raise ValueError(
-                f"{name}: policy {policy} returned weights of shape {weights.shape} and dtype "
+                f"{policy} returned weights of shape {weights.shape} and dtype "
                 f"{weights.dtype}; they must be floating of shape ({k},), or None for ones."
             )
     return Selection(indices, weights)

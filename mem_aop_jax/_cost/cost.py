@@ -12,8 +12,11 @@ import jax.numpy as jnp
 from mem_aop_jax._core import validation
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.flops import exact_flops, relative_cost
-from mem_aop_jax._core.memory_kinds import init_memory
+from mem_aop_jax._core.memory import Memory
+from mem_aop_jax._core.memory_kinds import MEMORY_KINDS, init_memory
 from mem_aop_jax._cost.device_rates import ARRAYS, KERNELS, SUBSPACE, Rates, device_rates
+
+Sizes = tuple[int, int, int]  # rows, in_features, out_features
 
 
 class Cost(NamedTuple):
@@ -78,13 +81,13 @@ def cost(
     if min(sizes) < 1:
         raise ValueError(f"cost: got the sizes {sizes}; rows and features must be at least 1.")
     itemsize = jnp.dtype(dtype).itemsize
-    exact = _products(itemsize, *sizes)
+    exact = _products(itemsize, sizes)
     flops, exact_bytes = exact_flops(*sizes), sum(work.bytes for work in exact)
     if config is None:
         return Cost(flops, flops, exact_bytes, exact_bytes, 0, 1.0)
     rates = rates or device_rates()
-    approximate = _products(itemsize, *sizes, config)
-    approximate += _row_passes(itemsize, *sizes, config, rates.one_pass)
+    approximate = _products(itemsize, sizes, config)
+    approximate += _row_passes(itemsize, sizes, config, rates.one_pass)
     memory = jax.eval_shape(lambda: init_memory(config, *sizes, dtype))
     memory_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory))
     largest_array = rows * max(in_features, out_features) * itemsize
@@ -109,19 +112,12 @@ def cost(
 
 
 class _Work(NamedTuple):
-    """A product of matrices, or a pass over arrays.
-
-    Attributes:
-      flops: of the product; 0 for a pass.
-      bytes: that it reads and writes.
-      speed: field of `Rates` with its relative speed, for a product that is not like all others.
-      traffic: field of `Rates` with the bytes per second at which it reads and writes.
-    """
+    """A product of matrices, or a pass over arrays."""
 
     flops: float
-    bytes: float
-    speed: str | None = None
-    traffic: str = "bytes"
+    bytes: float  # that it reads and writes
+    speed: str | None = None  # the field of `Rates` with its relative speed; None is 1
+    traffic: str = "bytes"  # the field of `Rates` with its bytes per second
 
 
 def _seconds(works: Sequence[_Work], itemsize: int, rates: Rates) -> float:
@@ -148,10 +144,9 @@ def _rates_for_sizes(rates: Rates, array: float, product: float) -> Rates:
     )
 
 
-def _products(
-    itemsize: int, rows: int, in_features: int, out_features: int, config: MemAOP | None = None
-) -> list[_Work]:
+def _products(itemsize: int, sizes: Sizes, config: MemAOP | None = None) -> list[_Work]:
     """The products for the outputs, the gradient of the inputs and the gradient of the kernel."""
+    rows, in_features, out_features = sizes
 
     def product(m: int, n: int, p: int, speed: str | None = None) -> _Work:
         return _Work(2 * m * n * p, (m * n + n * p + m * p) * itemsize, speed)
@@ -168,19 +163,13 @@ def _products(
     ]
 
 
-def _row_passes(
-    itemsize: int,
-    rows: int,
-    in_features: int,
-    out_features: int,
-    config: MemAOP,
-    one_pass: bool,
-) -> list[_Work]:
+def _row_passes(itemsize: int, sizes: Sizes, config: MemAOP, one_pass: bool) -> list[_Work]:
     """All other work of an approximate layer on its rows; `one_pass` as in `Rates`."""
+    rows, in_features, out_features = sizes
     features, k = in_features + out_features, config.selected_rows(rows)
     row = features * itemsize  # bytes, of inputs and cotangents
     works = [_Work(0, rows * row), _Work(0, 2 * k * row)]  # norms; gathers
-    if config.memory_kind == "rows":
+    if MEMORY_KINDS[config.memory_kind].state is Memory:
         stored = jnp.dtype(config.memory_dtype).itemsize if config.memory_dtype else itemsize
         kept = config.memory_slots or rows
         sums = rows * itemsize + 3 * kept * stored  # for norms, and what waits

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import typing
 import warnings
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import mem_aop_jax as aop
+from mem_aop_jax._core import config, memory_kinds, policies
 
 
 @dataclasses.dataclass
@@ -187,3 +189,9 @@ def test_init_subspace():
     assert aop.init_memory(config, 8, 5, 2, jnp.float64).inputs.dtype == jnp.float64
     one_sided = dataclasses.replace(config, rank=(3, 0))
     assert aop.init_memory(one_sided, 8, 5, 2).cotangents is None
+
+
+def test_the_names_in_types_are_those_in_the_tables():
+    assert typing.get_args(config.PolicyName) == tuple(policies.POLICIES)
+    assert typing.get_args(config.MemoryName) == ("auto", *config.MEMORIES)
+    assert {None, *config.MEMORIES} == set(memory_kinds.MEMORY_KINDS)
