@@ -56,8 +56,10 @@ def stepped(config, x, g, steps=3, memory=None):
 
 def assert_unbiased(sums, exact):
     """The mean of the draws is the exact gradient, and they are no exact gradients."""
-    sums, exact = np.asarray(sums, np.float64), np.asarray(exact, np.float64)
-    off, error = np.abs(sums.mean(axis=0) - exact), sums.std(axis=0) / len(sums) ** 0.5
+    sums, exact = np.asarray(sums), np.asarray(exact, np.float64)
+    mean = sums.mean(axis=0, dtype=np.float64)
+    variance = np.square(sums - mean.astype(sums.dtype)).mean(axis=0, dtype=np.float64)
+    off, error = np.abs(mean - exact), (variance / len(sums)) ** 0.5
     assert np.linalg.norm(off) <= 4 * np.linalg.norm(error)
     worst = 5 if exact.size < 100 else 5.5  # of so many entries
     assert (off <= worst * error + 1e-5 * np.abs(exact).max()).all()

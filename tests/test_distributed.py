@@ -123,10 +123,8 @@ def assert_placed(tree, shardings):
 
 
 MESHES = {
-    ("topk", "jit", AxisType.Auto),
     ("topk", "shard_map", AxisType.Explicit),
-    ("weightedk", "jit", AxisType.Explicit),
-    ("weightedk", "shard_map", AxisType.Auto),
+    ("weightedk", "jit", AxisType.Auto),
 }
 
 

@@ -172,9 +172,9 @@ def test_groups_draw_in_each_and_need_no_rows_of_other_devices():
 # ---- policies
 
 SORTED = [  # policy, memory, groups
-    *((policy, None, 1) for policy in ("topk", "randk", "crs", "uniform")),
+    *((policy, None, 1) for policy in ("topk", "crs", "uniform")),
     *((policy, None, 4) for policy in ("weightedk", "priority")),
-    *((policy, "subspace", 1) for policy in ("priority", "crs")),
+    ("priority", "subspace", 1),
 ]
 ALL_SORTED = {(policy, None, groups) for policy in POLICIES for groups in (1, 4)}
 ALL_SORTED |= {(policy, "subspace", groups) for policy in UNBIASED_POLICIES for groups in (1, 4)}

@@ -80,13 +80,9 @@ def test_functional(path, dtype):
     follow(path, dtype, functional_step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    [
-        "a_topk_K3_mem_d0.9",
-        pytest.param("b_weightedk_K3_nomem", marks=pytest.mark.slow),
-        pytest.param("d_mlp1_mse_topk_nomem", marks=pytest.mark.slow),
-    ],
+    "name", ["a_topk_K3_mem_d0.9", "b_weightedk_K3_nomem", "d_mlp1_mse_topk_nomem"]
 )
 def test_functional_without_jit(name):
     follow(OURS / f"{name}.npz", "float64", functional_step.__wrapped__)

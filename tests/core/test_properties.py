@@ -30,8 +30,6 @@ CONFIGS = {
     **{policy: aop.MemAOP(k=K, policy=policy, memory=None) for policy in PAPER + UNBIASED},
     **{f"{policy}, rows": aop.MemAOP(k=K, policy=policy) for policy in PAPER},
     **{f"{policy}, subspace": dataclasses.replace(SUBSPACE, policy=policy) for policy in UNBIASED},
-    "decay": aop.MemAOP(k=K, decay=0.25),
-    "signed": aop.MemAOP(k=K, signed=True),
     "slots": aop.MemAOP(k=K, memory_slots=5),  # do not divide the rows
     "signed slots": aop.MemAOP(k=K, memory_slots=5, signed=True),
     "one-sided": dataclasses.replace(SUBSPACE, rank=(3, 0)),
@@ -39,16 +37,18 @@ CONFIGS = {
     "refresh": dataclasses.replace(SUBSPACE, refresh=2),
     "groups": aop.MemAOP(k=K, memory=None, groups=2),
     "groups, rows": aop.MemAOP(k=K, groups=2),
-    "groups, slots": aop.MemAOP(k=K, memory_slots=10, groups=2),
     "groups, subspace": dataclasses.replace(SUBSPACE, groups=2),
     "inputs": with_inputs(aop.MemAOP(k=K, policy="priority"), 0.25, 0),
     "inputs, rows": with_inputs(aop.MemAOP(k=K), 0.1, 0),
     "inputs, subspace": with_inputs(SUBSPACE, 0.25, 4),
-    "inputs, subspace for the kernel": with_inputs(SUBSPACE, 0.25, 0),
     "inputs, all directions": with_inputs(SUBSPACE, 0.1, 32),
     "inputs, groups": with_inputs(dataclasses.replace(SUBSPACE, groups=2), 0.25, 4),
 }
 SLOW_CONFIGS = {  # their parts are in the others
+    "inputs, subspace for the kernel": with_inputs(SUBSPACE, 0.25, 0),
+    "groups, slots": aop.MemAOP(k=K, memory_slots=10, groups=2),
+    "signed": aop.MemAOP(k=K, signed=True),
+    "decay": aop.MemAOP(k=K, decay=0.25),
     **{
         f"{policy}, groups": aop.MemAOP(k=K, policy=policy, memory=None, groups=2)
         for policy in ("weightedk", "randk", *UNBIASED)
