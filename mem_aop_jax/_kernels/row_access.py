@@ -94,8 +94,9 @@ def gather_residuals(
             projections = row_access_tpu.product(coordinates, directions, kernel_precision)
             return combine(rows, weights, projections)
 
-        weights = jnp.where(_exists(rows, chosen), weights, jnp.nan).reshape(-1, 1)
-        operands = _gather_operands(rows, chosen, (weights, flat_rows(coordinates)), (basis.T,))
+        # The coordinates of a row that does not exist are NaN, and so is its residual.
+        blocked = weights.reshape(-1, 1), flat_rows(coordinates)
+        operands = _gather_operands(rows, chosen, blocked, (basis.T,))
         residuals = row_access_tpu.map_gathered_rows(combine_block, operands, block_rows, dtype)
         return residuals.reshape(*chosen.shape, -1)
 
