@@ -64,11 +64,11 @@ def side_products(
         sides = subspace_products_tpu.one_pass(
             flat_rows(x), flat_rows(g), v, u, block_rows, kernel_precision
         )
-        of_x, of_g = (
+        x_products, g_products = (
             SideProducts(coordinates.reshape(*x.shape[:2], -1), norms.reshape(x.shape[:2]), *others)
             for coordinates, norms, *others in sides
         )
-        return of_x._replace(other=of_x.other[:, :rank]), of_g
+        return x_products._replace(other=x_products.other[:, :rank]), g_products
 
     if block_rows is None or kernel_precision is None:
         return xla(x, g, v, u, due)
@@ -104,10 +104,12 @@ def _by_xla(x, g, v, u, due, *, rank, precision):
 
     args = x, g, own, other
     if due is None:
-        of_x, of_g = in_one_pass(*args)
+        x_products, g_products = in_one_pass(*args)
     else:
-        of_x, of_g = lax.platform_dependent(*args, due, cpu=in_two_passes, default=in_one_pass)
-    return SideProducts(a, x_norms, *of_x), SideProducts(b, g_norms, *of_g)
+        x_products, g_products = lax.platform_dependent(
+            *args, due, cpu=in_two_passes, default=in_one_pass
+        )
+    return SideProducts(a, x_norms, *x_products), SideProducts(b, g_norms, *g_products)
 
 
 def coordinates_and_norms(
