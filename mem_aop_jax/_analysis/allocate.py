@@ -132,13 +132,15 @@ def allocate(
     _check(config, budget, batches)
     args = as_args(example_input)
     plain = MemAOP(ratio=0.5, policy=config.policy, groups=config.groups)
-    matching = linen.layers(linen.wrap(model, [(layers, plain)]), key, *args)
-    sizes = _sizes_by_path(matching)
-    largest = {path: _largest(config, plain, *features) for path, (_, *features) in sizes.items()}
-    rows = {path: rows for path, (rows, *_) in sizes.items()}
+    listed = linen.layers(linen.wrap(model, [(layers, plain)]), key, *args)
+    by_path = _layers_by_path(listed)
+    largest = {path: _largest(config, plain, layer) for path, layer in by_path.items()}
+    rows = {path: layer.rows for path, layer in by_path.items()}
     measurement = Measurement(loss, params, batches, key, metric)
     variances = measurement.layer_variances(model, largest, rows, args, draws)
-    options = {path: _options(config, plain, sizes[path], variances[path]) for path in sizes}
+    options = {
+        path: _options(config, plain, layer, variances[path]) for path, layer in by_path.items()
+    }
     return Allocation(*_best(options, budget), measurement.spent)
 
 
@@ -158,17 +160,17 @@ def _check(config: object, budget: float | None, batches: Sequence[chex.ArrayTre
     check_batches("allocate", batches)
 
 
-def _sizes_by_path(layers: Sequence[Layer]) -> dict[str, tuple[int, int, int]]:
-    """Rows, in_features and out_features of each layer."""
-    sizes: dict[str, tuple[int, int, int]] = {}
+def _layers_by_path(layers: Sequence[Layer]) -> dict[str, Layer]:
+    by_path: dict[str, Layer] = {}
     for layer in layers:
-        if sizes.setdefault(layer.path, layer[1:4]) != layer[1:4]:
+        sizes = by_path.setdefault(layer.path, layer).sizes
+        if sizes != layer.sizes:
             raise ValueError(
-                f"allocate: {layer.path} is called with {sizes[layer.path]} and {layer[1:4]} as "
-                "(rows, in_features, out_features); one rule is for all calls of a layer. Leave it "
-                "out with layers=."
+                f"allocate: {layer.path} is called with {sizes} and {layer.sizes} as (rows, "
+                "in_features, out_features); one rule is for all calls of a layer. Leave it out "
+                "with layers=."
             )
-    return sizes
+    return by_path
 
 
 # ---- the choices for a layer
@@ -182,43 +184,36 @@ class _Options(NamedTuple):
     flops: np.ndarray
 
 
-def _options(
-    config: MemAOP, plain: MemAOP, sizes: tuple[int, int, int], variance: LayerVariance
-) -> _Options:
-    rows, *features = sizes
-    exact = exact_flops(*sizes)
-    last = variance.batches[-1]
+def _options(config: MemAOP, plain: MemAOP, layer: Layer, variance: LayerVariance) -> _Options:
+    exact, last = exact_flops(*layer.sizes), variance.batches[-1]
     asked_for = any(call.asked_for for call in last.calls)
     not_asked = 0 if asked_for else exact / 3  # for the gradient of the inputs
     from_kernel = functools.cache(variance.from_kernel)
     from_inputs = functools.cache(variance.from_inputs)
     configs: list[MemAOP | None] = [None]
     v, flops = [0.0], [exact - not_asked]
-    for candidate in _candidates(config, plain, asked_for, *sizes):
+    for candidate in _candidates(config, plain, asked_for, layer):
         if last.stacked and candidate.memory_kind is None:
             continue  # in `wrap`, the key of a stacked layer comes with its memory
-        ranks = candidate.ranks(*features) if candidate.memory_kind else (0, 0)
-        added = from_kernel(ranks, candidate.selected_rows(rows), candidate.groups)
+        ranks = (0, 0)
+        if candidate.memory_kind is not None:
+            ranks = candidate.ranks(layer.in_features, layer.out_features)
+        added = from_kernel(ranks, candidate.selected_rows(layer.rows), candidate.groups)
         if candidate.input_grad:
-            drawn = candidate.input_rows(rows)
+            drawn = candidate.input_rows(layer.rows)
             added += from_inputs(candidate.input_grad.rank, drawn, candidate.groups)
         configs.append(candidate)
         v.append(added)
-        flops.append(exact * relative_cost(candidate, *sizes) - not_asked)
+        flops.append(exact * relative_cost(candidate, *layer.sizes) - not_asked)
     return _Options(configs, np.array(v), np.array(flops) * len(last.calls))
 
 
 def _candidates(
-    config: MemAOP,
-    plain: MemAOP,
-    inputs_asked_for: bool,
-    rows: int,
-    in_features: int,
-    out_features: int,
+    config: MemAOP, plain: MemAOP, inputs_asked_for: bool, layer: Layer
 ) -> Iterator[MemAOP]:
-    """All configurations to choose from for a layer of these sizes, each once."""
+    """All configurations to choose from for a layer, each once."""
     approximates_inputs = inputs_asked_for and config.input_grad is not None
-    input_ranks, cotangent_ranks = map(_ranks, (in_features, out_features))
+    input_ranks, cotangent_ranks = _ranks(layer.in_features), _ranks(layer.out_features)
     memories: list[dict[str, Any]] = [{}]
     if config.memory_kind is not None:
         subspace = {"memory": "subspace", "refresh": config.refresh}
@@ -228,7 +223,7 @@ def _candidates(
             for other in cotangent_ranks
         ]
     for ratio in RATIOS:
-        if plain.groups > ratio * rows:
+        if plain.groups > ratio * layer.rows:
             continue  # one row of each group at least
         for memory in memories:
             candidate = dataclasses.replace(plain, ratio=ratio, **memory)
@@ -240,11 +235,11 @@ def _candidates(
                         yield dataclasses.replace(candidate, input_grad=input_grad)
 
 
-def _largest(config: MemAOP, plain: MemAOP, in_features: int, out_features: int) -> MemAOP:
+def _largest(config: MemAOP, plain: MemAOP, layer: Layer) -> MemAOP:
     """The configuration with the largest ranks to choose from, to measure a layer with."""
     # one direction at least: a `Norms` probe has both sides
-    ranks = max(1, *_ranks(in_features)), max(1, *_ranks(out_features))
-    input_grad = config.input_grad and InputGrad(INPUT_RATIOS[0], min(32, out_features // 4))
+    ranks = max(1, *_ranks(layer.in_features)), max(1, *_ranks(layer.out_features))
+    input_grad = config.input_grad and InputGrad(INPUT_RATIOS[0], min(32, layer.out_features // 4))
     return dataclasses.replace(plain, memory="subspace", rank=ranks, input_grad=input_grad)
 
 
@@ -264,33 +259,25 @@ def _best(
     all layers.
     """
     exact = sum(layer.flops[0] for layer in options.values())
-    mixes = [  # for each layer the number of the option of least v + price * c
-        [int(np.argmin(layer.v + price * layer.flops / exact)) for layer in options.values()]
-        for price in (0, *np.geomspace(1e-6, 1e6, 1200))
-    ]
-    totals = [
-        (
-            sum(layer.v[i] for layer, i in zip(options.values(), mix, strict=True)),
-            sum(layer.flops[i] for layer, i in zip(options.values(), mix, strict=True)) / exact,
+    prices = np.array([0, *np.geomspace(1e-6, 1e6, 1200)])[:, None]
+    numbers = {  # for each layer and price, that of the option of least v + price * c
+        path: np.argmin(layer.v[None] + prices * layer.flops[None] / exact, axis=1)
+        for path, layer in options.items()
+    }
+    v = sum(layer.v[numbers[path]] for path, layer in options.items())
+    c = sum(layer.flops[numbers[path]] for path, layer in options.items()) / exact
+    if budget is not None and budget < c.min():
+        raise ValueError(
+            f"allocate: got budget={budget}; the cheapest choice for these layers costs "
+            f"{c.min():.3f} of exact steps. Give more."
         )
-        for mix in mixes
-    ]
-    if budget is None:
-        best = min(range(len(mixes)), key=lambda i: (1 + totals[i][0]) * totals[i][1])
-    else:
-        affordable = [i for i, (_, c) in enumerate(totals) if c <= budget]
-        if not affordable:
-            raise ValueError(
-                f"allocate: got budget={budget}; the cheapest choice for these layers costs "
-                f"{min(c for _, c in totals):.3f} of exact steps. Give more."
-            )
-        best = min(affordable, key=lambda i: totals[i][0])
-    choices = tuple(
-        Choice(path, layer.configs[i], float(layer.v[i]), float(layer.flops[i] / layer.flops[0]))
-        for (path, layer), i in zip(options.items(), mixes[best], strict=True)
-    )
-    v, c = totals[best]
-    return choices, float(v), float(c)
+    best = np.argmin((1 + v) * c if budget is None else np.where(c <= budget, v, np.inf))
+    choices = []
+    for path, layer in options.items():
+        i = numbers[path][best]
+        relative = float(layer.flops[i] / layer.flops[0])
+        choices.append(Choice(path, layer.configs[i], float(layer.v[i]), relative))
+    return tuple(choices), float(v[best]), float(c[best])
 
 
 def _config_cells(config: MemAOP | None) -> tuple[str, str, str, str]:
@@ -298,11 +285,6 @@ def _config_cells(config: MemAOP | None) -> tuple[str, str, str, str]:
     if config is None:
         return "exact", "", "exact", ""
     rank = "{} + {}".format(*config.rank) if isinstance(config.rank, tuple) else ""  # no memory
-    if config.input_grad is None:
-        return f"{config.ratio:.3g}", rank, "exact", ""
-    return (
-        f"{config.ratio:.3g}",
-        rank,
-        f"{config.input_grad.ratio:.3g}",
-        str(config.input_grad.rank),
-    )
+    input_grad = config.input_grad
+    drawn = (f"{input_grad.ratio:.3g}", str(input_grad.rank)) if input_grad else ("exact", "")
+    return f"{config.ratio:.3g}", rank, *drawn

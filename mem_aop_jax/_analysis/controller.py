@@ -270,12 +270,11 @@ def _subspace_config(rank: tuple[int, int]) -> MemAOP:
 
 
 def _check_memories(name: str, shapes: chex.ArrayTree) -> None:
-    for memory in jax.tree.leaves(shapes, is_leaf=is_memory):
-        if isinstance(memory, Memory):
-            raise ValueError(
-                f"Controller: the choice {name!r} has a memory of rows, which wait for the next "
-                "batch of the same choice. Use memory='subspace' or memory=None."
-            )
+    if any(isinstance(m, Memory) for m in jax.tree.leaves(shapes, is_leaf=is_memory)):
+        raise ValueError(
+            f"Controller: the choice {name!r} has a memory of rows, which wait for the next batch "
+            "of the same choice. Use memory='subspace' or memory=None."
+        )
 
 
 def _continue_directions(first: Subspace, held: Memory | Subspace | None) -> Subspace:

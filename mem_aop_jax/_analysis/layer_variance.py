@@ -122,15 +122,10 @@ class Measurement:
         args: tuple,
         draws: int,
     ) -> dict[str, LayerVariance]:
-        """The variances of the layers with these paths.
+        """The variance of each layer, by path; `args` is the example input.
 
-        Args:
-          model: a Linen model, not wrapped.
-          configs: for each layer, the largest ranks to choose from; with an `InputGrad`, errors of
-            input gradients are measured, too.
-          rows: for each layer, their number.
-          args: the example input.
-          draws: the number of draws of each layer's input gradient.
+        `configs` have the largest ranks to choose from; with an `InputGrad`, errors of the layer's
+        input gradient are drawn, too.
         """
         probed = model_gradients.wrap_layers(model, configs)
         first = model_gradients.first_memory(probed, *args)

@@ -67,14 +67,8 @@ def backward_function(loss: Callable) -> Callable[..., BackwardPass]:
     """`(model, params, memory, batch, key) -> BackwardPass`, for a loss as in `allocate`."""
 
     @functools.partial(jax.jit, static_argnums=0)
-    def gradients(
-        static: _StaticModel,
-        params: chex.ArrayTree,
-        memory: chex.ArrayTree,
-        batch: chex.ArrayTree,
-        key: chex.PRNGKey,
-    ) -> tuple[chex.ArrayTree, chex.ArrayTree]:
-        def variables_loss(params: chex.ArrayTree, memory: chex.ArrayTree) -> chex.Array:
+    def gradients(static: _StaticModel, params: Any, memory: Any, batch: Any, key: Any) -> tuple:
+        def variables_loss(params: Any, memory: Any) -> chex.Array:
             return loss(static.model, {"params": params, COLLECTION: memory}, batch, key)
 
         return jax.grad(variables_loss, argnums=(0, 1), allow_int=True)(params, memory)
@@ -140,9 +134,7 @@ def map_memories(change: Callable[[str, Any], Any], collection: chex.ArrayTree) 
     )
 
 
-def map_memory_pairs(
-    change: Callable[[Any, Any], Any], collection: chex.ArrayTree, other: chex.ArrayTree
-) -> Any:
+def map_memory_pairs(change: Callable[[Any, Any], Any], collection: Any, other: Any) -> Any:
     """The collection, with `change(memory, the other's at the same path or None)` for each."""
     others = dict(jax.tree.leaves_with_path(other, is_leaf=is_memory))
     return jax.tree.map_with_path(
@@ -190,11 +182,7 @@ def floating_leaves(tree: chex.ArrayTree) -> list:
     return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
-def squared_norm(
-    gradient: chex.ArrayTree,
-    other: chex.ArrayTree | None = None,
-    metric: chex.ArrayTree | None = None,
-) -> float:
+def squared_norm(gradient: Any, other: Any = None, metric: Any = None) -> float:
     """The squared norm of a gradient, or of its difference from another one.
 
     With a metric, each squared entry is multiplied by that of the metric.
@@ -221,9 +209,7 @@ def _scaled_square(leaves: list, others: list, metric: list) -> tuple:
     return size, metric_size, scaled
 
 
-def finite_norm(
-    caller: str, batch: int, gradient: chex.ArrayTree, metric: chex.ArrayTree | None
-) -> float:
+def finite_norm(caller: str, batch: int, gradient: Any, metric: Any) -> float:
     """The norm of the gradient of the batch with this number.
 
     Raises:

@@ -115,7 +115,7 @@ def plan(
         )
     planned = []
     for layer, dtype in sized:
-        step = cost(config_for(rules, layer.path), *layer[1:4], dtype, rates=rates)
+        step = cost(config_for(rules, layer.path), *layer.sizes, dtype, rates=rates)
         planned.append(Planned(layer, step, step.speedup >= (min_speedup or 0)))
     gaining = dict.fromkeys(layer.path for layer, _, gains in planned if gains)
     gaining_rules = tuple((re.escape(path), config_for(rules, path)) for path in gaining)

@@ -63,10 +63,8 @@ class Rates(NamedTuple):
 
 
 # The vendors' peaks of products (float32 as JAX computes it by default) and of memory.
-_TPU: dict[str, Any] = {
-    "row": 1e-9, "layer": 1e-5, "subspace": 5e-5, "one_pass": TPU_COPIES_ROWS,
-}  # fmt: skip
-_GPU: dict[str, Any] = {"row": 3e-9, "layer": 4e-5, "subspace": 1.5e-4}
+_TPU: dict = {"row": 1e-9, "layer": 1e-5, "subspace": 5e-5, "one_pass": TPU_COPIES_ROWS}
+_GPU: dict = {"row": 3e-9, "layer": 4e-5, "subspace": 1.5e-4}
 KNOWN = {
     rates.device: rates
     for rates in (
@@ -98,11 +96,7 @@ def measured_rates(device: str) -> Rates:
         return _measured(device)
 
 
-class _Call(NamedTuple):
-    """A function and its arguments."""
-
-    function: Callable
-    args: tuple
+_Call = tuple[Callable, tuple]  # a function and its arguments
 
 
 def _measured(device: str) -> Rates:
@@ -127,12 +121,11 @@ def _measured(device: str) -> Rates:
         jnp.ones((number, FEATURES), jnp.float32) for number in (8 * ROWS, ROWS, ROWS // 4)
     )
     scores = jnp.asarray(np.random.default_rng(0).random(4 * ROWS), jnp.float32)
-    calls = [
-        _Call(row_norms, (many,)),
-        _Call(jnp.negative, (few,)),
-        _Call(jnp.add, (some, some)),
-        _Call(functools.partial(topk, None, k=ROWS), (scores,)),
-    ]
+    selection = functools.partial(topk, None, k=ROWS)
+    calls: list[_Call] = [
+        (row_norms, (many,)), (jnp.negative, (few,)), (jnp.add, (some, some)),
+        (selection, (scores,)),
+    ]  # fmt: skip
     read, cached, added, chosen = map(min, _round_seconds(calls))
     read, row = many.nbytes / read, chosen / scores.size
     cached = max(read, 2 * few.nbytes / cached)
@@ -162,14 +155,14 @@ def _product_calls(features: int, dtype: chex.ArrayDType) -> list[_Call]:
     def product(contracted: tuple[int], a: chex.Array, b: chex.Array) -> chex.Array:
         return jax.lax.dot_general(a, b, ((contracted, contracted), ((), ())))
 
-    forward = _Call(functools.partial(product, (1,)), (x, kernel))
-    return [forward, _Call(functools.partial(product, (0,)), (x, g))]
+    forward = functools.partial(product, (1,)), (x, kernel)
+    return [forward, (functools.partial(product, (0,)), (x, g))]
 
 
 def _narrow_product_call(features: int) -> _Call:
     """The product of the rows with a few columns."""
     shapes = (ROWS, features), (features, NARROW)
-    return _Call(jnp.matmul, tuple(jnp.ones(shape, jnp.float32) for shape in shapes))
+    return jnp.matmul, tuple(jnp.ones(shape, jnp.float32) for shape in shapes)
 
 
 def _layer_step_call(config: MemAOP | None, size: int) -> _Call:
@@ -182,7 +175,7 @@ def _layer_step_call(config: MemAOP | None, size: int) -> _Call:
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2))(x, kernel, memory)
 
-    return _Call(step, (x, kernel, init_memory(config, size, size, size), jax.random.key(0)))
+    return step, (x, kernel, init_memory(config, size, size, size), jax.random.key(0))
 
 
 def _round_seconds(
@@ -192,12 +185,13 @@ def _round_seconds(
 
     A round repeats each call for at least the shortest time.
     """
-    compiled = [_Call(jax.jit(f).lower(*args).compile(), args) for f, args in calls]
+    compiled = [(jax.jit(function).lower(*args).compile(), args) for function, args in calls]
 
     def seconds(call: _Call, times: int) -> float:
+        function, args = call
         start = time.perf_counter()
         for _ in range(times):
-            results = call.function(*call.args)
+            results = function(*args)
         jax.block_until_ready(results)
         return (time.perf_counter() - start) / times
 

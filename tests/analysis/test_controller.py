@@ -11,7 +11,19 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from test_allocate import COLLECTION, KEY, MLP, Scanned, batch_of, loss, trained
+from small_models import (
+    COLLECTION,
+    EXAMPLE,
+    KEY,
+    MLP,
+    SMALL,
+    Scanned,
+    batch_of,
+    gradient_function,
+    initial,
+    loss,
+    trained,
+)
 
 import mem_aop_jax as aop
 
@@ -26,58 +38,51 @@ CHOICES = {
         refresh=4,
         input_grad=aop.InputGrad(0.5, 16),
     ),
-    "some": [("Dense_[01]", aop.MemAOP(ratio=0.25, policy="priority"))],
+    "some": [("Dense_0", aop.MemAOP(ratio=0.25, policy="priority"))],
 }
 BATCHES = [batch_of(400), batch_of(401)]
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-def controller(choices=None, model=None, example=None, loss=loss, **options):
-    if example is None:
-        example = jax.eval_shape(lambda: batch_of(0)[0])
-    return aop.Controller(model or MLP(), choices or CHOICES, example, loss, **options)
+def controller(choices=CHOICES, model=SMALL, example=EXAMPLE, **options):
+    return aop.Controller(model, choices, example, loss, **options)
 
 
-def costs(**of):
-    return {"exact": 1.0, **dict.fromkeys(CHOICES, 2.0), **of}
+def costs(**cheap):
+    return {"exact": 1.0, **dict.fromkeys(CHOICES, 2.0), **cheap}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def both_gradients(model, params, memory, batch, key):
-    """Of the parameters, and of the memory."""
-
-    def loss_fn(params, memory):
-        return loss(model, {"params": params, COLLECTION: memory}, batch, key)
-
-    return jax.grad(loss_fn, argnums=(0, 1))(params, memory)
+def model_of(choice, model=SMALL):
+    return model if choice == "exact" else aop.linen.wrap(model, CHOICES[choice])
 
 
-def model_of(choice):
-    return MLP() if choice == "exact" else aop.linen.wrap(MLP(), CHOICES[choice])
+def gradient(model, params, memory, batch, key):
+    leaves = jax.tree.leaves(gradient_function(loss)(model, params, memory, batch, key)[0])
+    return np.concatenate([np.ravel(leaf) for leaf in leaves]).astype(np.float64)
 
 
-def gradient(choice, *args):
-    found, _ = both_gradients(model_of(choice), *args)
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)]).astype(np.float64)
+def exact_gradient(batch, key, model=SMALL):
+    return gradient(model, trained(model), {}, batch, key)
 
 
 @functools.cache
-def decided(choice):
+def decided(choice, model=SMALL):
     """A controller that chose this, and the memory that it returned."""
-    found = controller(costs=costs(**{choice: 0.01}))
-    return found, found.decide(7, trained(), {}, BATCHES, jax.random.key(3))
+    found = controller(model=model, costs=costs(**{choice: 0.01}))
+    return found, found.decide(7, trained(model), {}, BATCHES, jax.random.key(3))
 
 
+@pytest.mark.parametrize(
+    "model", [SMALL, pytest.param(MLP(), marks=pytest.mark.slow)], ids=["small", "large"]
+)
 @pytest.mark.parametrize("choice", CHOICES)
-def test_what_is_measured(choice):
-    found, memory = decided(choice)
+def test_what_is_measured(choice, model):
+    found, memory = decided(choice, model)
     (decision,) = found.log
     assert (decision.step, decision.choice, found.choice) == (7, choice, choice)
     keys = [jax.random.fold_in(jax.random.key(3), i) for i in range(2)]
-    first, second = (
-        gradient("exact", trained(), {}, *args) for args in zip(BATCHES, keys, strict=True)
-    )
-    estimate = gradient(choice, trained(), memory, BATCHES[1], keys[1])
+    first, second = (exact_gradient(*args, model) for args in zip(BATCHES, keys, strict=True))
+    estimate = gradient(model_of(choice, model), trained(model), memory, BATCHES[1], keys[1])
     v = np.sum((estimate - second) ** 2) / np.sum(second**2)
     assert decision.v == pytest.approx(decision.v | {"exact": 0, choice: v}, rel=1e-3)
     noise = np.sum((first - second) ** 2) / (np.sum(first**2) + np.sum(second**2))
@@ -87,13 +92,13 @@ def test_what_is_measured(choice):
 
 def test_costs_are_those_of_the_compiled_gradients():
     found = controller()
-    found.decide(0, trained(), {}, BATCHES, KEY)
+    found.decide(0, trained(SMALL), {}, BATCHES, KEY)
     (decision,) = found.log
 
     def flops(choice):
         memory = decided(choice)[1] if choice != "exact" else {}
-        args = model_of(choice), trained(), memory, BATCHES[0], KEY
-        return both_gradients.lower(*args).compile().cost_analysis()["flops"]
+        args = model_of(choice), trained(SMALL), memory, BATCHES[0], KEY
+        return gradient_function(loss).lower(*args).compile().cost_analysis()["flops"]
 
     exact = flops("exact")
     assert decision.c["exact"] == 1
@@ -106,12 +111,12 @@ def test_costs_are_those_of_the_compiled_gradients():
 
 def test_batches_of_another_size_have_costs_of_their_own():
     """The same model and loss: what was compiled and counted before is not taken for it."""
-    half = [jax.tree.map(lambda a: a[:128], batch) for batch in BATCHES]
+    half = [batch_of(400, rows=128), batch_of(401, rows=128)]
     choices = {"some": CHOICES["some"]}
     decisions = []
     for batches in (BATCHES, half):
         found = controller(choices, example=batches[0][0])
-        found.decide(0, trained(), {}, batches, KEY)
+        found.decide(0, trained(SMALL), {}, batches, KEY)
         decisions += found.log
     whole, of_half = decisions
     assert of_half.spent == pytest.approx(whole.spent / 2, rel=0.05)
@@ -119,15 +124,14 @@ def test_batches_of_another_size_have_costs_of_their_own():
 
 
 def test_the_metric_of_adam_weighs_the_entries():
-    params, metric = trained(), jax.tree.map(lambda a: 0.1 + a**2, trained())
+    params = trained(SMALL)
+    metric = jax.tree.map(lambda a: 0.1 + np.square(a), params)
     found = controller({"some": CHOICES["some"]}, costs={"exact": 1.0, "some": 0.5})
     memory = found.decide(0, params, {}, BATCHES, jax.random.key(3), metric=metric)
     weights = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(metric)])
     keys = [jax.random.fold_in(jax.random.key(3), i) for i in range(2)]
-    first, second = (
-        gradient("exact", params, {}, *args) for args in zip(BATCHES, keys, strict=True)
-    )
-    estimate = gradient("some", params, memory, BATCHES[1], keys[1])
+    first, second = (exact_gradient(*args) for args in zip(BATCHES, keys, strict=True))
+    estimate = gradient(model_of("some"), params, memory, BATCHES[1], keys[1])
     v = np.sum(weights * (estimate - second) ** 2) / np.sum(weights * second**2)
     assert found.log[0].v["some"] == pytest.approx(v, rel=1e-3)
     noise = np.sum(weights * (first - second) ** 2) / np.sum(weights * (first**2 + second**2))
@@ -138,19 +142,19 @@ def test_the_directions_are_those_of_the_rows():
     """As good as those of a memory that followed other batches for twenty steps."""
     _, memory = decided("subspace")
     model = model_of("subspace")
-    followed = model.init(KEY, batch_of(0)[0])[COLLECTION]
+    _, followed = initial(model)
     for i in range(20):
-        args = trained(), followed, batch_of(200 + i), jax.random.key(i)
-        _, followed = both_gradients(model, *args)
+        args = trained(SMALL), followed, batch_of(200 + i), jax.random.key(i)
+        _, followed = gradient_function(loss)(model, *args)
     for path in memory:
         for basis in memory[path]["memory"][:2]:
-            gram = basis.T @ basis
+            gram = np.asarray(basis).T @ np.asarray(basis)
             np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-5)
-    exact = gradient("exact", trained(), {}, BATCHES[1], KEY)
+    exact = exact_gradient(BATCHES[1], KEY)
 
     def v(memory):
-        keys = jax.random.split(KEY, 8)
-        draws = [gradient("subspace", trained(), memory, BATCHES[1], key) for key in keys]
+        keys = map(jax.random.key, range(8))
+        draws = [gradient(model, trained(SMALL), memory, BATCHES[1], key) for key in keys]
         return np.mean([np.sum((draw - exact) ** 2) for draw in draws])
 
     assert v(memory) < 1.5 * v(followed)
@@ -163,17 +167,17 @@ def test_directions_are_carried_over():
     second = controller(
         narrow, costs={"exact": 1, "subspace": 0.01, "inputs": 1}, log=found.log, margin=0
     )
-    still = jax.tree.map(jnp.zeros_like, BATCHES[0][0])  # of such rows no directions are told
+    still = np.zeros_like(BATCHES[0][0])  # of such rows no directions are told
     batches = [(still, BATCHES[0][1]), BATCHES[1]]
-    after = second.decide(8, trained(), before, batches, KEY)
+    after = second.decide(8, trained(SMALL), before, batches, KEY)
     assert second.choice == "subspace"
-    old, new = (memory["Dense_0"]["memory"].inputs for memory in (before, after))
+    old, new = (np.asarray(memory["Dense_0"]["memory"].inputs) for memory in (before, after))
     assert (old.shape[1], new.shape[1]) == (8, 12)
-    np.testing.assert_allclose(jnp.linalg.norm(new[:, :8].T @ old), 8**0.5, rtol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(new[:, :8].T @ old), 8**0.5, rtol=1e-3)
 
 
 def test_what_saves_less_than_the_margin_stays_exact():
-    memory, params = {}, trained()
+    memory, params = {}, trained(SMALL)
     found = controller(costs=costs(some=0.52), margin=0.5)
     found.decide(0, params, memory, BATCHES, KEY)
     assert found.choice == "exact"
@@ -183,16 +187,16 @@ def test_what_saves_less_than_the_margin_stays_exact():
         memory = found.decide(len(found.log), params, memory, BATCHES, KEY)
         assert found.choice == found.log[-1].choice == choice
     assert memory == {}
-    assert found.model == MLP()
+    assert found.model == SMALL
 
 
 def test_between_two_estimates_the_margin_is_of_no_account():
     found = controller(costs=costs(some=0.1, subspace=0.1))
-    found.decide(0, trained(), {}, BATCHES, KEY)
+    found.decide(0, trained(SMALL), {}, BATCHES, KEY)
     assert found.choice == "subspace"
     ratio = found.log[0].score("subspace") / found.log[0].score("some")
     found = controller(costs=costs(some=0.99 * 0.1 * ratio, subspace=0.1), log=found.log)
-    found.decide(1, trained(), {}, BATCHES, KEY)
+    found.decide(1, trained(SMALL), {}, BATCHES, KEY)
     assert found.choice == "some"
 
 
@@ -200,7 +204,7 @@ def test_costs_are_in_any_unit():
     found = controller(costs=costs(some=0.5))
     of_seconds = controller(costs={name: 7e-3 * c for name, c in costs(some=0.5).items()})
     for each in (found, of_seconds):
-        each.decide(0, trained(), {}, BATCHES, KEY)
+        each.decide(0, trained(SMALL), {}, BATCHES, KEY)
     assert of_seconds.log[0].c == pytest.approx(costs(some=0.5))
     assert of_seconds.choice == found.choice == "some"
 
@@ -213,9 +217,9 @@ def test_an_estimate_that_is_not_finite_is_not_chosen():
     bad = aop.MemAOP(ratio=0.5, policy=not_a_number, memory=None)
     cheap = {"bad": 0.1, "some": 0.2, "exact": 1.0}
     for choices, choice in ((("bad",), "exact"), (("bad", "some"), "some")):
-        of = {name: bad if name == "bad" else CHOICES[name] for name in choices}
-        found = controller(of, costs={name: cheap[name] for name in (*choices, "exact")})
-        found.decide(0, trained(), {}, BATCHES, KEY)
+        configs = {name: bad if name == "bad" else CHOICES[name] for name in choices}
+        found = controller(configs, costs={name: cheap[name] for name in (*choices, "exact")})
+        found.decide(0, trained(SMALL), {}, BATCHES, KEY)
         assert np.isnan(found.log[0].v["bad"])
         assert found.choice == choice
 
@@ -223,7 +227,7 @@ def test_an_estimate_that_is_not_finite_is_not_chosen():
 def test_the_best_of_equals_in_noise_is_the_cheapest():
     """Of batches that are alike there is no noise, and v is free."""
     found = controller(costs=costs(inputs=0.9, subspace=0.95))
-    found.decide(0, trained(), {}, [BATCHES[0], BATCHES[0]], KEY)
+    found.decide(0, trained(SMALL), {}, [BATCHES[0], BATCHES[0]], KEY)
     assert found.log[0].noise < 1e-9
     assert found.choice == "inputs"
 
@@ -231,10 +235,9 @@ def test_the_best_of_equals_in_noise_is_the_cheapest():
 def test_more_batches_are_averaged():
     batches = [batch_of(400 + i) for i in range(4)]
     found = controller(costs=costs())
-    found.decide(0, trained(), {}, batches, KEY)
+    found.decide(0, trained(SMALL), {}, batches, KEY)
     gradients = [
-        gradient("exact", trained(), {}, batch, jax.random.fold_in(KEY, i))
-        for i, batch in enumerate(batches)
+        exact_gradient(batch, jax.random.fold_in(KEY, i)) for i, batch in enumerate(batches)
     ]
     between = np.mean([np.sum((a - b) ** 2) for a, b in itertools.pairwise(gradients)])
     whole = np.mean([np.sum(a**2) for a in gradients])
@@ -248,17 +251,20 @@ TRACES = []
 TX = optax.chain(aop.carry_memory({}), optax.adam(3e-3))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def training_step(model, params, opt_state, batch, key):
+def traced_loss(model, *args):
     TRACES.append(model)
-    grads, memory = both_gradients(model, params, aop.get_memory(opt_state), batch, key)
+    return loss(model, *args)
+
+
+@jax.jit
+def update(params, opt_state, grads, memory):
     updates, opt_state = TX.update(grads, opt_state, params, memory=memory)
     return optax.apply_updates(params, updates), opt_state
 
 
 def train(folder=None, stop=None, every=4, steps=16):
     """A plain loop, from a checkpoint in a folder if there is one; its state and log."""
-    params = MLP().init(jax.random.key(0), batch_of(0)[0])["params"]
+    params, _ = initial(SMALL)
     log, first = [], 0
     checkpointer = ocp.StandardCheckpointer()
     if folder and (folder / "log.json").exists():
@@ -269,9 +275,10 @@ def train(folder=None, stop=None, every=4, steps=16):
     found = controller(log=log, costs=prices[0])
     opt_state = TX.init(params)
     if first:
-        memory = found.model.init(KEY, batch_of(0)[0]).get(COLLECTION, {})
+        _, memory = initial(found.model)
         target = {"params": params, "opt_state": aop.replace_memory(opt_state, memory)}
         saved = checkpointer.restore(folder / "state", target)
+        saved = jax.tree.map(np.asarray, saved)  # on no device, as before; else all compiles anew
         params, opt_state = saved["params"], saved["opt_state"]
     for i in range(first, steps):
         if i % every == 0:
@@ -288,8 +295,10 @@ def train(folder=None, stop=None, every=4, steps=16):
                 saved = [decision._asdict() for decision in found.log]
                 (folder / "log.json").write_text(json.dumps(saved))
                 return None
-        args = params, opt_state, batch_of(i), jax.random.key(i)
-        params, opt_state = training_step(found.model, *args)
+        args = params, aop.get_memory(opt_state), batch_of(i), jax.random.key(i)
+        params, opt_state = update(
+            params, opt_state, *gradient_function(traced_loss)(found.model, *args)
+        )
     return params, opt_state, found.log
 
 
@@ -328,15 +337,16 @@ def test_the_table():
 
 
 def test_stacked_layers_and_repeated_calls():
-    model, x = Scanned(), batch_of(0)[0]
-    params = model.init(KEY, x)["params"]
-    choices = {"all": aop.MemAOP(ratio=0.25, policy="priority", memory="subspace", rank=4)}
+    model = Scanned()
+    params, _ = initial(model)
+    config = aop.MemAOP(ratio=0.25, policy="priority", memory="subspace", rank=4)
+    choices = {"all": [("head", None), (".*", config)]}
     found = controller(choices, model, costs={"exact": 1.0, "all": 0.1})
     memory = {}
     for i in range(2):
         memory = found.decide(i, params, memory, BATCHES, KEY)
     assert 0 < found.log[-1].v["all"] < 1
-    wanted = aop.linen.wrap(model, choices["all"]).init(KEY, x)[COLLECTION]
+    wanted = jax.eval_shape(aop.linen.wrap(model, choices["all"]).init, KEY, EXAMPLE)[COLLECTION]
     kinds = [
         jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (memory, nn.unbox(wanted))
     ]
@@ -344,8 +354,8 @@ def test_stacked_layers_and_repeated_calls():
 
 
 def test_no_choice_at_all_is_exact_training():
-    found = aop.Controller(MLP(), {}, batch_of(0)[0], loss)
-    assert found.decide(0, trained(), {}, BATCHES, KEY) == {}
+    found = controller({}, example=batch_of(0)[0])
+    assert found.decide(0, trained(SMALL), {}, BATCHES, KEY) == {}
     assert found.choice == "exact"
     assert found.log[0].noise > 0
 
@@ -361,12 +371,12 @@ ERRORS = {
     ),
     "rules": (lambda: controller({"a": [("none", SUBSPACE)]}), "'none' matches no dense layer"),
     "one batch": (
-        lambda: controller().decide(0, trained(), {}, BATCHES[:1], KEY),
+        lambda: controller().decide(0, trained(SMALL), {}, BATCHES[:1], KEY),
         "got 1 batches; at least 2 are needed",
     ),
     "NaN": (
         lambda: controller().decide(
-            0, trained(), {}, [BATCHES[0], (BATCHES[1][0] * jnp.nan, BATCHES[1][1])], KEY
+            0, trained(SMALL), {}, [BATCHES[0], (BATCHES[1][0] * np.nan, BATCHES[1][1])], KEY
         ),
         "the gradient of batch 1 has the norm nan",
     ),

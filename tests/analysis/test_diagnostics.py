@@ -1,6 +1,7 @@
 """Diagnostics: every figure against a numpy computation of it."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -15,17 +16,21 @@ from mem_aop_jax._core import flops
 M, N, P = 32, 6, 5
 COLLECTION = aop.linen.COLLECTION
 SUBSPACE = aop.MemAOP(ratio=0.25, policy="priority", memory="subspace", rank=2)
+SAMPLED = aop.MemAOP(ratio=0.5, policy="priority", input_grad=aop.InputGrad(0.5, 0))
+ROWS = aop.MemAOP(k=8)
+KEY = jax.random.key(0)
 
 
 def numbers(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-X = numbers(M, N) * jnp.asarray([[8, 4, 2, 1, 0.5, 0.25]], jnp.float32)
+X = numbers(M, N) * np.asarray([[8, 4, 2, 1, 0.5, 0.25]], np.float32)
 G = numbers(M, P, seed=1)
 KERNEL = numbers(N, P, seed=2)
 
 
+@functools.cache
 def loss_of(config):
     def loss_fn(kernel, memory, x, g, key):
         return jnp.sum(aop.dense(x, kernel, memory["one"], config=config, key=key) * g)
@@ -33,19 +38,19 @@ def loss_of(config):
     return loss_fn
 
 
-def measured(config, memory=None, x=X, g=G, **options):
+def measured(config, memory=None, x=X, g=G, key=KEY, **options):
     memory = memory or aop.init_memory(config, M, N, P) or aop.Probe.of(None, draws=1)
-    args = KERNEL, {"one": memory}, x, g, jax.random.key(0)
+    args = KERNEL, {"one": memory}, x, g, key
     found = aop.diagnostics(loss_of(config), *args, count_flops=False, **options)
     assert list(found.layers) == ["one"]
     return found
 
 
-def draws_of(config, number, memory=None):
-    memory = {"one": memory if memory is not None else aop.init_memory(config, M, N, P)}
+@functools.partial(jax.jit, static_argnums=0)
+def draws_of(config, keys):
+    memory = {"one": aop.init_memory(config, M, N, P)}
     grad_fn = jax.grad(loss_of(config))
-    keys = jax.random.split(jax.random.key(7), number)
-    return np.asarray(jax.jit(jax.vmap(lambda key: grad_fn(KERNEL, memory, X, G, key)))(keys))
+    return jax.vmap(lambda key: grad_fn(KERNEL, memory, X, G, key))(keys)
 
 
 EXACT = np.asarray(X.T @ G, np.float64)
@@ -58,7 +63,7 @@ EXACT = np.asarray(X.T @ G, np.float64)
 )
 def test_an_unbiased_estimate(config):
     found = measured(config, draws=1_000).layers["one"]
-    draws = draws_of(config, 1_000)
+    draws = np.asarray(draws_of(config, jax.random.split(jax.random.key(7), 1_000)))
     off = draws - EXACT
     size = np.linalg.norm(EXACT)
     v = (off**2).sum(axis=(1, 2)).mean() / size**2
@@ -74,67 +79,64 @@ def test_an_unbiased_estimate(config):
 
 def test_the_papers_policy():
     """One draw is as good as any, and what stays out is the error."""
-    config = aop.MemAOP(k=8)
-    found = measured(config).layers["one"]
-    memory = {"one": aop.init_memory(config, M, N, P)}
-    estimate = np.asarray(jax.grad(loss_of(config))(KERNEL, memory, X, G, None))
+    found = measured(ROWS).layers["one"]
+    norms = np.linalg.norm(X, axis=1) * np.linalg.norm(G, axis=1)
+    chosen = np.argsort(norms)[-8:]
+    estimate = X[chosen].T @ G[chosen]
     assert found.v == pytest.approx(0, abs=1e-6)
     off = np.linalg.norm(estimate - EXACT) / np.linalg.norm(EXACT)
     assert found.error == pytest.approx(off, rel=1e-4)
-    norms = np.linalg.norm(X, axis=1) * np.linalg.norm(G, axis=1)
-    assert found.chosen == pytest.approx(np.sort(norms)[-8:].sum() / norms.sum(), rel=1e-4)
-    without_key = aop.diagnostics(loss_of(config), KERNEL, memory, X, G, None)
+    assert found.chosen == pytest.approx(norms[chosen].sum() / norms.sum(), rel=1e-4)
+    without_key = measured(ROWS, key=None)
     assert without_key.layers["one"].error == pytest.approx(off, rel=1e-4)
 
 
-def stack(config, sign=1):
+def stack(config):
     """Two layers, the first of which nobody asks for the gradient of its inputs."""
 
-    def loss_fn(params, memory, x, key):
+    def loss_fn(params, memory, x, sign, key):
         y = x
         for i, (kernel, own) in enumerate(zip(params["kernels"], memory, strict=True)):
             own_key = jax.random.fold_in(key, i)
             y = aop.dense(y, kernel, own, config=config, key=own_key) + params["bias"]
         return sign * jnp.sum(y**2)
 
-    params = {"kernels": [numbers(N, N, seed=i) for i in (3, 4)], "bias": jnp.ones((1, N))}
+    kernels, bias = [numbers(N, N, seed=i) for i in (3, 4)], np.ones((1, N), np.float32)
     memory = [aop.init_memory(config, M, N, N) or aop.Probe.of(None, draws=1) for _ in range(2)]
-    return loss_fn, jax.tree.map(lambda a: a.astype(jnp.float32), params), memory
+    return loss_fn, {"kernels": kernels, "bias": bias}, memory
 
 
 @pytest.mark.parametrize(
     "config",
-    [
-        dataclasses.replace(SUBSPACE, input_grad=aop.InputGrad(0.25, 3)),
-        aop.MemAOP(ratio=0.5, policy="priority", input_grad=aop.InputGrad(0.5, 0)),
-    ],
+    [dataclasses.replace(SUBSPACE, input_grad=aop.InputGrad(0.25, 3)), SAMPLED],
     ids=["subspace", "sampling alone"],
 )
 def test_an_approximate_gradient_of_the_inputs(config):
     """Its own variance, and that of the whole gradient, which it adds to."""
     loss_fn, params, memory = stack(config)
-    key = jax.random.key(0)
-    found = aop.diagnostics(loss_fn, params, memory, X, key, draws=400, count_flops=False)
+    args = params, memory, X, 1.0, jax.random.key(0)
+    found = aop.diagnostics(loss_fn, *args, draws=400, count_flops=False)
     first, second = found.layers.values()
     assert first.input_v == 0
-    kernel, y = params["kernels"][1], X @ params["kernels"][0] + params["bias"]
-    g = 2 * (y @ kernel + params["bias"])
-    plain = None if config.memory_kind is None else memory[1]
-
-    def of_inputs(key):
-        layer = aop.dense
-        return jax.grad(lambda y: jnp.sum(layer(y, kernel, plain, config=config, key=key) * g))(y)
-
+    kernels, bias = params["kernels"], params["bias"]
+    y = X @ kernels[0] + bias
+    g = 2 * (y @ kernels[1] + bias)
+    exact_inputs = g @ kernels[1].T
+    exact = {"kernels": [X.T @ exact_inputs, y.T @ g], "bias": (g + exact_inputs).sum(axis=0)}
+    memory = [None if config.memory_kind is None else own for own in memory]
     keys = jax.random.split(jax.random.key(1), 2_000)
-    exact = np.asarray(g @ kernel.T)
-    off = np.asarray(jax.jit(jax.vmap(of_inputs))(keys)) - exact
-    v = (off**2).sum(axis=(1, 2)).mean() / (exact**2).sum()
+
+    def draw(key):
+        def layer_loss(y):
+            return jnp.sum(aop.dense(y, kernels[1], memory[1], config=config, key=key) * g)
+
+        return jax.grad(layer_loss)(y), jax.grad(loss_fn)(params, memory, X, 1.0, key)
+
+    input_draws, draws = jax.jit(jax.vmap(draw))(keys)
+    off = np.asarray(input_draws) - exact_inputs
+    v = (off**2).sum(axis=(1, 2)).mean() / (exact_inputs**2).sum()
     assert second.input_v == pytest.approx(v, rel=0.1)
 
-    memory = [None if config.memory_kind is None else own for own in memory]
-    grad_fn = jax.jit(jax.vmap(jax.grad(loss_fn), in_axes=(None, None, None, 0)))
-    draws = grad_fn(params, memory, X, keys)
-    exact = jax.grad(stack(None)[0])(params, [None, None], X, key)
     draws, exact = (
         np.concatenate([np.asarray(a).reshape(n, -1) for a in jax.tree.leaves(tree)], axis=1)
         for tree, n in ((draws, len(keys)), (exact, 1))
@@ -149,14 +151,13 @@ def test_an_approximate_gradient_of_the_inputs(config):
 
 
 def test_the_sign_of_the_loss_makes_no_difference():
-    config = aop.MemAOP(ratio=0.5, policy="priority", input_grad=aop.InputGrad(0.5, 0))
-    found = []
-    for sign in (1, -1):
-        loss_fn, params, memory = stack(config, sign)
-        params = jax.tree.map(jnp.abs, params)
-        args = params, memory, jnp.abs(X), jax.random.key(0)
-        found.append(aop.diagnostics(loss_fn, *args, count_flops=False).model)
-    for ours, wanted in zip(*found, strict=True):
+    loss_fn, params, memory = stack(SAMPLED)
+    args = jax.tree.map(np.abs, params), memory, np.abs(X)
+    found, other = (
+        aop.diagnostics(loss_fn, *args, sign, KEY, draws=400, count_flops=False).model
+        for sign in (1.0, -1.0)
+    )
+    for ours, wanted in zip(found, other, strict=True):
         assert ours == pytest.approx(float(wanted), rel=1e-3)
 
 
@@ -172,14 +173,20 @@ def test_energies_and_ranks():
         assert inside == pytest.approx(((rows @ np.asarray(basis)) ** 2).sum() / energy, rel=1e-4)
         shares = np.cumsum(np.linalg.svd(rows, compute_uv=False) ** 2) / energy
         assert float(rank) == 1 + (shares < 0.9).sum()
-    assert measured(aop.MemAOP(k=8)).layers["one"].inputs_inside == 0
+    assert measured(ROWS).layers["one"].inputs_inside == 0
 
 
-@pytest.mark.parametrize("shape", [(M,), (4, M // 4), (3, M)])
-def test_the_noise_of_the_batch(shape):
+@pytest.mark.parametrize(
+    ("shape", "config"),
+    [
+        ((M,), SUBSPACE),
+        ((4, M // 4), SUBSPACE),
+        pytest.param((3, M), aop.MemAOP(ratio=0.25, policy="uniform"), marks=pytest.mark.slow),
+    ],
+)
+def test_the_noise_of_the_batch(shape, config):
     """From the gradients of equal parts of the batch: of examples, not of their rows."""
     x, g = numbers(*shape, N, seed=3) + 0.3, numbers(*shape, P, seed=4) + 0.3
-    config = aop.MemAOP(ratio=0.25, policy="uniform")
     found = measured(config, x=x, g=g).layers["one"]
     parts = min(8, shape[0])
     x, g = (np.asarray(a, np.float64).reshape(parts, -1, a.shape[-1]) for a in (x, g))
@@ -197,10 +204,10 @@ def test_one_example_tells_no_noise():
 
 @pytest.mark.parametrize("factor", [1e-25, 1e20])
 def test_nothing_depends_on_the_size_of_the_gradient(factor):
-    sizes, scaled = (measured(SUBSPACE, g=G * f).layers["one"] for f in (1, factor))
+    sizes, scaled = (measured(SUBSPACE, g=G * np.float32(f)).layers["one"] for f in (1, factor))
     assert scaled.gradient_norm == pytest.approx(float(sizes.gradient_norm) * factor, rel=1e-4)
-    for of in (sizes, scaled):
-        relative = of._replace(gradient_norm=0, estimate_norm=0)
+    for figures in (sizes, scaled):
+        relative = figures._replace(gradient_norm=0, estimate_norm=0)
         np.testing.assert_allclose(
             relative, sizes._replace(gradient_norm=0, estimate_norm=0), rtol=1e-4, atol=1e-6
         )
@@ -230,26 +237,32 @@ def linen_loss(model):
     return loss_fn
 
 
-@pytest.mark.parametrize("memory_kind", ["subspace", None])
+@pytest.mark.parametrize(
+    ("memory_kind", "count_flops"),
+    [("subspace", False), (None, True), pytest.param("subspace", True, marks=pytest.mark.slow)],
+)
 @pytest.mark.usefixtures("standard_promotion")
-def test_a_wrapped_model_with_a_stack_of_layers(memory_kind):
+def test_a_wrapped_model_with_a_stack_of_layers(memory_kind, count_flops):
     config = aop.MemAOP(ratio=0.25, policy="priority", memory=memory_kind)
     if memory_kind:
         config = dataclasses.replace(config, rank=3)
     model = aop.linen.wrap(Model(), [("Dense_1", None), (".*", config)])
     x, key = numbers(M, 16), jax.random.key(0)
-    variables = model.init(key, x)
+    variables = jax.jit(model.init)(key, x)
     memory = variables.get(COLLECTION, {})
     memory = aop.linen.probes(model, memory, key, x)
     if memory_kind:
         jax.tree.map(np.testing.assert_array_equal, memory, variables[COLLECTION])
     loss_fn = linen_loss(model)
-    found = aop.diagnostics(loss_fn, variables["params"], memory, x, key, draws=4, has_aux=True)
+    args, options = (variables["params"], memory, x, key), {"draws": 4, "has_aux": True}
+    found = aop.diagnostics(loss_fn, *args, **options, count_flops=count_flops)
+    assert (found.step_cost is None) != count_flops
     names = [name.split("/DotGeneral")[0] for name in found.layers]
     assert names == ["Dense_0", "blocks/inner[0]", "blocks/inner[1]"]
 
     # The whole: from the gradients themselves.
-    exact = jax.grad(linen_loss(Model()), has_aux=True)(variables["params"], {}, x, key)[0]
+    grad_fn = jax.jit(jax.grad(linen_loss(Model()), has_aux=True))
+    exact, _ = grad_fn(variables["params"], {}, x, key)
     norms = [np.linalg.norm(exact["Dense_0"]["kernel"])]
     norms += [np.linalg.norm(kernel) for kernel in exact["blocks"]["inner"]["kernel"]]
     ours = [layer.gradient_norm for layer in found.layers.values()]
@@ -264,8 +277,9 @@ def test_a_wrapped_model_with_a_stack_of_layers(memory_kind):
     assert found.model.c == pytest.approx((costs * sizes).sum() / sizes.sum(), rel=1e-5)
 
 
+@pytest.mark.parametrize("count_flops", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("standard_promotion")
-def test_an_nnx_model():
+def test_an_nnx_model(count_flops):
     class Layer(nnx.Module):
         def __init__(self, rngs):
             self.dense = aop.nnx.Linear(N, P, rows=M, config=SUBSPACE, rngs=rngs)
@@ -279,7 +293,7 @@ def test_an_nnx_model():
     def loss_fn(params, memory, x, g):
         return jnp.sum(nnx.merge(graph, params, memory, jax.tree.map(jnp.copy, rest))(x) * g)
 
-    found = aop.diagnostics(loss_fn, params, memory, X, G)
+    found = aop.diagnostics(loss_fn, params, memory, X, G, count_flops=count_flops)
     assert list(found.layers) == ["dense/dot_general"]
     assert 0 < found.model.error < 2
 
@@ -301,9 +315,13 @@ def test_the_verdict_and_the_table():
 
 @pytest.mark.parametrize(
     ("rank", "refresh"),
-    [(None, 1), ((4, 0), 1), (32, 1), ((8, 2), 4)]
-    + [pytest.param(*case, marks=pytest.mark.slow) for case in ((4, 1), ((8, 2), 1), (4, 4))],
+    [(None, 1), ((8, 2), 4)]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (((4, 0), 1), (32, 1), (4, 1), ((8, 2), 1), (4, 4))
+    ],
 )
+@pytest.mark.optimized
 def test_the_cost_is_the_compilers(rank, refresh):
     """Of the gradient of the kernel, from the FLOPs of the step with and without it."""
     rows, features, k = 1024, 256, 128
@@ -338,37 +356,40 @@ def test_what_was_chosen_counts_once_and_in_all_groups():
     ):
         memory = aop.init_memory(config, 8, 1, 1) or aop.Probe.of(None, draws=1)
         args = jnp.ones((1, 1), jnp.float32), {"one": memory}, norms, jnp.ones_like(norms)
-        found = aop.diagnostics(loss_of(config), *args, jax.random.key(0))
+        found = aop.diagnostics(loss_of(config), *args, KEY, count_flops=False)
         assert found.layers["one"].chosen == pytest.approx(wanted, abs=0.01)
 
 
-def test_a_layer_that_took_no_part_is_left_out_and_one_used_twice_is_an_error():
-    memory = {name: aop.init_memory(SUBSPACE, M, N, P) for name in ("one", "other")}
-    found = aop.diagnostics(loss_of(SUBSPACE), KERNEL, memory, X, G, jax.random.key(0))
+@pytest.mark.parametrize("config", [ROWS, pytest.param(SUBSPACE, marks=pytest.mark.slow)])
+def test_a_layer_that_took_no_part_is_left_out_and_one_used_twice_is_an_error(config):
+    loss_fn = loss_of(config)
+    memory = {name: aop.init_memory(config, M, N, P) for name in ("one", "other")}
+    args = KERNEL, memory, X, G, KEY
+    found = aop.diagnostics(loss_fn, *args, count_flops=False)
     assert list(found.layers) == ["one"]
 
     def twice(*args):
-        return loss_of(SUBSPACE)(*args) + loss_of(SUBSPACE)(*args)
+        return loss_fn(*args) + loss_fn(*args)
 
     with pytest.raises(ValueError, match=r"memory of one was used 2.0 times"):
-        aop.diagnostics(twice, KERNEL, memory, X, G, jax.random.key(0))
+        aop.diagnostics(twice, *args)
 
 
 def test_a_gradient_of_zeros():
-    found = measured(SUBSPACE, g=jnp.zeros_like(G))
+    found = measured(SUBSPACE, g=np.zeros_like(G))
     assert found.model.error == found.model.v == found.model.chosen == 0
     assert np.isfinite(jax.tree.leaves(found.model)).all()
 
 
 def test_names():
     """Of any pytree of memories; only "memory" is left out."""
-    memory = {name: aop.init_memory(SUBSPACE, M, N, P) for name in ("query", "value", "memory")}
+    memory = {name: aop.init_memory(ROWS, M, N, P) for name in ("query", "value", "memory")}
 
     def loss_fn(kernel, memory, x, g, key):
-        of_all = (loss_of(SUBSPACE)(kernel, {"one": m}, x, g, key) for m in memory["a"].values())
-        return sum(of_all)
+        calls = ({"one": memory["a"][name]} for name in memory["a"])
+        return sum(loss_of(ROWS)(kernel, call, x, g, key) for call in calls)
 
-    args = KERNEL, {"a": memory}, X, G, jax.random.key(0)
+    args = KERNEL, {"a": memory}, X, G, KEY
     found = aop.diagnostics(loss_fn, *args, count_flops=False)
     assert set(found.layers) == {"a/query", "a/value", "a"}
     assert found.step_cost is None
@@ -383,7 +404,7 @@ def test_other_parameters_and_the_compilers_count():
 
     params = {"kernel": KERNEL, "number": 2, "nothing": None}
     memory = {"one": aop.init_memory(SUBSPACE, M, N, P)}
-    found = aop.diagnostics(loss_fn, params, memory, X, G, jax.random.key(0))
+    found = aop.diagnostics(loss_fn, params, memory, X, G, KEY)
     assert found.layers["one"].gradient_norm == pytest.approx(2 * np.linalg.norm(EXACT), rel=1e-5)
     assert found.step_cost > 0
 
