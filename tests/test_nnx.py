@@ -30,23 +30,26 @@ def params_of(model):
 
 
 def memories_of(model):
-    """By path; those of a layer in the order of its calls."""
+    """The memories by their path; those of one layer are in the order of its calls."""
     flat = nnx.to_flat_state(nnx.state(model, aop.nnx.Memory))
     return {"/".join(map(str, path)): get_value(variable) for path, variable in flat}
 
 
 @nnx.jit
-def train_step(model, optimizer, x):
-    loss, grads = nnx.value_and_grad(loss_fn, argnums=TRAINED)(model, x)
-    optimizer.update(model, aop.nnx.update_memory(model, grads))
-    return loss
+def gradients(model, x):
+    """The gradients of the parameters; update_memory puts the next memories into the model."""
+    return aop.nnx.update_memory(model, nnx.grad(loss_fn, argnums=TRAINED)(model, x))
 
 
 @nnx.jit
-def exact_step(model, optimizer, x):
-    loss, grads = nnx.value_and_grad(loss_fn)(model, x)
-    optimizer.update(model, grads)
-    return loss
+def train_step(model, optimizer, x):
+    optimizer.update(model, gradients(model, x))
+
+
+@nnx.jit
+def both_steps(ours, optimizer, theirs, exact_optimizer, x):
+    optimizer.update(ours, gradients(ours, x))
+    exact_optimizer.update(theirs, nnx.grad(loss_fn)(theirs, x))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,7 @@ def exact_step(model, optimizer, x):
     [{}, {"use_bias": False}, {"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}],
     ids=lambda options: "-".join(options) or "default",
 )
-@pytest.mark.parametrize("policy", ["topk", "randk"])
+@pytest.mark.parametrize("policy", ["topk", pytest.param("randk", marks=pytest.mark.slow)])
 def test_a_drop_in_for_nnx_linear(policy, options):
     """Initial values, also of the layer after it; outputs; at k = rows the gradients."""
     x, ours_rngs, theirs_rngs = inputs(2, 4, 3), nnx.Rngs(0), nnx.Rngs(0)
@@ -63,10 +66,15 @@ def test_a_drop_in_for_nnx_linear(policy, options):
     theirs = nnx.Linear(3, 5, rngs=theirs_rngs, **options)
     chex.assert_trees_all_equal(params_of(ours), params_of(theirs))
     assert ours_rngs() == theirs_rngs()
-    np.testing.assert_array_equal(ours(x), theirs(x))
-    grads = nnx.grad(loss_fn, argnums=TRAINED)(ours, x)
-    grads = nnx.to_pure_dict(aop.nnx.update_memory(ours, grads))
-    exact = nnx.to_pure_dict(nnx.grad(loss_fn)(theirs, x))
+
+    @nnx.jit
+    def outputs_and_gradients(ours, theirs):
+        outputs = ours(x), theirs(x)
+        return outputs, gradients(ours, x), nnx.grad(loss_fn)(theirs, x)
+
+    outputs, grads, exact = outputs_and_gradients(ours, theirs)
+    np.testing.assert_array_equal(*outputs)
+    grads, exact = nnx.to_pure_dict(grads), nnx.to_pure_dict(exact)
     low = jnp.bfloat16 in options.values()
     chex.assert_trees_all_close(grads, exact, rtol=2e-2 if low else 1e-5, atol=1e-6)
     chex.assert_trees_all_equal_dtypes(grads, exact)
@@ -135,7 +143,10 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == "Linear" else ()) for n in MODELS],
+)
 def test_a_wrapped_model_is_the_model(name):
     """Three steps at k = rows, and evaluation of any batch size."""
     x = inputs(3, 4, 8)
@@ -146,27 +157,31 @@ def test_a_wrapped_model_is_the_model(name):
     optimizers = [nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param) for model in (ours, theirs)]
     for seed in range(3):
         x = inputs(3, 4, 8, seed=seed)
-        train_step(ours, optimizers[0], x)
-        exact_step(theirs, optimizers[1], x)
+        both_steps(ours, optimizers[0], theirs, optimizers[1], x)
         chex.assert_trees_all_close(params_of(ours), params_of(theirs), rtol=1e-3, atol=1e-5)
     assert all(np.all(memory.uses == 1) for memory in memories_of(ours).values())
     for model in (ours, theirs):
         model.eval()
-    np.testing.assert_allclose(ours(x[:1]), theirs(x[:1]), rtol=1e-3, atol=1e-5)
+    outputs = nnx.jit(lambda ours, theirs, x: (ours(x), theirs(x)))(ours, theirs, x[:1])
+    np.testing.assert_allclose(*outputs, rtol=1e-3, atol=1e-5)
 
 
 def test_every_layer_and_every_step_draws_its_own_rows():
     config = aop.MemAOP(ratio=0.25, policy="randk")
     model = nnx.Sequential(*(MODELS[name](nnx.Rngs(0)) for name in ("scan of remat", "attention")))
     model, x = aop.nnx.wrap(model, config, inputs(3, 16, 8), rngs=nnx.Rngs(1)), inputs(3, 16, 8)
+
+    @nnx.jit
+    def step(model):
+        nnx.update(model, nnx.grad(loss_fn, argnums=nnx.DiffState(0, aop.nnx.Memory))(model, x))
+
     seen = set()
     for _ in range(2):
-        nnx.update(model, nnx.grad(loss_fn, argnums=nnx.DiffState(0, aop.nnx.Memory))(model, x))
+        step(model)
         for memory in memories_of(model).values():
-            waiting = memory.inputs.any(axis=-1).reshape(-1, 48)
+            waiting = np.any(memory.inputs, axis=-1).reshape(-1, 48)
             assert (waiting.sum(axis=1) == 36).all()
             seen |= set(map(tuple, waiting.tolist()))
-            nnx.update(model, nnx.state(model, aop.nnx.Memory))
     assert len(seen) > 7  # 7 layers, two steps; memory of the first step mixes with the second
 
 
@@ -179,19 +194,18 @@ def test_the_same_run_as_in_linen():
     linen = nn.Sequential(
         [aop.linen.Dense(8, config=config), nn.tanh, aop.linen.Dense(2, config=config)]
     )
-    variables = linen.init(jax.random.key(0), batches[0])
+    variables = jax.jit(linen.init)(jax.random.key(0), batches[0])
     params, memory = variables["params"], variables[aop.linen.COLLECTION]
     tx = optax.chain(aop.carry_memory(memory, schedule), optax.adam(schedule))
     opt_state = tx.init(params)
 
     @jax.jit
     def linen_step(params, opt_state, x):
-        def of_variables(params, memory):
-            return loss_fn(
-                lambda x: linen.apply({"params": params, aop.linen.COLLECTION: memory}, x), x
-            )
+        def loss(params, memory):
+            variables = {"params": params, aop.linen.COLLECTION: memory}
+            return loss_fn(lambda x: linen.apply(variables, x), x)
 
-        grads, memory = jax.grad(of_variables, argnums=(0, 1))(params, aop.get_memory(opt_state))
+        grads, memory = jax.grad(loss, argnums=(0, 1))(params, aop.get_memory(opt_state))
         updates, opt_state = tx.update(grads, opt_state, params, memory=memory)
         return optax.apply_updates(params, updates), opt_state
 
@@ -269,14 +283,18 @@ def test_a_layer_out_of_use_keeps_its_memory():
 
     model, x = Two(), inputs(8, 3)
 
-    def step(used):
-        grads = nnx.grad(lambda m: sum(loss_fn(getattr(m, n), x) for n in used), argnums=TRAINED)(
-            model
-        )
-        aop.nnx.update_memory(model, grads)
+    def memories_after_a_step(names):
+        @nnx.jit
+        def step(model):
+            def loss(model):
+                return sum(loss_fn(getattr(model, name), x) for name in names)
+
+            aop.nnx.update_memory(model, nnx.grad(loss, argnums=TRAINED)(model))
+
+        step(model)
         return memories_of(model)
 
-    before, after = step("ab"), step("a")
+    before, after = memories_after_a_step("ab"), memories_after_a_step("a")
     chex.assert_trees_all_equal(
         after["b/dot_general/memory"][:2], before["b/dot_general/memory"][:2]
     )
@@ -286,14 +304,15 @@ def test_a_layer_out_of_use_keeps_its_memory():
 
 def test_evaluation_mode():
     model, x = aop.nnx.Linear(3, 5, rows=8, config=aop.MemAOP(k=2), rngs=nnx.Rngs(0)), inputs(9, 3)
+    gradient = nnx.jit(nnx.grad(loss_fn))
     with pytest.raises(ValueError, match=r"Linear: memory.inputs has shape \(8, 3\).*9 rows"):
         model(x)
     model.eval()
     assert model(x).shape == (9, 5)
     with pytest.raises(ValueError, match=r"without its memory.*model.train\(\) switches it on"):
-        nnx.grad(loss_fn)(model, x)
+        gradient(model, x)
     model.train()
-    nnx.grad(loss_fn)(model, x[:8])
+    gradient(model, x[:8])
 
 
 def test_training_compiles_once():
@@ -348,11 +367,11 @@ def test_gradients_that_do_not_fit_the_memories():
     layer = aop.nnx.Linear(3, 3, rows=8, config=aop.MemAOP(k=2), rngs=nnx.Rngs(0))
     x = inputs(8, 3)
     with pytest.raises(ValueError, match=r"has 1 memories, the gradients have 0. Differentiate"):
-        aop.nnx.update_memory(layer, nnx.grad(loss_fn)(layer, x))
-    twice = nnx.grad(lambda layer: loss_fn(layer, layer(x)), argnums=TRAINED)(layer)
+        aop.nnx.update_memory(layer, nnx.jit(nnx.grad(loss_fn))(layer, x))
+    twice = nnx.jit(nnx.grad(lambda layer: loss_fn(layer, layer(x)), argnums=TRAINED))(layer)
     with pytest.raises(ValueError, match=r"update_memory: the new memory has uses=2.0"):
         aop.nnx.update_memory(layer, twice)
     layer = aop.nnx.Linear(3, 3, rows=8, config=aop.MemAOP(k=2), rngs=nnx.Rngs(0), calls=2)
-    once = nnx.grad(loss_fn, argnums=TRAINED)(layer, x)
+    once = nnx.jit(nnx.grad(loss_fn, argnums=TRAINED))(layer, x)
     with pytest.raises(ValueError, match=r"memories for 2 calls in a forward pass, and was called"):
         aop.nnx.update_memory(layer, once)

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 COLLECTION, RNG = aop.linen.COLLECTION, aop.linen.RNG
 CONFIG, ALL_ROWS = aop.MemAOP(k=2), aop.MemAOP(ratio=1.0)
 KEY = jax.random.key(0)
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-6)
 
 
@@ -33,11 +32,15 @@ def inputs(*shape, seed=0):
 X = inputs(8, 4)
 
 
+flatten = functools.partial(flax.traverse_util.flatten_dict, sep="/")
+
+
 def memories(tree):
     return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, aop.Memory))
 
 
 def gradient(model, variables, x=X, **rngs):
+    """Of the mean square of the output, with respect to all variables."""
     return jax.grad(lambda v: jnp.mean(model.apply(v, x, rngs=rngs) ** 2))(variables)
 
 
@@ -91,7 +94,7 @@ class JitMethod(nn.Module):
 
 
 class CalledTwice(nn.Module):
-    model: nn.Module  # as the wrapper might call it
+    model: nn.Module  # fields with names that the wrapper's might have
     rules: Any = ()
 
     def __call__(self, x):
@@ -168,20 +171,26 @@ MODELS = {
     "odd parameters": OddParameters(),
 }
 SHAPES = {"DenseGeneral": (6, 4, 3), "attention": (2, 4, 4)}
+SLOW = "setup", "Dense", "scan", "remat_scan", "vmap of Dense", "remat and jit of layers"
 
 
-@pytest.mark.parametrize("name", MODELS)
+def some_slow(names, slow):
+    """The names as parameters of a test, those in `slow` with its marker."""
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n in slow)) for n in names]
+
+
+@pytest.mark.parametrize("name", some_slow(MODELS, SLOW))
 def test_the_model_itself(name):
     """Variables, outputs at two batch sizes, and at k = rows the gradients of three steps."""
     model, x = MODELS[name], inputs(*SHAPES.get(name, X.shape))
     wrapped = aop.linen.wrap(model, ALL_ROWS)
     rngs = {"params": KEY, "dropout": KEY}
-    ours, theirs = jit(lambda: (wrapped.init(rngs, x), model.init(rngs, x)))()
+    ours, theirs = jax.jit(lambda: (wrapped.init(rngs, x), model.init(rngs, x)))()
     memory = ours.pop(COLLECTION)
     chex.assert_trees_all_equal(ours, theirs)
     params = theirs.pop("params")
 
-    @jit
+    @jax.jit
     def step(params, memory, state, key):
         def apply(model, x, params, memory):
             variables = {"params": params} | memory | state
@@ -208,7 +217,8 @@ def test_the_model_itself(name):
 
 
 @pytest.mark.parametrize(
-    ("policy", "memory"), [("topk", "rows"), ("weightedk", "rows"), ("randk", None)]
+    ("policy", "memory"),
+    [pytest.param("topk", "rows", marks=pytest.mark.slow), ("weightedk", "rows"), ("randk", None)],
 )
 def test_as_a_model_of_its_layers(policy, memory):
     config = aop.MemAOP(ratio=0.25, policy=policy, memory=memory)
@@ -224,9 +234,10 @@ def test_as_a_scan_that_declares_the_collection():
 
 
 def check_equal(wrapped, by_hand):
-    variables = jit(by_hand.init)(KEY, X)
-    chex.assert_trees_all_equal(jit(wrapped.init)(KEY, X), variables)
-    step = jit(lambda v, x, key: [gradient(m, v, x, mem_aop=key) for m in (wrapped, by_hand)])
+    """The variables, and the gradients and memories of three steps."""
+    ours, variables = jax.jit(lambda: (wrapped.init(KEY, X), by_hand.init(KEY, X)))()
+    chex.assert_trees_all_equal(ours, variables)
+    step = jax.jit(lambda v, x, key: [gradient(m, v, x, mem_aop=key) for m in (wrapped, by_hand)])
     for i in range(3):
         grads, expected = step(variables, inputs(8, 4, seed=i), jax.random.key(i))
         close(grads, expected)
@@ -236,25 +247,26 @@ def check_equal(wrapped, by_hand):
 @pytest.mark.parametrize(
     ("name", "make_key"),
     [
-        ("scan of remat", jax.random.key),
+        pytest.param("scan of remat", jax.random.key, marks=pytest.mark.slow),
         ("scan", jax.random.PRNGKey),
         ("vmap of Dense", jax.random.key),
-        ("remat_scan", jax.random.key),
+        pytest.param("remat_scan", jax.random.key, marks=pytest.mark.slow),
     ],
 )
 def test_random_policies_draw_for_each_layer_of_a_stack(name, make_key):
     wrapped = aop.linen.wrap(MODELS[name], aop.MemAOP(k=4, policy="randk"))
-    variables = jit(wrapped.init)(KEY, X)
-    step = jit(lambda key: memories(gradient(wrapped, variables, mem_aop=key)[COLLECTION]))
+    variables = jax.jit(wrapped.init)(KEY, X)
+    step = jax.jit(lambda key: memories(gradient(wrapped, variables, mem_aop=key)[COLLECTION]))
 
-    def waiting(seed):
+    def waiting_rows(seed):
+        """Of each layer: which of its rows are in the memory."""
         (memory,) = step(make_key(seed))
-        return memory.inputs.any(axis=-1).reshape(-1, 8).tolist()
+        return np.any(memory.inputs, axis=-1).reshape(-1, 8).tolist()
 
-    first = waiting(1)
+    first = waiting_rows(1)
     assert all(sum(rows) == 4 for rows in first)
     assert len(set(map(tuple, first))) > 1
-    assert first != waiting(2)
+    assert first != waiting_rows(2)
 
 
 # ---- rules
@@ -277,23 +289,34 @@ PLACES = {  # of a submodule in a model, and its path
 }
 
 
-@pytest.mark.parametrize(
-    ("place", "name"), [("alone", name) for name in RULES] + [(p, "first match") for p in PLACES]
-)
-def test_rules_are_on_the_path_from_the_wrapper_on(place, name):
-    rules, expected = RULES[name]
+@pytest.mark.parametrize("place", PLACES)
+def test_rules_are_on_the_path_from_the_wrapper_on(place):
+    """The layers that they find are those whose kernels have another gradient."""
     put, prefix = PLACES[place]
-    model, wrapped = put(MLP), put(lambda: aop.linen.wrap(MLP(), rules))
-    found = aop.linen.layers(wrapped, KEY, X)
-    assert found == [layer._replace(path=prefix + layer.path) for layer in expected]
+    model = put(MLP)
+    params = model.init(KEY, X)
+    cases = {}
+    for name in RULES if place == "alone" else ["first match"]:
+        rules, layers = RULES[name]
+        wrapped = put(lambda rules=rules: aop.linen.wrap(MLP(), rules))
+        layers = [layer._replace(path=prefix + layer.path) for layer in layers]
+        assert aop.linen.layers(wrapped, KEY, X) == layers, name
+        variables = wrapped.init(KEY, X)
+        chex.assert_trees_all_equal(variables["params"], params["params"])
+        assert len(memories(variables.get(COLLECTION, {}))) == len(layers), name
+        cases[name] = wrapped, variables, layers
 
-    variables, params = jit(lambda: (wrapped.init(KEY, X), model.init(KEY, X)))()
-    chex.assert_trees_all_equal(variables["params"], params["params"])
-    assert len(memories(variables.get(COLLECTION, {}))) == len(expected)
-    ours, exact = jit(lambda: (gradient(wrapped, variables), gradient(model, params)))()
-    ours, exact = (flax.traverse_util.flatten_dict(g["params"], sep="/") for g in (ours, exact))
-    differing = {name for name in exact if not np.allclose(ours[name], exact[name])}
-    assert differing == {f"{layer.path}/kernel" for layer in found}
+    @jax.jit
+    def gradients():
+        ours = {name: gradient(wrapped, v) for name, (wrapped, v, _) in cases.items()}
+        return gradient(model, params), ours
+
+    exact, ours = gradients()
+    exact = flatten(exact["params"])
+    for name, (_, _, layers) in cases.items():
+        approximate = flatten(ours[name]["params"])
+        differing = {path for path in exact if not np.allclose(approximate[path], exact[path])}
+        assert differing == {f"{layer.path}/kernel" for layer in layers}, name
 
 
 def test_a_wrapped_submodule_called_twice_has_two_memories():
@@ -317,13 +340,13 @@ def test_a_wrapped_submodule_called_twice_has_two_memories():
 )
 def test_rules_that_cannot_be_meant(rules, error, message):
     with pytest.raises(error, match=message):
-        aop.linen.wrap(MLP(), rules).init(KEY, X)
+        jax.eval_shape(aop.linen.wrap(MLP(), rules).init, KEY, X)
 
 
 @pytest.mark.parametrize("outer", [lambda m: m, lambda m: nn.Sequential([m])])
 def test_what_cannot_be_wrapped(outer):
     with pytest.raises(ValueError, match="got a wrapped model, or a model with one in it"):
-        aop.linen.wrap(outer(aop.linen.wrap(MLP(), CONFIG)), CONFIG).init(KEY, X)
+        jax.eval_shape(aop.linen.wrap(outer(aop.linen.wrap(MLP(), CONFIG)), CONFIG).init, KEY, X)
     with pytest.raises(TypeError, match="module is of type type, not"):
         aop.linen.wrap(MLP, CONFIG)
 
@@ -338,8 +361,8 @@ def test_layers_with_a_product_of_their_own_keep_it():
             nn.Dense(4, dot_general=jax.lax.dot_general),
         ]
     )
-    found = aop.linen.layers(aop.linen.wrap(model, CONFIG), KEY, X)
-    assert [(layer.path, layer.k) for layer in found] == [
+    layers = aop.linen.layers(aop.linen.wrap(model, CONFIG), KEY, X)
+    assert [(layer.path, layer.k) for layer in layers] == [
         ("layers_0", 2),
         ("layers_1", 4),
         ("layers_2/DotGeneral_0", 3),
@@ -349,8 +372,8 @@ def test_layers_with_a_product_of_their_own_keep_it():
 @pytest.mark.parametrize("method", [None, "__call__", nn.Sequential.__call__])
 def test_layers_computes_nothing(method):
     model = nn.Sequential([aop.linen.Dense(10**12, config=aop.MemAOP(ratio=0.25))])
-    found = aop.linen.layers(model, KEY, jnp.ones((4, 8, 10)), method=method)
-    assert found == [Layer("layers_0", 32, 10, 10**12, 8)]
+    layers = aop.linen.layers(model, KEY, jnp.ones((4, 8, 10)), method=method)
+    assert layers == [Layer("layers_0", 32, 10, 10**12, 8)]
 
 
 # ---- errors
@@ -361,7 +384,7 @@ def test_layers_computes_nothing(method):
 )
 def test_errors_name_the_layer(name, path):
     wrapped = aop.linen.wrap(MODELS[name], aop.MemAOP(k=4, policy="randk"))
-    variables = jit(wrapped.init)(KEY, X)
+    variables = jax.jit(wrapped.init)(KEY, X)
     with pytest.raises(ValueError, match=f"{path}: differentiated .* without its memory"):
         gradient(wrapped, {"params": variables["params"]})
     with pytest.raises(ValueError, match=f"{path}: memory.inputs has .* 3 rows"):
@@ -373,20 +396,21 @@ def test_errors_name_the_layer(name, path):
 
 
 SHARED = {
+    "recurrent": nn.RNN(nn.SimpleCell(4)),
     "LSTM": nn.RNN(nn.LSTMCell(4)),
     "scan": Model(lambda x: stack(params=None)()(x, None)[0]),
     "vmap": Model(lambda x: copies(MLP, None)()(x)),
 }
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", some_slow(SHARED, ["LSTM"]))
 def test_parameters_shared_by_a_transform_need_an_axis_for_the_memories(name):
     model, x = SHARED[name], inputs(2, 8, 4)
     with pytest.raises(ValueError, match="calls this layer with the same parameters each time"):
-        aop.linen.wrap(model, CONFIG).init(KEY, x)
+        jax.eval_shape(aop.linen.wrap(model, CONFIG).init, KEY, x)
     without = aop.linen.wrap(model, aop.MemAOP(ratio=1.0, memory=None))
-    variables = jit(without.init)(KEY, x)
-    close(*jit(lambda v: [gradient(m, v, x) for m in (without, model)])(variables))
+    variables = jax.jit(without.init)(KEY, x)
+    close(*jax.jit(lambda v: [gradient(m, v, x) for m in (without, model)])(variables))
 
 
 def test_after_an_error_the_layer_is_exact_again():
@@ -400,10 +424,12 @@ def test_after_an_error_the_layer_is_exact_again():
 # ---- training
 
 
-@pytest.mark.parametrize("name", ["compact", "scan of remat", "jit of a method"])
+@pytest.mark.parametrize(
+    "name", some_slow(["compact", "scan of remat", "jit of a method"], ["compact"])
+)
 def test_the_same_run_in_a_train_state_by_carry_memory_and_in_one_scan(name):
     wrapped = aop.linen.wrap(MODELS[name], CONFIG)
-    variables = jit(wrapped.init)(KEY, X)
+    variables = jax.jit(wrapped.init)(KEY, X)
     batches, traces = inputs(10, 8, 4), []
     tx = aop.mem_aop_sgd(0.1, variables[COLLECTION])
 
@@ -414,31 +440,40 @@ def test_the_same_run_in_a_train_state_by_carry_memory_and_in_one_scan(name):
         updates, opt_state = tx.update(grads["params"], opt_state, memory=grads[COLLECTION])
         return optax.apply_updates(params, updates), opt_state
 
-    @jit
+    @jax.jit
     def overwritten(state, x):
         traces.append("overwritten")
         return state.apply_gradients(grads=gradient(wrapped, state.params, x))
 
-    run = variables["params"], tx.init(variables["params"])
-    scanned, _ = jit(lambda s: jax.lax.scan(lambda s, x: (carried(s, x), None), s, batches))(run)
+    @jax.jit
+    def scan(state, batches):
+        return jax.lax.scan(lambda state, x: (carried(state, x), None), state, batches)[0]
+
+    first = variables["params"], tx.init(variables["params"])
+    scanned = scan(first, batches)
     traces.clear()
-    state = TrainState.create(apply_fn=wrapped.apply, params=variables, tx=optax.sgd(0.1))
-    run, step = jax.tree.map(jnp.copy, run), jit(carried, donate_argnums=0)
+    train_state = TrainState.create(apply_fn=wrapped.apply, params=variables, tx=optax.sgd(0.1))
+    state, step = jax.tree.map(jnp.copy, first), jax.jit(carried, donate_argnums=0)
     for x in batches:
-        run, state = step(run, x), overwritten(state, x)
+        state, train_state = step(state, x), overwritten(train_state, x)
     assert sorted(traces) == ["carried", "overwritten"]
-    memory = aop.get_memory(run[1])
+    params, memory = state[0], aop.get_memory(state[1])
     assert all(memory.inputs.any() for memory in memories(memory))
-    close(run, scanned)
-    close(state.params, {"params": run[0], COLLECTION: memory})
+    close(state, scanned)
+    close(train_state.params, {"params": params, COLLECTION: memory})
 
 
-@pytest.mark.parametrize("transform", [jax.checkpoint, jax.jit])
-def test_transforms_of_the_whole(transform):
+def test_transforms_of_the_whole():
     wrapped = aop.linen.wrap(MODELS["scan"], CONFIG)
-    variables = jit(wrapped.init)(KEY, X)
-    ours = jax.grad(lambda v: jnp.mean(transform(wrapped.apply)(v, X) ** 2))(variables)
-    close(ours, gradient(wrapped, variables))
+    variables = jax.jit(wrapped.init)(KEY, X)
+
+    @jax.jit
+    def gradients(variables):
+        applies = wrapped.apply, jax.checkpoint(wrapped.apply), jax.jit(wrapped.apply)
+        return [jax.grad(lambda v, f=f: jnp.mean(f(v, X) ** 2))(variables) for f in applies]
+
+    plain, *transformed = gradients(variables)
+    close(transformed, [plain, plain])
 
 
 # ---- what else Flax does with modules
@@ -468,26 +503,34 @@ def test_what_else_flax_does_with_a_module():
     close(wrapped.bind(variables)(X), model.apply(params, X))
     close(wrapped.clone().apply(variables, X), model.apply(params, X))
     assert "Dense_0" in wrapped.tabulate(KEY, X, compute_vjp_flops=True)
-    frozen = flax.core.freeze(variables)
-    close(gradient(wrapped, frozen), flax.core.freeze(gradient(wrapped, variables)))
+    ours, frozen = jax.jit(
+        lambda v: (gradient(wrapped, v), gradient(wrapped, flax.core.freeze(v)))
+    )(variables)
+    close(frozen, flax.core.freeze(ours))
 
 
 def test_one_model_wrapped_in_several_ways_in_several_threads():
     model = SetsUp(lambda: nn.Dense(3))
     models = [aop.linen.wrap(model, config) for config in (CONFIG, aop.MemAOP(k=6))] + [model]
-    runs = [(m, jit(m.init)(KEY, X)) for m in models]
-    expected = [gradient(*run) for run in runs]
-    found = [[] for _ in runs]
+    variables = jax.jit(lambda: [m.init(KEY, X) for m in models])()
+
+    def traced_gradient(i):
+        return jax.jit(lambda v: gradient(models[i], v))(variables[i])
+
+    expected = [traced_gradient(i) for i in range(3)]
+    gradients = [[] for _ in models]
     threads = [
-        threading.Thread(target=lambda i=i: found[i].extend(gradient(*runs[i]) for _ in range(3)))
-        for i in range(len(runs))
+        threading.Thread(
+            target=lambda i=i: gradients[i].extend(traced_gradient(i) for _ in range(3))
+        )
+        for i in range(3)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for own, wanted in zip(found, expected, strict=True):
-        close(own, [wanted] * 3)
+    for ours, wanted in zip(gradients, expected, strict=True):
+        close(ours, [wanted] * 3)
 
 
 # ---- nn.jit, which reuses the traces of modules with equal fields
@@ -500,16 +543,19 @@ def test_traces_of_nn_jit_are_not_taken_for_one_another():
     model = MODELS["jit of a method"]
     params = model.init(KEY, X)
 
-    def loss(params, configs):
+    def loss_by_hand(params, configs):
         x = X
         for i, config in enumerate(configs):
             dense = params["params"][f"layers_{i}"]["Dense_0"]
             x = jnp.tanh(aop.dense(x, dense["kernel"], config=config) + dense["bias"])
         return jnp.mean(x**2)
 
+    def gradients(params, wrapped, configs):
+        return gradient(wrapped, params), jax.grad(loss_by_hand)(params, configs)
+
     for configs in [(FEW, MANY), (MANY, FEW), (None, FEW), (None, None)]:
         rules = [(f"layers_{i}/.*", config) for i, config in enumerate(configs)]
         wrapped = aop.linen.wrap(model, rules) if any(configs) else model
         assert len(aop.linen.layers(wrapped, KEY, X)) == sum(map(bool, configs))
         chex.assert_trees_all_equal(wrapped.init(KEY, X), params)
-        close(gradient(wrapped, params), jax.grad(loss)(params, configs))
+        close(*jax.jit(functools.partial(gradients, wrapped=wrapped, configs=configs))(params))
