@@ -22,6 +22,7 @@ SCHEDULE = optax.exponential_decay(0.3, 1, 0.7)
 CLIP, EMA, SGD = optax.clip_by_global_norm(1e-2), optax.ema(0.9), optax.sgd(0.1, 0.9)
 ADAM = optax.adam(1e-2)
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-6)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 either_k = pytest.mark.parametrize("k", [2, M])
 
 
@@ -88,9 +89,10 @@ def train(tx, params, batches, gradients):
 
 
 def by_hand(tx, params, memories, batches, gradients, every=1, schedule=lambda count: 1.0):
-    """An optimizer that knows of no memory gets the mean of `every` gradients.
+    """Parameters and optimizer state after a loop that keeps the memories beside the optimizer.
 
-    The memories take turns. After an update they follow the learning rate.
+    The optimizer gets the mean of `every` gradients. The memories take turns, and after each
+    update they are rescaled as the learning rate changes.
     """
 
     @jax.jit
@@ -164,7 +166,7 @@ def test_an_optimizer_sees_the_gradients_only(name, k):
 @either_k
 @pytest.mark.parametrize("name", ["schedule_free_sgd", "schedule_free_adamw"])
 def test_schedule_free(name, k):
-    """Its own part of the state leads to the parameters for evaluation."""
+    """Its state, without the memory, gives the parameters for evaluation."""
     model, params, memory, batches = setup(k)
     optimizer = getattr(optax.contrib, name)(0.05)
     eval_params = optax.contrib.schedule_free_eval_params
@@ -186,7 +188,7 @@ INJECTIONS = {
 
 @pytest.mark.parametrize("name", INJECTIONS)
 def test_inject_hyperparams(name):
-    """carry_memory gets the schedule itself: an injected rate is one number, without the next."""
+    """carry_memory takes the schedule itself, since an injected rate does not tell the next one."""
     model, params, memory, batches = setup()
     ours, state = train(INJECTIONS[name](memory), params, batches, gradients_of(model))
     plain = optax.sgd(SCHEDULE)
@@ -195,9 +197,9 @@ def test_inject_hyperparams(name):
     np.testing.assert_allclose(rate, SCHEDULE(STEPS - 1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("memory_dtype", [None, "float32"])
+@pytest.mark.parametrize("memory_dtype", [None, slow("float32")])
 def test_mixed_precision_compiles_once(memory_dtype):
-    """bfloat16 products of float32 parameters: no dtype drifts over 60 steps."""
+    """With bfloat16 products of float32 parameters no dtype changes over 60 steps."""
     model, params, memory, batches = setup(dtype=jnp.bfloat16, memory_dtype=memory_dtype)
     tx, traces = optax.chain(aop.carry_memory(memory), ADAM), []
     step = make_step(tx, gradients_of(model))
@@ -212,7 +214,7 @@ def test_mixed_precision_compiles_once(memory_dtype):
 
 @either_k
 def test_the_gradients_of_mixed_precision(k):
-    """Near those of float32 throughout; at k = rows, near those of the exact bfloat16 model."""
+    """They are near those in float32; at k = rows, near those of the exact bfloat16 model."""
     model, params, memory, batches = setup(k, dtype=jnp.bfloat16)
     _, _, wanted_memory, _ = setup(k)
     compared = reference(k, jnp.bfloat16 if k == M else None)
@@ -223,8 +225,10 @@ def test_the_gradients_of_mixed_precision(k):
         chex.assert_trees_all_close(grads, wanted, rtol=0.02, atol=0.02)
 
 
-@either_k
-@pytest.mark.parametrize("kept_by", ["carry_memory", "TrainState"])
+@pytest.mark.parametrize(
+    ("kept_by", "k"),
+    [("carry_memory", 2), ("carry_memory", M), ("TrainState", 2), slow("TrainState", M)],
+)
 def test_accumulation_by_multi_steps(kept_by, k):
     """The memory goes from micro-batch to micro-batch, and the gradients are averaged.
 
@@ -279,7 +283,7 @@ def one_each_inside_the_loss(params, memories, group):
     return jax.grad(total_loss, argnums=(0, 1))(params, memories)
 
 
-@pytest.mark.parametrize("gradients", [passed_on, one_each, one_each_inside_the_loss])
+@pytest.mark.parametrize("gradients", [passed_on, slow(one_each), one_each_inside_the_loss])
 def test_accumulation_by_scan(gradients):
     _, params, memory, batches = setup()
     every, memories = 4, [memory]
@@ -292,7 +296,7 @@ def test_accumulation_by_scan(gradients):
     close(ours, by_hand(ADAM, params, memories, batches, reference(2), every)[0])
 
 
-def of_one_memory_for_two_batches(params, memory, batch):
+def one_memory_for_two_batches(params, memory, batch):
     def total_loss(params, memory):
         one = functools.partial(loss_fn, params, memory, model=Net(aop.MemAOP(k=2)))
         return jax.lax.map(one, [jnp.stack([leaf, leaf]) for leaf in batch]).sum()
@@ -300,12 +304,12 @@ def of_one_memory_for_two_batches(params, memory, batch):
     return jax.grad(total_loss, argnums=(0, 1))(params, memory)
 
 
-def of_a_loss_scaler(params, memory, batch):
+def unscaled_by_a_loss_scaler(params, memory, batch):
     loss = functools.partial(loss_fn, batch=batch, model=Net(aop.MemAOP(k=2)))
     return DynamicScale().value_and_grad(loss, argnums=(0, 1))(params, memory).grad
 
 
-@pytest.mark.parametrize("gradients", [of_one_memory_for_two_batches, of_a_loss_scaler])
+@pytest.mark.parametrize("gradients", [one_memory_for_two_batches, unscaled_by_a_loss_scaler])
 def test_a_memory_that_was_added_up_or_scaled_does_not_pass_unnoticed(gradients):
     _, params, memory, batches = setup()
     tx = optax.chain(aop.carry_memory(memory), SGD)
