@@ -1,6 +1,6 @@
 """Orbax checkpoints: a run goes on, also killed, on other devices and with another batch size.
 
-`python tests/test_checkpoints.py DIRECTORY MEMORY` is the run that the tests kill.
+`python tests/test_checkpoints.py DIRECTORY MEMORY` is the run that the slow tests kill.
 """
 
 import functools
@@ -25,6 +25,8 @@ import mem_aop_jax as aop
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
 ROWS, STEPS = 8, 12
 CONFIGS = {
     "rows": aop.MemAOP(ratio=0.25, policy="weightedk"),
@@ -39,13 +41,17 @@ CONFIGS = {
         input_grad=aop.InputGrad(ratio=0.5, rank=2),
     ),
 }
+LAYERS = {name: [config] for name, config in CONFIGS.items()} | {
+    "a layer of each": list(CONFIGS.values())
+}
 SCHEDULE = optax.cosine_decay_schedule(0.05, 20)
 
 
-@functools.cache  # of the compiled steps
+@functools.cache  # compiled once
 def make_run(devices=1, rows=ROWS, memory="rows"):
     """The first state, placed on the devices; the step; the gradients that it takes."""
-    model = nn.Sequential((nn.Dense(4), aop.linen.Dense(3, config=CONFIGS[memory])))
+    layers = [aop.linen.Dense(3, config=config) for config in LAYERS[memory]]
+    model = nn.Sequential((nn.Dense(4), *layers))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((rows, 4), jnp.float32))
     params, memory = variables["params"], variables[aop.linen.COLLECTION]
     tx = optax.chain(aop.carry_memory(memory, SCHEDULE), optax.adam(SCHEDULE))
@@ -81,8 +87,10 @@ def placed(state, devices):
     rows, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
     def place(node):
-        of_memory = aop.Memory(rows, rows, everywhere)
-        return jax.device_put(node, of_memory if isinstance(node, aop.Memory) else everywhere)
+        sharding = everywhere
+        if isinstance(node, aop.Memory):
+            sharding = aop.Memory(inputs=rows, cotangents=rows, uses=everywhere)
+        return jax.device_put(node, sharding)
 
     return jax.tree.map(place, state, is_leaf=lambda node: isinstance(node, aop.Memory))
 
@@ -112,11 +120,12 @@ def same_shardings(ours, wanted):
     ("devices", "memory"),
     [
         (1, "rows"),
-        (4, "bfloat16 rows"),
-        (4, "signed slots"),
-        (1, "subspace"),
-        (4, "subspace"),
-        (4, "inputs"),
+        (4, "a layer of each"),
+        slow(4, "bfloat16 rows"),
+        slow(4, "signed slots"),
+        slow(1, "subspace"),
+        slow(4, "subspace"),
+        slow(4, "inputs"),
     ],
 )
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path, devices, memory):
@@ -219,9 +228,8 @@ def last_checkpoint(directory, memory):
         return manager.restore(STEPS, args=ocp.args.StandardRestore(target))
 
 
-@pytest.mark.parametrize(
-    "memory", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("rows", "subspace")), "inputs"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["rows", "subspace", "inputs"])
 def test_a_run_that_is_killed_ends_as_if_it_were_not(tmp_path, memory):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     wanted = run_in_a_process(whole, memory)
