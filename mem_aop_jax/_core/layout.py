@@ -47,7 +47,7 @@ def why_exact(
     if len(lhs_batch):
         return "it has batch dimensions, and Mem-AOP needs one kernel for all rows."
     memory = without_probe(memory)
-    if memory is not None:
+    if isinstance(memory, LayerMemory):
         rows, in_features, out_features = contraction_sizes(lhs, rhs, dimension_numbers)
         inputs, cotangents = (() if a is None else jnp.shape(a) for a in memory[:2])
         if isinstance(memory, Memory):
