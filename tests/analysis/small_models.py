@@ -102,7 +102,7 @@ def trained(model):
     """Parameters after a few steps of Adam, while gradients still stand out of the noise."""
     steps = 10 if model == SMALL else 60
     tx = optax.adam(3e-3)
-    params, _ = initial(model)
+    params = jax.jit(model.init)(KEY, batch_of(0)[0])["params"]
     state = jax.jit(tx.init)(params)
 
     @jax.jit

@@ -149,7 +149,7 @@ def test_predicted_is_measured_and_better_than_uniform(budget):
 @pytest.mark.slow
 def test_with_gradients_of_inputs_too():
     """What is wrong with them is predicted, with what the layers below make of it."""
-    found = allocate(WITH_INPUTS, 0.75, MLP(), draws=50)
+    found = allocate(WITH_INPUTS, 0.75, MLP(), draws=100)
     chosen = {choice.path: choice.config for choice in found.layers}
     first = chosen["Dense_0"]
     assert first is None or first.input_grad is None  # nobody asks for it
@@ -202,6 +202,7 @@ def test_predicted_in_the_metric_of_adam_is_measured():
 
 
 @pytest.mark.slow
+@pytest.mark.optimized  # it trains
 @pytest.mark.parametrize("steps", [100, 1200])  # early and late
 @pytest.mark.parametrize(
     ("config", "budget"),
@@ -304,23 +305,30 @@ def test_only_some_layers(model, some):
 )
 def test_without_a_memory(model):
     plain = aop.MemAOP(ratio=0.5, policy="priority", input_grad=aop.InputGrad(rank=0))
-    found = allocate(plain, 0.7, model)
+    found = allocate(plain, 0.65, model)
     assert all(config.memory_kind is None for _, config in found.rules if config)
     assert found.v == pytest.approx(measured(found.rules, model, draws=50), rel=0.25)
 
 
 class Dropped(nn.Module):
-    """Draws at random, too; and half of the rows have no cotangents."""
+    """Draws at random, too; and most of the rows have no cotangents."""
+
+    widths: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.relu(nn.Dense(96)(x))
         x = nn.Dropout(0.5, deterministic=not train)(x)
+        for features in self.widths:
+            x = nn.relu(nn.Dense(features)(x))
         return nn.Dense(CLASSES)(x)
 
 
-def test_other_randomness_and_rows_without_cotangents():
-    model, x = Dropped(), batch_of(0)[0]
+@pytest.mark.parametrize(
+    ("widths", "budget"), [((), 0.6), pytest.param((64,), 0.55, marks=pytest.mark.slow)]
+)
+def test_other_randomness_and_rows_without_cotangents(widths, budget):
+    model, x = Dropped(widths), batch_of(0)[0]
     params, _ = initial(model)
 
     def loss_fn(model, variables, batch, key):
@@ -328,10 +336,12 @@ def test_other_randomness_and_rows_without_cotangents():
         return jnp.sum(model.apply(variables, batch[0], True, rngs=rngs)[: ROWS // 3] ** 2)
 
     options = {"batches": [batch_of(1), batch_of(2)], "key": KEY, "params": params}
-    found = aop.allocate(model, WITH_INPUTS, (x, False), loss_fn, 0.7, draws=20, **options)
+    found = aop.allocate(model, WITH_INPUTS, (x, False), loss_fn, budget, draws=20, **options)
     chosen = [choice for choice in found.layers if choice.config and choice.config.input_grad]
-    assert chosen  # with another dropout in each draw, all would look harmful
+    assert chosen
     assert all(choice.v > 0 for choice in chosen if choice.config.input_grad.ratio < 1 / 3)
+    # with another dropout in each draw, they would look more harmful
+    assert 0 < max(choice.v for choice in chosen) < 0.1
 
 
 def test_stacked_layers_and_repeated_calls():
