@@ -127,7 +127,6 @@ def replace_product_rows(
         groups * rows, chosen.size, sampled.shape[2], sampled.dtype, rank
     )
     kernel_precision = subspace_products_tpu.choose_precision(coordinates, directions, precision)
-    whole_words = not chosen.size % row_access_tpu.rows_per_word(sampled.dtype)
 
     def xla(sampled, chosen, coordinates, directions):
         product = jnp.matmul(coordinates, directions, precision=precision)
@@ -149,7 +148,8 @@ def replace_product_rows(
             select_block, operands, block_rows, sampled.dtype, copies=chosen.size
         ).reshape(groups, rows, -1)
 
-    if block_rows is None or kernel_precision is None or not whole_words:
+    runs = block_rows is not None and kernel_precision is not None
+    if not runs or chosen.size % row_access_tpu.rows_per_word(sampled.dtype):
         return xla(*arrays)
     return kernel_or_xla(kernel, xla, *arrays)
 
