@@ -188,8 +188,8 @@ def _options(config: MemAOP, plain: MemAOP, layer: Layer, variance: LayerVarianc
     exact, last = exact_flops(*layer.sizes), variance.batches[-1]
     asked_for = any(call.asked_for for call in last.calls)
     not_asked = 0 if asked_for else exact / 3  # for the gradient of the inputs
-    from_kernel = functools.cache(variance.from_kernel)
-    from_inputs = functools.cache(variance.from_inputs)
+    kernel_term = functools.cache(variance.kernel_term)
+    input_term = functools.cache(variance.input_term)
     configs: list[MemAOP | None] = [None]
     v, flops = [0.0], [exact - not_asked]
     for candidate in _candidates(config, plain, asked_for, layer):
@@ -198,10 +198,10 @@ def _options(config: MemAOP, plain: MemAOP, layer: Layer, variance: LayerVarianc
         ranks = (0, 0)
         if candidate.memory_kind is not None:
             ranks = candidate.ranks(layer.in_features, layer.out_features)
-        added = from_kernel(ranks, candidate.selected_rows(layer.rows), candidate.groups)
+        added = kernel_term(ranks, candidate.selected_rows(layer.rows), candidate.groups)
         if candidate.input_grad:
             drawn = candidate.input_rows(layer.rows)
-            added += from_inputs(candidate.input_grad.rank, drawn, candidate.groups)
+            added += input_term(candidate.input_grad.rank, drawn, candidate.groups)
         configs.append(candidate)
         v.append(added)
         flops.append(exact * relative_cost(candidate, *layer.sizes) - not_asked)
@@ -260,12 +260,12 @@ def _best(
     """
     exact = sum(layer.flops[0] for layer in options.values())
     prices = np.array([0, *np.geomspace(1e-6, 1e6, 1200)])[:, None]
-    numbers = {  # for each layer and price, that of the option of least v + price * c
+    indices = {  # for each layer and price, of the option with the least v + price * c
         path: np.argmin(layer.v[None] + prices * layer.flops[None] / exact, axis=1)
         for path, layer in options.items()
     }
-    v = sum(layer.v[numbers[path]] for path, layer in options.items())
-    c = sum(layer.flops[numbers[path]] for path, layer in options.items()) / exact
+    v = sum(layer.v[indices[path]] for path, layer in options.items())
+    c = sum(layer.flops[indices[path]] for path, layer in options.items()) / exact
     if budget is not None and budget < c.min():
         raise ValueError(
             f"allocate: got budget={budget}; the cheapest choice for these layers costs "
@@ -274,7 +274,7 @@ def _best(
     best = np.argmin((1 + v) * c if budget is None else np.where(c <= budget, v, np.inf))
     choices = []
     for path, layer in options.items():
-        i = numbers[path][best]
+        i = indices[path][best]
         relative = float(layer.flops[i] / layer.flops[0])
         choices.append(Choice(path, layer.configs[i], float(layer.v[i]), relative))
     return tuple(choices), float(v[best]), float(c[best])

@@ -68,12 +68,12 @@ class LayerVariance(NamedTuple):
     weight: float
     input_gain: float
 
-    def from_kernel(self, *choice: Any) -> float:
+    def kernel_term(self, *choice: Any) -> float:
         """Part of v (see `Choice`), for the arguments of `BatchNorms.kernel_variance`."""
         relative = [b.kernel_variance(*choice) / b.gradient_norm**2 for b in self.batches]
         return self.weight * float(np.mean(relative))
 
-    def from_inputs(self, *choice: Any) -> float:
+    def input_term(self, *choice: Any) -> float:
         """Part of v, for the arguments of `BatchNorms.input_variance`."""
         relative = [b.input_variance(*choice) / b.gradient_norm**2 for b in self.batches]
         return self.input_gain * float(np.mean(relative))

@@ -25,7 +25,7 @@ from mem_aop_jax._numerics import accumulation_dtype, safe_divide
 from mem_aop_jax.linen import COLLECTION, wrap
 from mem_aop_jax.transform import carry_memory
 
-ExampleInput = (
+ExampleInput = (  # of a model: arrays, shapes, other arguments, and trees of them
     ArrayLike | jax.ShapeDtypeStruct | Iterable["ExampleInput"] | Mapping[Any, "ExampleInput"]
 )
 
@@ -96,7 +96,7 @@ def as_args(example_input: ExampleInput) -> tuple:
 
 
 def check_batches(caller: str, batches: Sequence[chex.ArrayTree]) -> None:
-    """Raises a ValueError for fewer than two batches."""
+    """Raises a `ValueError` for fewer than two batches."""
     if len(batches) < 2:
         raise ValueError(
             f"{caller}: got {len(batches)} batches; at least 2 are needed, since directions come "
@@ -151,7 +151,7 @@ def norms_probes(memory: chex.ArrayTree, rows: Mapping[str, int]) -> chex.ArrayT
         assert cotangents is not None, "a probed layer has a direction on each side"
         numbers = [1 + basis.shape[-1] for basis in (inputs, cotangents, cotangents)]
         shapes = [*((*stack, rows[path], number) for number in numbers), stack, stack]
-        return Probe(subspace, Norms(*(jnp.zeros(shape, jnp.float32) for shape in shapes)), 1)
+        return Probe(subspace, Norms(*(np.zeros(shape, np.float32) for shape in shapes)), 1)
 
     return map_memories(probe, memory)
 
