@@ -499,7 +499,8 @@ FLAX = {  # how Flax carries a memory through its own transforms and JAX's
 BY_DEFAULT = {
     "`dense`": set(COLUMNS),
     "`dense`, subspace": SHARED,
-    **dict.fromkeys(("`dense`, inputs", "`dense`, slots"), {"`vmap`", "`shard_map`", "export"}),
+    "`dense`, inputs": {"`vmap`", "`shard_map`", "export"},
+    "`dense`, slots": {"`vmap`", "`shard_map`", "export"},
     **dict.fromkeys(("`linen.Dense`", "`linen.wrap`", "`linen.DotGeneral`", "`nnx.Linear`"), FLAX),
     "`nnx.Linear`, subspace": {"`jit`", "`nn.scan` over layers"},
 }
