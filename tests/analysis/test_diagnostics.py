@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 
 import mem_aop_jax as aop
-from mem_aop_jax._core import flops
 
 M, N, P = 32, 6, 5
 COLLECTION = aop.linen.COLLECTION
 SUBSPACE = aop.MemAOP(ratio=0.25, policy="priority", memory="subspace", rank=2)
+WITH_INPUTS = dataclasses.replace(SUBSPACE, input_grad=aop.InputGrad(0.25, 3))
 SAMPLED = aop.MemAOP(ratio=0.5, policy="priority", input_grad=aop.InputGrad(0.5, 0))
 ROWS = aop.MemAOP(k=8)
 KEY = jax.random.key(0)
@@ -108,7 +108,7 @@ def stack(config):
 
 @pytest.mark.parametrize(
     "config",
-    [dataclasses.replace(SUBSPACE, input_grad=aop.InputGrad(0.25, 3)), SAMPLED],
+    [WITH_INPUTS, pytest.param(SAMPLED, marks=pytest.mark.slow)],
     ids=["subspace", "sampling alone"],
 )
 def test_an_approximate_gradient_of_the_inputs(config):
@@ -150,8 +150,13 @@ def test_an_approximate_gradient_of_the_inputs(config):
     assert v > 1.05 * float(first.v * (first.gradient_norm / found.model.gradient_norm) ** 2)
 
 
-def test_the_sign_of_the_loss_makes_no_difference():
-    loss_fn, params, memory = stack(SAMPLED)
+@pytest.mark.parametrize(
+    "config",
+    [WITH_INPUTS, pytest.param(SAMPLED, marks=pytest.mark.slow)],
+    ids=["subspace", "sampling alone"],
+)
+def test_the_sign_of_the_loss_makes_no_difference(config):
+    loss_fn, params, memory = stack(config)
     args = jax.tree.map(np.abs, params), memory, np.abs(X)
     found, other = (
         aop.diagnostics(loss_fn, *args, sign, KEY, draws=400, count_flops=False).model
@@ -311,40 +316,6 @@ def test_the_verdict_and_the_table():
     pays = "if the batch is large" if one.c < 1 else "no"
     assert cells[8] == ("yes" if found.verdict("one") < 1 else pays)
     assert all(leaf.shape == () for leaf in jax.tree.leaves(found))
-
-
-@pytest.mark.parametrize(
-    ("rank", "refresh"),
-    [(None, 1), ((8, 2), 4)]
-    + [
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in (((4, 0), 1), (32, 1), (4, 1), ((8, 2), 1), (4, 4))
-    ],
-)
-@pytest.mark.optimized
-def test_the_cost_is_the_compilers(rank, refresh):
-    """Of the gradient of the kernel, from the FLOPs of the step with and without it."""
-    rows, features, k = 1024, 256, 128
-    options = {} if rank is None else {"memory": "subspace", "rank": rank, "refresh": refresh}
-    config = aop.MemAOP(k=k, policy="priority", **options)
-    x = jax.ShapeDtypeStruct((rows, features), jnp.float32)
-    kernel = jax.ShapeDtypeStruct((features, features), jnp.float32)
-    memory = jax.eval_shape(lambda: aop.init_memory(config, rows, features, features))
-
-    def step(argnums):
-        def loss_fn(kernel, x, memory, key):
-            return jnp.sum(aop.dense(x, kernel, memory, config=config, key=key))
-
-        grad_fn = jax.jit(jax.value_and_grad(loss_fn, argnums=argnums))
-        lowered = grad_fn.lower(kernel, x, memory, jax.eval_shape(jax.random.key, 0))
-        return lowered.compile().cost_analysis()["flops"]
-
-    with_memory = (0, 1, 2) if rank else (0, 1)
-    whole = step(with_memory) - flops.flops_left_out(config, rows, features, features)
-    ours = flops.weight_gradient_flops(config, rows, features, features)
-    assert ours == pytest.approx(whole - step(1), rel=0.1)
-    relative = flops.relative_cost(config, rows, features, features)
-    assert relative == pytest.approx(whole / (6 * rows * features**2), rel=0.03)
 
 
 def test_what_was_chosen_counts_once_and_in_all_groups():

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import mem_aop_jax as aop
+from mem_aop_jax._core import flops
 from mem_aop_jax._cost import device_rates
 
 ARITHMETIC = aop.Rates("nothing but arithmetic counts", 1e12, 1e12, 1e30)
@@ -347,3 +348,40 @@ def test_bad_plans():
             aop.plan(MODEL, CONFIG, X, min_speedup=bad, rates=BALANCED)
         with pytest.raises(ValueError, match="wrap: got min_speedup="):
             aop.linen.wrap(MODEL, CONFIG, min_speedup=bad)
+
+
+# ---- formulas
+
+
+@pytest.mark.parametrize(
+    ("rank", "refresh"),
+    [((8, 2), 4)]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in ((None, 1), ((4, 0), 1), (32, 1), (4, 1), ((8, 2), 1), (4, 4))
+    ],
+)
+@pytest.mark.optimized
+def test_flops_are_the_compilers(rank, refresh):
+    """Of the gradient of the kernel, from the FLOPs of the step with and without it."""
+    rows, features, k = 1024, 256, 128
+    options = {} if rank is None else {"memory": "subspace", "rank": rank, "refresh": refresh}
+    config = aop.MemAOP(k=k, policy="priority", **options)
+    x = jax.ShapeDtypeStruct((rows, features), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((features, features), jnp.float32)
+    memory = jax.eval_shape(lambda: aop.init_memory(config, rows, features, features))
+
+    def step(argnums):
+        def loss_fn(kernel, x, memory, key):
+            return jnp.sum(aop.dense(x, kernel, memory, config=config, key=key))
+
+        grad_fn = jax.jit(jax.value_and_grad(loss_fn, argnums=argnums))
+        lowered = grad_fn.lower(kernel, x, memory, jax.eval_shape(jax.random.key, 0))
+        return lowered.compile().cost_analysis()["flops"]
+
+    with_memory = (0, 1, 2) if rank else (0, 1)
+    whole = step(with_memory) - flops.flops_left_out(config, rows, features, features)
+    ours = flops.weight_gradient_flops(config, rows, features, features)
+    assert ours == pytest.approx(whole - step(1), rel=0.1)
+    relative = flops.relative_cost(config, rows, features, features)
+    assert relative == pytest.approx(whole / (6 * rows * features**2), rel=0.03)
