@@ -194,8 +194,8 @@ def test_a_kernel_split_over_devices(split, axis_type):
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     placed = functools.partial(NamedSharding, mesh)
     rows, axis = placed(ROWS), "model" if split == "in_features" else None
-    of_x = placed(PartitionSpec("data", None, axis))
-    of_kernel = placed(PartitionSpec(axis, None if axis else "model"))
+    x_sharding = placed(PartitionSpec("data", None, axis))
+    kernel_sharding = placed(PartitionSpec(axis, None if axis else "model"))
     explicit = axis is not None and axis_type == AxisType.Explicit
     options = {"out_sharding": rows} if explicit else {}
 
@@ -209,9 +209,9 @@ def test_a_kernel_split_over_devices(split, axis_type):
         lambda a: jax.device_put(a, rows if a.ndim else placed(EVERYWHERE)), memory
     )
     grad_fn = jax.jit(jax.grad(functools.partial(loss, **options), argnums=(0, 1)))
-    ours = grad_fn(jax.device_put(kernel, of_kernel), memory, jax.device_put(x, of_x))
+    ours = grad_fn(jax.device_put(kernel, kernel_sharding), memory, jax.device_put(x, x_sharding))
     chex.assert_trees_all_close(ours, wanted, rtol=1e-5, atol=1e-6)
-    assert ours[0].sharding.is_equivalent_to(of_kernel, 2)
+    assert ours[0].sharding.is_equivalent_to(kernel_sharding, 2)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
@@ -237,13 +237,13 @@ def test_with_a_group_per_device_no_row_leaves_its_device(policy, axis_type):
     )
     large = []
     for line in lowered.compile().as_text().splitlines():
-        found = re.search(r"= (.*?) (all-\w+|collective-\w+|reduce-scatter)(-start)?\(", line)
-        shapes = re.findall(r"\[([\d,]*)\]", found[1]) if found else []
+        match = re.search(r"= (.*?) (all-\w+|collective-\w+|reduce-scatter)(-start)?\(", line)
+        shapes = re.findall(r"\[([\d,]*)\]", match[1]) if match else []
         sizes = [int(np.prod([int(d) for d in shape.split(",") if d])) for shape in shapes]
         if sum(sizes) > rows:
             large.append(sizes)
         elif sum(sizes) == rows:
-            assert found[2] == "all-gather"  # of the scores
+            assert match[2] == "all-gather"  # of the scores
     dw_and_loss = in_features * out_features + 1
     assert sum(map(sum, large)) <= dw_and_loss
     assert len(large) <= 1
@@ -263,8 +263,8 @@ def test_a_memory_averaged_over_devices(reduce):
 
     with pytest.raises(ValueError, match=r"averaged or added up over the mesh axes \['data'\]"):
         in_shard_map(step, memory)(kernel, memory, x, key=key)
-    of_parameters_alone = functools.partial(step, reduce=lambda grads, _: grads)
-    in_shard_map(of_parameters_alone, memory)(kernel, memory, x, key=key)
+    parameters_alone = functools.partial(step, reduce=lambda grads, _: grads)
+    in_shard_map(parameters_alone, memory)(kernel, memory, x, key=key)
 
 
 def test_a_layer_out_of_use_in_shard_map():

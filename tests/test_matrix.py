@@ -96,7 +96,7 @@ def linen(dense, memory_is_carried, wrap, config, rows, remat=None):
     return Model(variables["params"], variables[COLLECTION], apply)
 
 
-def of_nnx(config, rows, remat=None):
+def nnx_linear(config, rows, remat=None):
     class Layer(nnx.Module):
         def __init__(self, rngs):
             self.dense = aop.nnx.Linear(FEATURES, FEATURES, rows=rows, config=config, rngs=rngs)
@@ -168,7 +168,7 @@ WAYS = {
     ),
     "`linen.wrap`": functools.partial(linen, lambda config: nn.Dense(FEATURES), False, True),
     "`linen.DotGeneral`": functools.partial(linen, product, True, False),
-    "`nnx.Linear`": of_nnx,
+    "`nnx.Linear`": nnx_linear,
 }
 WAYS |= {
     f"{way}, {kind}": with_memory(kind, WAYS[way])

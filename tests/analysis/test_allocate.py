@@ -202,7 +202,6 @@ def test_predicted_in_the_metric_of_adam_is_measured():
 
 
 @pytest.mark.slow
-@pytest.mark.optimized  # it trains
 @pytest.mark.parametrize("steps", [100, 1200])  # early and late
 @pytest.mark.parametrize(
     ("config", "budget"),

@@ -120,9 +120,9 @@ def test_without_config_it_is_lax_dot_general():
 def test_a_frozen_kernel_costs_no_outer_product_and_needs_no_memory():
     x, kernel = arrays((M, N), (N, P))
     config = aop.MemAOP(k=K, policy="randk")
-    of_x = jax.grad(lambda x: aop.dense(x, kernel, config=config).sum())
-    np.testing.assert_array_equal(of_x(x), jax.grad(lambda x: (x @ kernel).sum())(x))
-    assert "top_k" not in str(jax.make_jaxpr(of_x)(x))
+    input_gradient = jax.grad(lambda x: aop.dense(x, kernel, config=config).sum())
+    np.testing.assert_array_equal(input_gradient(x), jax.grad(lambda x: (x @ kernel).sum())(x))
+    assert "top_k" not in str(jax.make_jaxpr(input_gradient)(x))
 
 
 def test_products_accumulate_in_float32():

@@ -235,9 +235,9 @@ def test_the_top_k_of_gpus(k, dtype):
         scores[[3, 5, 7]] = np.inf, np.inf, -np.inf
     by_rank = functools.partial(top_k_by_rank, k=k)
     both = np.stack([scores, scores[::-1]])
-    for function, of_scores in ((by_rank, scores), (jax.vmap(by_rank), both)):
-        wanted = jax.jit(jax.lax.top_k, static_argnums=1)(of_scores, k)[1]
-        np.testing.assert_array_equal(jax.jit(function)(of_scores), wanted)
+    for function, candidates in ((by_rank, scores), (jax.vmap(by_rank), both)):
+        wanted = jax.jit(jax.lax.top_k, static_argnums=1)(candidates, k)[1]
+        np.testing.assert_array_equal(jax.jit(function)(candidates), wanted)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -1,7 +1,7 @@
-"""What holds for every configuration: a list of these times a list of properties, at one shape.
+"""What holds for every configuration: a list of configurations times a list of properties.
 
-All properties share one compiled program for each configuration, `gradients`, and one for many
-draws of it.
+All properties have one shape, and share two compiled programs for each configuration: `gradients`,
+and `draws`, which is many of them.
 """
 
 import dataclasses
@@ -234,11 +234,11 @@ def check_all_rows(config, dtype="float32", lead=(4, M // 4)):
             np.testing.assert_allclose(dx, exact_dx, rtol=1e-4, atol=1e-4)
         flat_x, flat_g = x.reshape(M, N), g.reshape(M, P)
         error = np.abs(np.asarray(dw, np.float64) - exact_gradient(flat_x, flat_g))
-        of_rounding = exact_gradient(np.abs(flat_x), np.abs(flat_g))
+        rounding_bound = exact_gradient(np.abs(flat_x), np.abs(flat_g))
         if isinstance(memory, aop.Subspace):
             np.testing.assert_allclose(dw, exact_gradient(flat_x, flat_g), rtol=1e-4, atol=1e-3)
         else:
-            assert (error <= 4 * EPS[dtype] * of_rounding).all()
+            assert (error <= 4 * EPS[dtype] * rounding_bound).all()
         if isinstance(memory, aop.Memory):
             assert not np.any(memory.inputs)
             assert not np.any(memory.cotangents)
@@ -339,14 +339,13 @@ def test_directions_serve_in_every_dtype(config, dtype):
 def test_weights_do_not_overflow_in_float16(config):
     """They are 6 and more; nor does it where they are applied to a sum of rows."""
     x, kernel, g = np.full((M, N), 0.01), np.full((N, P), 0.01), np.full((M, P), 2.4e4)
-    key, found = jax.random.key(0), {}
+    key, dws = jax.random.key(0), {}
     for dtype in ("float16", "float32"):  # the same rows are drawn
         arrays = [np.asarray(a, np.float16).astype(dtype) for a in (x, kernel, g)]
-        _, found[dtype], _ = gradients(
-            config, *arrays[:2], first_memory(config, dtype), arrays[2], key
-        )
-    assert np.isfinite(found["float16"]).all()
-    np.testing.assert_allclose(found["float16"], found["float32"], rtol=0.02)
+        memory = first_memory(config, dtype)
+        _, dws[dtype], _ = gradients(config, *arrays[:2], memory, arrays[2], key)
+    assert np.isfinite(dws["float16"]).all()
+    np.testing.assert_allclose(dws["float16"], dws["float32"], rtol=0.02)
 
 
 # ---- many draws
@@ -427,11 +426,11 @@ def test_unbiased_for_the_first_directions():
 def variances(config, x, kernel, g, steps=0):
     """Of the gradients of the inputs, unless they are exact, and of the kernel."""
     memory = followed(config, x, kernel, g, steps)
-    found = draws(config, x, kernel, memory, g, 0)
-    exact = np.float64(g) @ kernel.T, exact_gradient(x, g)
+    estimates = draws(config, x, kernel, memory, g, 0)
+    exact_gradients = np.float64(g) @ kernel.T, exact_gradient(x, g)
     return [
-        None if own is None else ((np.asarray(own) - of_all) ** 2).sum((1, 2)).mean()
-        for own, of_all in zip(found, exact, strict=True)
+        None if estimate is None else ((np.asarray(estimate) - exact) ** 2).sum((1, 2)).mean()
+        for estimate, exact in zip(estimates, exact_gradients, strict=True)
     ]
 
 

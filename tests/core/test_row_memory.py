@@ -75,7 +75,7 @@ def test_with_signs_the_sum_over_many_steps_is_unbiased(policy, slots):
 )
 def test_slots_follow_a_numpy_loop_at_any_batch_size(signed, groups, rows):
     """Candidates are the rows, then the slots; row m waits in slot m mod slots of its group."""
-    of_group, slots = rows // groups, 3
+    group_rows, slots = rows // groups, 3
     config = aop.MemAOP(
         k=groups, groups=groups, memory_slots=slots * groups, signed=signed, decay=0.25
     )
@@ -85,14 +85,14 @@ def test_slots_follow_a_numpy_loop_at_any_batch_size(signed, groups, rows):
         key = jax.random.key(step)
         x, g = normal(rows, N, seed=2 * step), normal(rows, P, seed=2 * step + 1)
         dw, memory = weight_gradient(config, x, g, memory, key)
-        signs = np.ones((groups, of_group))
+        signs = np.ones((groups, group_rows))
         if signed:
             key = jax.random.fold_in(key, 2**31)
             signs = np.asarray(jax.random.rademacher(key, signs.shape, jnp.float32))
         wanted = 0
         for group in range(groups):
             candidates = [
-                np.concatenate([fresh.reshape(groups, of_group, -1)[group], slot[group]])
+                np.concatenate([fresh.reshape(groups, group_rows, -1)[group], slot[group]])
                 for fresh, slot in zip((x, g), kept, strict=True)
             ]
             scores = np.prod([np.linalg.norm(side, axis=1) for side in candidates], axis=0)
@@ -100,8 +100,8 @@ def test_slots_follow_a_numpy_loop_at_any_batch_size(signed, groups, rows):
             wanted += np.outer(*(side[best] for side in candidates))
             for side, slot in zip(candidates, kept, strict=True):
                 side[best] = 0
-                slot[group] = 0.5 * side[of_group:]
-                for m in range(of_group):
+                slot[group] = 0.5 * side[group_rows:]
+                for m in range(group_rows):
                     slot[group, m % slots] += 0.5 * signs[group, m] * side[m]
         np.testing.assert_allclose(dw, wanted, rtol=1e-4, atol=1e-5)
         for ours, side in zip(memory[:2], kept, strict=True):

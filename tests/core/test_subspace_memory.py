@@ -152,8 +152,8 @@ def test_directions_of_a_trained_language_model(standard_promotion):
     measured = []
     for memory in (followed, follow(followed, [300] * 20)):
         args = params, memory, windows(300), jax.random.key(1)
-        found = aop.diagnostics(loss, *args, count_flops=False)
-        measured.append(np.mean([of.v for of in found.layers.values()]))
+        layers = aop.diagnostics(loss, *args, count_flops=False).layers
+        measured.append(np.mean([layer.v for layer in layers.values()]))
     print(f"v {measured[0]:.3f}, with the best directions for the batch {measured[1]:.3f}")
     assert measured[0] < 1.3 * measured[1]
 
@@ -170,7 +170,7 @@ def test_any_batch_size():
 # ---- a layer in training
 
 
-def train(model, config, steps=60, memory_by="carry"):
+def train(model, steps=60):
     x = rows_near_a_subspace(M, N, 3, 0.3, 0)
     y = jnp.tanh(x[:, :P])
     variables = model.init(jax.random.key(1), x)
@@ -195,8 +195,8 @@ def train(model, config, steps=60, memory_by="carry"):
 @pytest.mark.usefixtures("standard_promotion")
 def test_an_unmodified_train_state():
     config = config_of()
-    state, loss = train(aop.linen.Dense(P, config=config), config)
-    _, exact = train(aop.linen.Dense(P), None)
+    state, loss = train(aop.linen.Dense(P, config=config))
+    _, exact = train(aop.linen.Dense(P))
     assert loss < 1.1 * exact
     memory = state.params[aop.linen.COLLECTION]["memory"]
     assert isinstance(memory, aop.Subspace)
@@ -266,10 +266,10 @@ def test_a_kernel_that_is_split_over_devices_by_its_rows():
     config, key = config_of(k=M, rank=2), jax.random.key(0)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     columns, rows = PartitionSpec("data", "model"), PartitionSpec("data")
-    of_model, everywhere = PartitionSpec("model"), PartitionSpec()
+    model, everywhere = PartitionSpec("model"), PartitionSpec()
     own = aop.init_memory(config, M, N // 2, P)
     memory = own._replace(inputs=jnp.concatenate([own.inputs] * 2))
-    specs = aop.Subspace(of_model, everywhere, everywhere)
+    specs = aop.Subspace(model, everywhere, everywhere)
 
     def gradients(x, g, memory, kernel):
         def loss_fn(kernel, memory):
@@ -281,8 +281,8 @@ def test_a_kernel_that_is_split_over_devices_by_its_rows():
     sharded = jax.shard_map(
         gradients,
         mesh=mesh,
-        in_specs=(columns, rows, specs, of_model),
-        out_specs=(of_model, specs),
+        in_specs=(columns, rows, specs, model),
+        out_specs=(model, specs),
     )
     dw, after = jax.jit(sharded)(x, g, memory, jnp.zeros((N, P), jnp.float32))
     np.testing.assert_allclose(dw, exact_gradient(x, g), rtol=1e-4, atol=1e-3)
