@@ -93,6 +93,10 @@ def first_memory(config, dtype="float32"):
     return aop.init_memory(config, M, N, P, dtype)
 
 
+def has_memory(config):
+    return first_memory(config) is not None
+
+
 def is_kept(config):
     """Whether each row has its own place in the memory."""
     return isinstance(first_memory(config), aop.Memory) and config.memory_slots is None
@@ -206,7 +210,7 @@ def test_a_row_that_is_not_finite_and_left_out_shows_everywhere(config):
         assert np.isfinite(gradients(config, x, kernel, memory, g)[1]).all()
 
 
-@for_each(only(lambda config: first_memory(config) is not None))
+@for_each(only(has_memory), slow=only(has_memory, SLOW_CONFIGS))
 def test_a_memory_that_was_added_up_poisons_the_gradient(config):
     x, kernel, g = batch()
     memory = first_memory(config)
@@ -313,7 +317,7 @@ def test_the_next_memory_is_like_the_last_and_exact_input_gradients_stay_exact(c
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @for_each(
     {"inputs, subspace": CONFIGS["inputs, subspace"]},
-    slow=only(lambda config: isinstance(first_memory(config), aop.Subspace)),
+    slow=only(shows_all_rows),
 )
 def test_directions_serve_in_every_dtype(config, dtype):
     """After some steps the gradients are near the exact ones, in the dtype of the arrays."""
@@ -408,8 +412,9 @@ def test_unbiased(config, steps):
     _, kernel, _ = batch()
     for norms in ROWS.values():
         rng = np.random.default_rng(0)
-        x = np.float32(norms[:, None] * rng.normal(size=(M, N)))
-        g = np.float32(norms[:, None] ** 0.5 * (1 + rng.normal(size=(M, P))))
+        x, g = np.float32(rng.normal(size=(M, N))), np.float32(1 + rng.normal(size=(M, P)))
+        scaled = g if config.input_grad else x  # what the rows are drawn by
+        scaled *= np.float32(norms[:, None])
         memory = followed(config, x, kernel, g, steps)
         dx, dw = draws(config, x, kernel, memory, g, 1)
         if config.input_grad:
