@@ -1,8 +1,8 @@
 """Four CPU devices, and strict arrays: an implicit promotion of dtypes or ranks is an error.
 
 Nearly all the time goes into compiling. So programs are compiled without most of XLA's
-optimisations, except in tests with the marker `optimized`, which read FLOPs, bytes or memory of
-what was compiled; by XLA's older emitters for CPUs, where it still has them, which take a quarter
+optimisations, which on CPUs make LLVM do less, and leave the HLO, its FLOPs, its bytes and its
+memory as they are; by XLA's older emitters for CPUs, where it still has them, which take a quarter
 of the time; and what was compiled stays in a cache from run to run.
 """
 
@@ -34,18 +34,6 @@ def pytest_configure(config):
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-@pytest.fixture(autouse=True)
-def _optimizations(request):
-    if request.node.get_closest_marker("optimized") is None:
-        yield
-        return
-    jax.clear_caches()  # what another test compiled without
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.clear_caches()
 
 
 @pytest.fixture

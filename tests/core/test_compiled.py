@@ -1,7 +1,4 @@
-"""What is compiled: the FLOPs, the bytes and the memory of a layer's backward pass.
-
-None of this needs the marker `optimized`: without it XLA makes the same HLO, and LLVM less of it.
-"""
+"""What is compiled: the FLOPs, the bytes and the memory of a layer's backward pass."""
 
 import dataclasses
 import functools

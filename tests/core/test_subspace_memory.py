@@ -38,6 +38,19 @@ def test_rows_are_scored_by_what_lies_outside(dtype):
     assert ratio[0] < ratio[1]
 
 
+def test_directions_of_both_sides_find_noisy_rows_in_every_dtype():
+    for dtype in map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)):
+        x, g = (
+            rows_near_a_subspace(M, n, 3, 0.1, seed).astype(dtype) for seed, n in enumerate((N, P))
+        )
+        memory = stepped(config_of(), x, g, steps=4)
+        assert memory.inputs.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
+        dw, _ = weight_gradient(config_of(), x, g, memory, jax.random.key(0))
+        assert dw.dtype == dtype
+        exact = exact_gradient(x, g)
+        assert np.linalg.norm(np.asarray(dw, np.float64) - exact) < 0.05 * np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("rank", [3, (3, 0)])
 def test_mixed_dtypes(rank):
     """bfloat16 inputs and float32 cotangents: nothing in float32 is rounded."""

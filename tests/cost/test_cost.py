@@ -361,7 +361,6 @@ def test_bad_plans():
         for case in ((None, 1), ((4, 0), 1), (32, 1), (4, 1), ((8, 2), 1), (4, 4))
     ],
 )
-@pytest.mark.optimized
 def test_flops_are_the_compilers(rank, refresh):
     """Of the gradient of the kernel, from the FLOPs of the step with and without it."""
     rows, features, k = 1024, 256, 128
