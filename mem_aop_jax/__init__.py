@@ -5,6 +5,8 @@ from mem_aop_jax._analysis.allocate import Allocation, allocate
 from mem_aop_jax._analysis.controller import Controller, Decision
 from mem_aop_jax._analysis.diagnostics import Diagnostics, diagnostics
 from mem_aop_jax._analysis.plan import Plan, Planned, plan
+from mem_aop_jax._approximate.approximated import Approximated, approximate
+from mem_aop_jax._approximate.reach import Reach
 from mem_aop_jax._core.config import InputGrad, MemAOP
 from mem_aop_jax._core.dense import dense, dot_general
 from mem_aop_jax._core.memory import Memory, Subspace
@@ -23,6 +25,7 @@ from mem_aop_jax.transform import (
 
 __all__ = [
     "Allocation",
+    "Approximated",
     "Controller",
     "Cost",
     "Decision",
@@ -35,9 +38,11 @@ __all__ = [
     "Planned",
     "Probe",
     "Rates",
+    "Reach",
     "Selection",
     "Subspace",
     "allocate",
+    "approximate",
     "carry_memory",
     "cost",
     "dense",

@@ -53,3 +53,46 @@ def set_value(variable, value) -> None:
         variable.set_value(value)
     else:  # flax < 0.12
         variable.value = value
+
+
+def scan_counts(equation) -> tuple[int, int]:
+    """How many inputs of a scan's equation are constants, and how many its carry."""
+    params = equation.params
+    if "num_consts" in params:  # jax < 0.12
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def scan_options(equation) -> dict:
+    """The arguments of `lax.scan` that its equation was made with."""
+    names = ("length", "reverse", "unroll", "_split_transpose")
+    return {name: equation.params[name] for name in names if name in equation.params}
+
+
+def shard_map_options(equation) -> dict:
+    """The arguments of `jax.shard_map` that its equation was made with."""
+    params = equation.params
+    axes = params.get("newly_manual_axes", params.get("manual_axes"))  # jax < 0.10
+    names = ("mesh", "in_specs", "out_specs", "check_vma")
+    return {name: params[name] for name in names} | {"axis_names": axes}
+
+
+def varying_axes_of_type(aval) -> frozenset[str]:
+    """As `varying_axes`, of a value that has this type."""
+    if hasattr(aval, "vma"):  # jax < 0.10
+        return aval.vma
+    return aval.manual_axis_type.varying
+
+
+def jaxpr_of(whole, inputs, outputs, equations):
+    """A jaxpr of some equations of another one."""
+    names = {"arg_names": ("",) * len(inputs), "result_paths": ("",) * len(outputs)}
+    return whole.replace(
+        constvars=[],
+        invars=inputs,
+        outvars=outputs,
+        eqns=list(equations),
+        effects=frozenset().union(*(equation.effects for equation in equations)),
+        debug_info=whole.debug_info._replace(**names),
+    )

@@ -64,22 +64,28 @@ def as_rules(caller: str, config_or_rules: MemAOP | Sequence[tuple[str, MemAOP |
     return tuple((pattern, config) for pattern, config in config_or_rules)
 
 
-def config_for(rules: Rules, path: str) -> MemAOP | None:
-    """The configuration of the first rule whose pattern matches the whole path, or None."""
-    i = _decider(rules, path)
+def config_for(rules: Rules, *names: str) -> MemAOP | None:
+    """The configuration of the first rule whose pattern matches a whole name, or None.
+
+    `names` are those of one layer: its path, and others that a pattern may match.
+    """
+    i = _decider(rules, names)
     return None if i is None else rules[i][1]
 
 
-def check_all_used(caller: str, rules: Rules, paths: Sequence[str]) -> None:
-    """Every rule decides about a layer, except one for all paths that finds none left.
+def check_all_used(caller: str, rules: Rules, layers: Sequence[tuple[str, ...]]) -> None:
+    """Every rule decides about a layer, except one for all layers that finds none left.
+
+    `layers` has the names of each layer.
 
     Raises:
-      ValueError: a rule that decides about none of the paths.
+      ValueError: a rule that decides about none of them.
     """
-    deciders = {_decider(rules, path) for path in paths}
+    deciders = {_decider(rules, names) for names in layers}
+    paths = list(dict.fromkeys(path for path, *_ in layers))
     for i, (pattern, _) in enumerate(rules):
-        matching = [path for path in paths if re.fullmatch(pattern, path)]
-        if i in deciders or (matching and len(matching) == len(paths)):
+        matching = [names[0] for names in layers if _matches(pattern, names)]
+        if i in deciders or (matching and len(matching) == len(layers)):
             continue
         found = (
             f"matches only layers that an earlier rule decides about ({', '.join(matching)})"
@@ -92,9 +98,13 @@ def check_all_used(caller: str, rules: Rules, paths: Sequence[str]) -> None:
         )
 
 
-def _decider(rules, path):
+def _decider(rules, names):
     """The index of the first rule that matches, or None."""
-    return next((i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, path)), None)
+    return next((i for i, (pattern, _) in enumerate(rules) if _matches(pattern, names)), None)
+
+
+def _matches(pattern, names):
+    return any(re.fullmatch(pattern, name) for name in names)
 
 
 def eval_shape(function: Callable, *args: chex.ArrayTree, **kwargs: chex.ArrayTree):

@@ -324,7 +324,7 @@ def _planned(caller, model, rules, args, kwargs) -> list[_Planned]:
         copy(*args, **kwargs)
 
     eval_shape(run, jax.eval_shape(lambda state: state, state), *args, **kwargs)
-    check_all_used(caller, rules, list(calls))
+    check_all_used(caller, rules, [(path,) for path in calls])
     planned = []
     for path, node in _stock_layers(model):
         config = config_for(rules, path)

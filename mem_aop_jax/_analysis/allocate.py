@@ -13,10 +13,10 @@ import numpy as np
 from mem_aop_jax import linen
 from mem_aop_jax._analysis.layer_variance import LayerVariance, Measurement
 from mem_aop_jax._analysis.model_gradients import ExampleInput, as_args, check_batches
-from mem_aop_jax._analysis.tables import markdown
 from mem_aop_jax._core.config import InputGrad, MemAOP
 from mem_aop_jax._core.flops import exact_flops, relative_cost
 from mem_aop_jax._models import Layer, Rules
+from mem_aop_jax._tables import markdown
 
 RATIOS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the rows
 RANKS = (0, 4, 8, 16, 24, 32, 48, 64)  # of each side, up to a quarter of its features

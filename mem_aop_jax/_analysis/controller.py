@@ -12,12 +12,12 @@ import numpy as np
 from mem_aop_jax import linen
 from mem_aop_jax._analysis import model_gradients
 from mem_aop_jax._analysis.model_gradients import ExampleInput
-from mem_aop_jax._analysis.tables import markdown
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.flops import flops_left_out
 from mem_aop_jax._core.memory import Memory, Subspace
 from mem_aop_jax._core.probe import is_memory
 from mem_aop_jax._models import as_rules, config_for
+from mem_aop_jax._tables import markdown
 
 EXACT = "exact"
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mem_aop_jax._analysis.model_gradients import counted_flops, floating_leaves
-from mem_aop_jax._analysis.tables import markdown
 from mem_aop_jax._core.measure import variance_of_draws
 from mem_aop_jax._core.probe import Measured, Probe, is_memory
 from mem_aop_jax._numerics import safe_divide
+from mem_aop_jax._tables import markdown
 
 
 @jax.tree_util.register_dataclass

@@ -10,12 +10,12 @@ from flax import nnx as flax_nnx
 
 from mem_aop_jax import linen, nnx
 from mem_aop_jax._analysis.model_gradients import ExampleInput, as_args
-from mem_aop_jax._analysis.tables import markdown
 from mem_aop_jax._core import validation
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._cost.cost import Cost, cost
 from mem_aop_jax._cost.device_rates import Rates, device_rates
 from mem_aop_jax._models import Layer, Rules, as_rules, config_for
+from mem_aop_jax._tables import markdown
 from mem_aop_jax.linen._layers import sized_layers
 
 

@@ -1,11 +1,12 @@
 """Layers that keep their memories in a variable collection."""
 
 import collections
+import contextlib
 import contextvars
 import functools
-import itertools
+import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import chex
@@ -14,18 +15,18 @@ import jax
 import jax.numpy as jnp
 from flax.core import Scope
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
-from flax.linen.transforms import get_module_scopes
 
 from mem_aop_jax._core import validation
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.dense import dot_general
 from mem_aop_jax._core.layout import contraction_sizes, warn_once, why_exact
-from mem_aop_jax._core.memory import LayerMemory, memory_name
+from mem_aop_jax._core.memory import memory_name
 from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._core.probe import Probe, is_memory
 from mem_aop_jax._models import Layer, eval_shape
 
 COLLECTION = OVERWRITE_WITH_GRADIENT  # TrainState replaces its variables by their gradients
+LAYERS_MEMORY = re.compile(r"memory(_\d+)?")  # the name of a memory of a layer in this file
 RNG = "mem_aop"  # apply(..., rngs={RNG: key}), for the random policies
 
 
@@ -125,12 +126,8 @@ class Sized(NamedTuple):
 
 def sized_layers(module: nn.Module, rngs: chex.ArrayTree, *args, **kwargs) -> list[Sized]:
     """As `layers`, with more of each layer."""
-    recorded: dict[tuple[str, ...], Sized] = {}
-    token = _recorded.set(recorded)
-    try:
+    with recording() as recorded:
         _traced_init(module, rngs, args, kwargs)
-    finally:
-        _recorded.reset(token)
     return list(recorded.values())
 
 
@@ -168,53 +165,36 @@ def probes(
 
 
 def _traced_init(module, rngs, args, kwargs):
-    """The shapes of a model's variables, from a trace that goes through every layer."""
-    method = kwargs.pop("method", None) or "__call__"
+    """The shapes of a model's variables."""
+    return eval_shape(functools.partial(module.init, rngs), *args, **kwargs)
 
-    def call(bound, /, *args, **kwargs):
-        trace_anew(*scopes_of(bound))
-        function = getattr(type(bound), method) if isinstance(method, str) else method
-        return getattr(function, "__func__", function)(bound, *args, **kwargs)
-
-    return eval_shape(functools.partial(module.init, rngs, method=call), *args, **kwargs)
-
-
-def trace_anew(*scopes: Scope) -> None:
-    """Lets `nn.jit` reuse no trace below these scopes.
-
-    It reuses one for any module of the same type and fields, and the same flags of its scope.
-    """
-    for scope in scopes:
-        scope.flags = scope.flags.copy({"mem_aop": _New()})
-
-
-class _New:
-    """Has another hash each time."""
-
-    _numbers = itertools.count()
-
-    def __hash__(self):
-        return next(self._numbers)
-
-
-def scopes_of(module: nn.Module) -> list[Scope]:
-    """Scopes of a module and of those in its fields, which exist before any method is called."""
-    return get_module_scopes(module, (), {})[0]
-
-
-class Lent(NamedTuple):
-    """What stands beside a layer's parameters inside of a wrapped model."""
-
-    memory: LayerMemory | None
-    key: chex.PRNGKey | None
-
-
-LENT = "mem_aop_"  # + the memory's name in COLLECTION
 
 _probing = contextvars.ContextVar("whether layers without a memory get a probe", default=False)
 _recorded: contextvars.ContextVar[dict | None] = contextvars.ContextVar(
     "the layers of a call, by path and memory", default=None
 )
+
+
+def probing() -> bool:
+    """Whether layers without a memory get a probe."""
+    return _probing.get()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[str, Sized]]:
+    """The layers that are called inside, by the names of their memories."""
+    recorded: dict[str, Sized] = {}
+    token = _recorded.set(recorded)
+    try:
+        yield recorded
+    finally:
+        _recorded.reset(token)
+
+
+def record(name: str, sized: Sized) -> None:
+    """Notes a layer that is called, for `recording`."""
+    if (recorded := _recorded.get()) is not None:
+        recorded[name] = sized
 
 
 def call_with_product(module: nn.Module, product: Callable, call: Callable, *args, **kwargs):
@@ -226,14 +206,8 @@ def call_with_product(module: nn.Module, product: Callable, call: Callable, *arg
         object.__setattr__(module, "dot_general", None)
 
 
-def product_of(
-    module, config, lhs, rhs, dimension_numbers, *args, lend=False, gains=None, **options
-):
-    """`dot_general` with the memory, the key and the name of a module.
-
-    A wrapper says in `gains(config, sizes, dtype)` whether a layer without a memory so far is
-    worth it.
-    """
+def product_of(module, config, lhs, rhs, dimension_numbers, *args, **options):
+    """`dot_general` with the memory, the key and the name of a module."""
     memory = key = None
     owner = module.parent if isinstance(module, DotGeneral) else module
     kernel = owner.get_variable("params", "kernel") if isinstance(owner, nn.Module) else None
@@ -245,7 +219,7 @@ def product_of(
     if config is not None:
         validation.floating(_name(module), lhs, rhs)
         sizes = contraction_sizes(lhs, rhs, dimension_numbers)
-        config, memory, key = _memory_of_this_call(module, config, sizes, lhs.dtype, lend, gains)
+        memory, key = _memory_of_this_call(module, config, sizes, lhs.dtype)
     return dot_general(
         lhs,
         rhs,
@@ -259,49 +233,30 @@ def product_of(
     )
 
 
-_calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # root scope -> calls by path
+_calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def count_calls_together(scope: Scope, inner: Scope) -> None:
-    """Counts the calls in a lifted transform of a module with those outside of it."""
-    _calls[inner.root] = _calls.setdefault(scope.root, collections.Counter())
+def calls_in_pass(scope: Scope) -> collections.Counter:
+    """Counts, of the calls in this forward pass: by the scope's root, and any keys."""
+    return _calls.setdefault(scope.root, collections.Counter())
 
 
-def _memory_of_this_call(module, config, sizes, dtype, lend, gains):
-    """The configuration, memory and key for this call of a module in this forward pass."""
-    name = _next_memory_name(module)
-    lent = module.get_variable("params", LENT + name, Lent(None, None))
-    if lent.memory is not None and jnp.ndim(lent.memory.uses):  # the parameters are shared
-        lent = Lent(None, None)
-    memory = module.get_variable(COLLECTION, name, lent.memory)
-    if memory is None and gains is not None and not gains(config, sizes, dtype):
-        return None, None, None
-    if (recorded := _recorded.get()) is not None:
-        k = config.selected_rows(sizes[0], _name(module))
-        layer = Layer("/".join(module.path), *sizes, k)
-        recorded[(*module.path, name)] = Sized(layer, dtype, gains is not None)
-    key = module.make_rng(RNG) if module.has_rng(RNG) else lent.key
-    wanted = config.memory_kind is not None or _probing.get()
-    if module.is_initializing() and memory is None and wanted:
-        _put_first_memory(module, name, config, sizes, dtype, lend)
-    return config, memory, key
-
-
-def _next_memory_name(module):
-    """The name of the memory of the next call of a module in this forward pass."""
-    calls = _calls.setdefault(module.scope.root, collections.Counter())
+def _memory_of_this_call(module, config, sizes, dtype):
+    """The memory and the key for this call of a module in this forward pass."""
+    calls = calls_in_pass(module.scope)
+    name = memory_name(calls[module.path])
     calls[module.path] += 1
-    return memory_name(calls[module.path] - 1)
-
-
-def _put_first_memory(module, name, config, sizes, dtype, lend):
-    """Puts a memory, or a probe for a layer without one, where the next call finds it."""
-    config.selected_rows(sizes[0], _name(module))
-    new = init_memory(config, *sizes, dtype) or Probe.of(None, draws=1)
-    if module.is_mutable_collection(COLLECTION):
-        module.put_variable(COLLECTION, name, new)
-    elif lend:
-        module.put_variable("params", LENT + name, Lent(new, None))
+    memory = module.get_variable(COLLECTION, name, None)
+    k = config.selected_rows(sizes[0], _name(module)) if module.is_initializing() else 0
+    layer = Layer("/".join(module.path), *sizes, k)
+    record("/".join((*module.path, name)), Sized(layer, dtype, wrapped=False))
+    key = module.make_rng(RNG) if module.has_rng(RNG) else None
+    wanted = config.memory_kind is not None or probing()
+    if module.is_initializing() and memory is None and wanted:
+        new = init_memory(config, *sizes, dtype) or Probe.of(None, draws=1)
+        if module.is_mutable_collection(COLLECTION):
+            module.put_variable(COLLECTION, name, new)
+    return memory, key
 
 
 def _name(module: nn.Module) -> str:

@@ -1,61 +1,70 @@
-"""Models as they are, with their dense layers made approximate."""
+"""Models as they are, with their contractions with parameters made approximate.
 
+A wrapped model is of a subclass of the model's class. Its methods are lifted, as by `nn.jit`: the
+model's method becomes a function of variables, random numbers and arguments, and its program is run
+in its place. Nothing in the model knows of it.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
 import functools
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import lift
+from flax.linen.transforms import lift_direct_transform
+from jax.tree_util import SequenceKey
 
-from mem_aop_jax._core import validation
+from mem_aop_jax._approximate.origins import CONSTANT, DATA
+from mem_aop_jax._approximate.program import Parameter
+from mem_aop_jax._approximate.settings import Settings, why_rows_do_not_fit
+from mem_aop_jax._approximate.tracing import Traced, path_string, trace
 from mem_aop_jax._core.config import MemAOP
-from mem_aop_jax._core.probe import is_memory
-from mem_aop_jax._cost.cost import cost
-from mem_aop_jax._cost.device_rates import Rates, device_rates
-from mem_aop_jax._models import Rules, as_rules, check_all_used, config_for
+from mem_aop_jax._core.probe import Probe, is_memory
+from mem_aop_jax._models import Layer, config_for
 from mem_aop_jax.linen._layers import (
     COLLECTION,
-    LENT,
+    LAYERS_MEMORY,
     RNG,
-    Dense,
-    Lent,
-    call_with_product,
-    count_calls_together,
-    product_of,
-    scopes_of,
-    trace_anew,
+    Sized,
+    calls_in_pass,
+    probing,
+    record,
+    recording,
 )
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def wrap(
-    module: nn.Module,
+    module: Model,
     config_or_rules: MemAOP | Sequence[tuple[str, MemAOP | None]],
     *,
     min_speedup: float | None = None,
-) -> nn.Module:
-    """Any Linen model, unedited, with its `nn.Dense` and `nn.DenseGeneral` layers made approximate.
+) -> Model:
+    """Any Linen model, unedited, with its contractions with parameters made approximate.
 
-    Parameters, their initial values and outputs are those of the model; `init` adds the collection
-    `COLLECTION`, as `Dense` does. The layers may stand anywhere: inside attention, `nn.scan` over
-    layers, `nn.remat`, `nn.vmap`. The lifted transforms need not know of the collection: inside,
-    memories travel as the parameters do. (Where parameters are shared, as in an `nn.scan` over
-    time, memories cannot be: declare an axis of `COLLECTION` there, or leave those layers exact.)
-    `nn.jit` inside traces anew in every pass: put the training step under `jax.jit`. Layers with a
-    `dot_general` or `dot_general_cls` of their own stay as they are.
-
-    The wrapper's only method is `__call__`. To evaluate, or to call another method, use the model
-    itself with the same parameters.
+    What `aop.approximate` reaches: dense layers, attention, tied embeddings, recurrent cells,
+    modules of anybody's own, inside `nn.scan`, `nn.remat`, `nn.vmap` and `nn.jit`. Parameters,
+    their initial values, outputs and methods are those of the model; `init` adds the collection
+    `COLLECTION`, as `Dense` does. Variables of other collections than "params" are constants.
+    Layers of this library in the model stay as they are.
 
     Args:
       module: the model.
-      config_or_rules: a configuration for all dense layers, or rules: pairs of a regular
-        expression on the whole path of a layer ("encoder/mlp/Dense_0"), and a configuration or
-        None for an exact layer. The first match wins; a layer without one is exact.
+      config_or_rules: a configuration for all layers, or rules: pairs of a regular expression on
+        the whole path of a layer ("encoder/mlp/Dense_0") or of its parameter
+        ("encoder/mlp/Dense_0/kernel"), and a configuration or None for an exact layer. The first
+        match wins; a layer without one is exact.
       min_speedup: a layer stays exact, too, unless `aop.cost` predicts for the batch of `init` (for
         each batch, where it has no memory) that a step is so many times faster on the default
-        device. That is measured where the device is not
-        known, and may differ from process to process: a run that shall go on elsewhere takes the
-        rules of `aop.plan`.
+        device. That is measured where the device is not known, and may differ from process to
+        process: a run that shall go on elsewhere takes the rules of `aop.plan`.
 
     Returns:
       A module to use in place of the model. `layers` lists what it approximates.
@@ -63,8 +72,8 @@ def wrap(
     Raises:
       TypeError: no module, or no configuration or rules.
       ValueError: a bad regular expression, a wrapped model, a `min_speedup` that is no positive
-        number; from `init`: a rule that decides about
-        no layer, or a layer whose parameters are shared by the calls of a lifted transform.
+        number; from `init`: a rule that decides about no layer, or a configuration that does not
+        fit the number of a layer's rows.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, mem_aop_jax as aop
@@ -79,142 +88,239 @@ def wrap(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"wrap: module is of type {type(module).__name__}, not a Linen module.")
-    _not_wrapped(module)
-    validation.min_speedup("wrap", min_speedup)
-    rates = None if min_speedup is None else device_rates()
-    return Wrapped(module, as_rules("wrap", config_or_rules), min_speedup, rates)
+    settings = Settings.of("wrap", config_or_rules, min_speedup)
+    _check_not_wrapped(module)
+    wrapped = object.__new__(_wrapped_class(type(module), settings))
+    wrapped.__dict__.update((module.clone() if module.parent is None else module).__dict__)
+    return wrapped
 
 
-class Wrapped(nn.Module):
-    """What `wrap` returns."""
+# ---- the class of a wrapped model
 
-    mem_aop_model: nn.Module  # the model has this scope, too, and may call a submodule "model"
-    rules: Rules
-    min_speedup: float | None = None
-    rates: Rates | None = None
+_WRAPPED = "_mem_aop_wrapped"  # an attribute of such a class
+_INSIDE = "_mem_aop_inside"  # of an instance that is traced: its methods are the model's
 
-    def setup(self):
-        nn.share_scope(self, self.mem_aop_model)
-
-    def __call__(self, *args, **kwargs):
-        """The model, with the same arguments."""
-        key = self.make_rng(RNG) if self.has_rng(RNG) else None
-        paths = {}  # ordered
-        lend = self.is_mutable_collection(COLLECTION)
-        gains = functools.partial(_gains, self.min_speedup, self.rates)
-        with_product = functools.partial(_intercept, self.rules, len(self.path), lend, gains, paths)
-
-        def intercept(call, args, kwargs, context):
-            _not_wrapped(context.module)
-            if context.module.scope is not None:
-                trace_anew(context.module.scope)
-            return with_product(call, args, kwargs, context)
-
-        def call(model, /, *args, **kwargs):
-            trace_anew(*scopes_of(model))
-            count_calls_together(self.scope, model.scope)
-            with nn.intercept_methods(intercept):
-                return model(*args, **kwargs)
-
-        y = nn.map_variables(
-            call,
-            ("params", COLLECTION),
-            trans_in_fn=functools.partial(_lend_memories, key),
-            trans_out_fn=_take_memories_back,
-            mutable=True,
-        )(self.mem_aop_model, *args, **kwargs)
-        if self.is_initializing():
-            check_all_used("wrap", self.rules, list(paths))
-        return y
+_tracing = contextvars.ContextVar("whether a wrapped model is traced", default=False)
 
 
-def _gains(min_speedup, rates, config, sizes, dtype):
-    rows = sizes[0]
-    evaluated = rows == 0 or rows % config.groups or (config.k is not None and config.k > rows)
-    if min_speedup is None or evaluated:  # there it is exact anyway
-        return True
-    return cost(config, *sizes, dtype, rates=rates).speedup >= min_speedup
-
-
-def _not_wrapped(module):
-    if isinstance(module, Wrapped):
+def _check_not_wrapped(module):
+    if hasattr(type(module), _WRAPPED):
         raise ValueError(
             "wrap: got a wrapped model, or a model with one in it. Wrap once, with all rules."
         )
 
 
-def _intercept(rules, depth, lend, gains, paths, call, args, kwargs, context):
-    """Calls a method of a module; a stock dense layer gets the product that its rule asks for."""
-    module = context.module
-    stock = isinstance(module, nn.Dense | nn.DenseGeneral) and not isinstance(module, Dense)
-    if not stock or context.method_name != "__call__":
-        return call(*args, **kwargs)
-    if module.dot_general is not None or module.dot_general_cls is not None:
-        return call(*args, **kwargs)
-    path = "/".join(module.path[depth:])
-    paths[path] = None
-    config = config_for(rules, path)
-    if config is None:
-        return call(*args, **kwargs)
-    product = functools.partial(product_of, module, config, lend=lend, gains=gains)
-    return call_with_product(module, product, call, *args, **kwargs)
-
-
-# ---- memories inside a wrapped model
-#
-# A lifted transform hands on the collections that the model declares. All declare "params", with
-# the axes that the layers' memories need, too: there a memory waits beside its layer's parameters.
-
-
-def _lend_memories(key, variables):
-    """Puts the memories of COLLECTION, each with a key, beside the parameters of their layers."""
-    memories, structure = jax.tree.flatten(variables.get(COLLECTION, {}), is_leaf=is_memory)
-
-    def lend(i, memory):
-        if not is_memory(memory) or jnp.ndim(memory.uses) == 0:
-            return None  # of no lifted transform: it is found in COLLECTION
-        if key is None:
-            return Lent(memory, None)
-        return Lent(memory, jax.random.split(jax.random.fold_in(key, i), jnp.shape(memory.uses)))
-
-    lent = structure.unflatten([lend(i, memory) for i, memory in enumerate(memories)])
-    return variables | {"params": _with_lent(variables.get("params", {}), lent)}
-
-
-def _with_lent(params, lent):
-    beside = {LENT + name: node for name, node in lent.items() if isinstance(node, Lent)}
-    below = {
-        name: _with_lent(params.get(name, {}), node)
-        for name, node in lent.items()
-        if isinstance(node, dict)
+@functools.cache  # so that equal models are equal when they are wrapped, too
+def _wrapped_class(model_class: type, settings: Settings) -> type:
+    """A subclass of a model's class whose methods are approximate."""
+    methods = {
+        name: _lifted(getattr(model_class, name), settings)
+        for name in dir(model_class)
+        if _is_public_method(model_class, name)
     }
-    return {**params, **below, **beside}
+    entries = {name: _entry(model_class, name) for name in ("apply", "init_with_output")}
+    attributes = ("__doc__", "__module__", "__qualname__")
+    names = {name: getattr(model_class, name) for name in attributes} | {_WRAPPED: True}
+    return type(model_class.__name__, (model_class,), methods | entries | names)
 
 
-def _take_memories_back(variables):
-    """Moves the memories that `init` left beside the parameters into COLLECTION."""
-    if "params" not in variables:
-        return variables
-    params, memories = _apart(variables["params"], variables.get(COLLECTION, {}), ())
-    return variables | {"params": params} | ({COLLECTION: memories} if memories else {})
+def _is_public_method(model_class, name):
+    if name != "__call__" and (name.startswith("_") or hasattr(nn.Module, name)):
+        return False
+    if name in {field.name for field in dataclasses.fields(model_class)}:
+        return False
+    method = inspect.getattr_static(model_class, name)
+    return inspect.isfunction(method) and not hasattr(method, "nowrap")
 
 
-def _apart(params, memories, path):
-    kept, memories = {}, dict(memories)
-    for name, node in params.items():
-        if isinstance(node, Lent):
-            if jnp.ndim(node.memory.uses) == 0:
-                raise ValueError(
-                    f"wrap: {'/'.join(path)}: a lifted transform calls this layer with the same "
-                    "parameters each time, and each call needs a memory. Declare an axis for them "
-                    "there (variable_axes={aop.linen.COLLECTION: 0}), or make the layer exact with "
-                    f"a rule ({'/'.join(path)!r}, None)."
-                )
-            memories[name.removeprefix(LENT)] = node.memory
-        elif isinstance(node, dict):
-            kept[name], below = _apart(node, memories.get(name, {}), (*path, name))
-            if below:
-                memories[name] = below
+def _entry(model_class, name):
+    """`apply` or `init_with_output`, for which a method of the model is that of its subclass."""
+    enter = getattr(model_class, name)
+
+    @nn.nowrap
+    @functools.wraps(enter)
+    def entry(self, *args, method=None, **kwargs):
+        own_name = getattr(method, "__name__", "")
+        if method is not None and getattr(model_class, own_name, None) is method:
+            method = own_name
+        return enter(self, *args, method=method, **kwargs)
+
+    return entry
+
+
+def _lifted(method, settings):
+    """A method of a wrapped model."""
+
+    @nn.nowrap
+    @functools.wraps(method)
+    def lifted(self, *args, **kwargs):
+        if self.scope is None or _INSIDE in self.__dict__:
+            return method(self, *args, **kwargs)
+        if _tracing.get():
+            _check_not_wrapped(self)
+
+        def inside(clone, *args, **kwargs):
+            clone.__dict__[_INSIDE] = True
+            token = _tracing.set(True)
+            try:
+                return method(clone, *args, **kwargs)
+            finally:
+                _tracing.reset(token)
+
+        run = functools.partial(_run_packed, settings, self)
+        return lift_direct_transform(run, (inside,), self, *args, **kwargs)
+
+    return lifted
+
+
+def _run_packed(settings, module, scope_function, scopes, *args, **kwargs):
+    """Runs a function of a module's scopes as a function of the variables in them."""
+    paths = [scope.path for scope in _roots(scopes)]
+
+    def run(scope_fn, repack_fn, variables, rngs, *args, **kwargs):
+        def function(variables, rngs, args, kwargs):
+            scopes = scope_fn(variables, rngs)
+            return scope_function(scopes, *args, **kwargs), repack_fn(scopes)
+
+        def traced(variables, memory) -> Traced:
+            return trace(
+                function,
+                (variables, rngs, args, kwargs),
+                {},
+                functools.partial(_parameter_or_origin, module, paths),
+                functools.partial(settings.decide, memory),
+                calls_in_pass(module.scope),
+            )
+
+        if module.is_initializing():
+            y, (results,) = function(variables, rngs, args, kwargs)
+            created = [{**old, **new} for old, new in zip(variables[0], results, strict=True)]
+            with recording(), _initialized(scopes):
+                sites = traced((created,), ()).sites
+            settings.check_all_used(sites)
+            for site in sites:
+                _put_first_memory(module, settings, site, results)
+            return y, (results,)
+        memory: dict[str, Any] = {}
+        inside = []
+        for path, collections in zip(paths, variables[0], strict=True):
+            own, others = _split(path, collections.get(COLLECTION, {}))
+            memory |= own
+            hidden = {name: v for name, v in collections.items() if name != COLLECTION}
+            inside.append(hidden | ({COLLECTION: others} if others else {}))
+        key = next((rng[RNG].as_jax_rng() for rng in rngs[0] if RNG in rng), None)
+        return traced((tuple(inside),), memory).run(memory, key)
+
+    pack = lift.pack(run, (True,), (True,), (True,), name="approximate", enable_kwargs=True)
+    return pack(scopes, *args, **kwargs)
+
+
+def _put_first_memory(module, settings, site, results):
+    """Records a site, and puts its first memory into the collection of its scope."""
+    parameter, sizes = site.parameter, site.contraction.sizes
+    if site.config is None:
+        config = config_for(settings.rules, *parameter.names)
+        if config is not None and site.why_exact == why_rows_do_not_fit(config, sizes[0]):
+            config.selected_rows(sizes[0], site.label)  # raises
+        return
+    layer = Layer(site.label, *sizes, site.config.selected_rows(sizes[0], site.label))
+    record(site.name, Sized(layer, site.contraction.dtypes[0], wrapped=True))
+    new = site.first_memory()
+    if new is None and probing():
+        new = Probe.of(None, draws=1, stack=site.all_runs)
+    if new is not None and module.is_mutable_collection(COLLECTION):
+        *modules, _ = parameter.inside
+        node = results[parameter.scope].setdefault(COLLECTION, {})
+        for name in modules:
+            node = node.setdefault(name, {})
+        node[site.name.rpartition("/")[2]] = new
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinenParameter(Parameter):
+    """A parameter of a model.
+
+    Attributes:
+      scope: the number of the scope that holds it, of those of the model.
+      inside: its path in that scope.
+      relative: its path from the wrapped model on.
+      model: how messages call the model itself.
+    """
+
+    scope: int
+    inside: tuple[str, ...]
+    relative: tuple[str, ...]
+    model: str
+
+    @property
+    def names(self):
+        """The path of its layer, and its own."""
+        return "/".join(self.relative[:-1]), "/".join(self.relative)
+
+    def label(self, uses):
+        """The path of its layer."""
+        del uses
+        return self.path.rpartition("/")[0] or self.model
+
+
+def _parameter_or_origin(module, paths, path, leaf):
+    """What a leaf of (variables, rngs, args, kwargs) is, by its path in ((these), {})."""
+    if path[1] != SequenceKey(0):
+        return DATA
+    _, _, _, scope, collection, *inside = path
+    collection = _name(collection)
+    if collection != "params":
+        return DATA if collection == COLLECTION else CONSTANT
+    inside = tuple(path_string(tuple(inside)).split("/"))
+    full = (*paths[scope.idx], *inside)
+    own = module.scope.path
+    relative = full[len(own) :] if full[: len(own)] == own else full
+    size, model = jnp.size(leaf), type(module).__name__
+    return _LinenParameter("/".join(full), size, scope.idx, inside, relative, model)
+
+
+def _name(key):
+    """What a key of a dictionary's path is a key for."""
+    return jax.tree_util.keystr((key,), simple=True)
+
+
+def _split(path, collection):
+    """The memories of sites in a collection, by the sites' names; and those of layers in it.
+
+    `path` is that of the collection's scope.
+    """
+    memory, others = {}, {}
+    for name, node in collection.items():
+        if isinstance(node, Mapping) and not is_memory(node):
+            own, below = _split((*path, name), node)
+            memory |= own
+            others |= {name: below} if below else {}
+        elif LAYERS_MEMORY.fullmatch(name):
+            others[name] = node
         else:
-            kept[name] = node
-    return kept, memories
+            memory["/".join((*path, name))] = node
+    return memory, others
+
+
+@contextlib.contextmanager
+def _initialized(scopes):
+    """The scopes as they are after `init`, and their counters of random numbers after it."""
+    before = [(scope, scope.flags, dict(scope.rng_counters)) for scope in scopes]
+    for scope in scopes:
+        scope.flags = scope.flags.copy({"initializing": False})
+    try:
+        yield
+    finally:
+        for scope, flags, counters in before:
+            scope.flags = flags
+            scope.rng_counters.update(counters)
+
+
+def _roots(scopes):
+    """The scopes that are inside of no other one, each once."""
+
+    def ancestors(scope):
+        while (scope := scope.parent) is not None:
+            yield scope
+
+    return [s for s in dict.fromkeys(scopes) if not any(a in scopes for a in ancestors(s))]

@@ -1,0 +1,170 @@
+"""The transformation: any JAX function, with approximate gradients of its parameters."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax.numpy as jnp
+from jax.tree_util import SequenceKey
+
+from mem_aop_jax._approximate.origins import DATA
+from mem_aop_jax._approximate.program import Parameter
+from mem_aop_jax._approximate.reach import Reach, ReachedSite
+from mem_aop_jax._approximate.settings import Settings
+from mem_aop_jax._approximate.tracing import Traced, path_string, trace
+from mem_aop_jax._core.config import MemAOP
+from mem_aop_jax._core.memory import LayerMemory
+from mem_aop_jax._models import Layer
+
+
+class Approximated(NamedTuple):
+    """A function whose parameters' gradients are approximate: what `approximate` returns.
+
+    Attributes:
+      fun: the function itself.
+      settings: which contractions are approximate, and how.
+    """
+
+    fun: Callable
+    settings: Settings
+
+    def init(self, params: chex.ArrayTree, *args, **kwargs) -> dict[str, LayerMemory]:
+        """The first memories, by the names of the sites: the parameters' paths.
+
+        A parameter's second use has a site of its own, its path with the suffix "#1", and so on.
+        Contractions in a scan have a memory for each iteration, those with batch dimensions
+        (experts, ensembles) one for each index, and those in a `shard_map` one for each device:
+        each in the memory's first dimensions.
+
+        Args:
+          params: as in the call.
+          *args: as in the call, for a batch of the training size. The function itself is not
+            computed: arrays may be `jax.ShapeDtypeStruct`s, here and in `params`.
+          **kwargs: as in the call.
+
+        Raises:
+          ValueError: a rule that decides about none of the contractions.
+        """
+        sites = self._checked(params, args, kwargs).reached
+        return {site.name: site.first_memory() for site in sites if site.config.memory_kind}
+
+    def __call__(
+        self,
+        params: chex.ArrayTree,
+        memory: Mapping[str, LayerMemory] | None,
+        key: chex.PRNGKey | None,
+        *args,
+        **kwargs,
+    ) -> Any:
+        """What the function returns for the same arguments.
+
+        Args:
+          params: the first argument of the function.
+          memory: from `init` or the last step. Its gradient is the next memory. None evaluates,
+            with any batch: differentiated then with respect to a parameter whose configuration has
+            a memory, it is an error.
+          key: a new PRNG key in each step; None where no configuration draws at random.
+          *args: further arguments of the function. What is no array is static.
+          **kwargs: as `args`.
+
+        Raises:
+          ValueError: a memory that does not fit the batch; a rule that decides about none of the
+            contractions; while differentiating: no memory, or no key.
+        """
+        if memory is None:
+            return self._traced((), params, args, kwargs).run({}, key)
+        traced = self._traced(memory, params, args, kwargs)
+        self.settings.check_all_used(traced.sites)
+        return traced.run(dict(memory), key)
+
+    def layers(self, params: chex.ArrayTree, *args, **kwargs) -> list[Layer]:
+        """The approximate contractions, in the order in which the function computes them.
+
+        Of the runs of a contraction (iterations, experts, devices), one stands for all. Arguments
+        and errors are those of `init`.
+        """
+        return [
+            Layer(site.name, *sizes, site.config.selected_rows(sizes[0], site.name))
+            for site in self._checked(params, args, kwargs).reached
+            for sizes in [site.contraction.sizes]
+        ]
+
+    def reach(self, params: chex.ArrayTree, *args, **kwargs) -> Reach:
+        """All contractions with parameters, and why those are exact that are.
+
+        Arguments and errors are those of `init`.
+        """
+        return Reach([ReachedSite.of(site) for site in self._checked(params, args, kwargs).sites])
+
+    def _checked(self, params, args, kwargs) -> Traced:
+        traced = self._traced((), params, args, kwargs)
+        self.settings.check_all_used(traced.sites)
+        return traced
+
+    def _traced(self, memory, params, args, kwargs) -> Traced:
+        decide = functools.partial(self.settings.decide, memory)
+        return trace(self.fun, (params, *args), kwargs, _parameter_or_data, decide)
+
+
+def approximate(
+    fun: Callable,
+    config_or_rules: MemAOP | Sequence[tuple[str, MemAOP | None]],
+    *,
+    min_speedup: float | None = None,
+) -> Approximated:
+    """A function with approximate gradients of its parameters (Mem-AOP-GD, arXiv 2110.09164).
+
+    Each contraction (`jax.lax.dot_general`) of something that is computed from parameters alone,
+    its kernel, with something that is not, its rows, has the gradients of `aop.dense`, whatever
+    library or layer it comes from. The function is traced, as by `jax.jit`: contractions are found
+    inside of jit, remat, scan (each iteration has its memory), cond (a branch that is not taken
+    keeps its memory), vmap, shard_map and inner derivatives. A convolution whose windows do not
+    overlap is a contraction, too. Functions with derivatives of their own (`jax.custom_vjp`) and
+    loops of unknown length stay as they are; `reach` lists what is exact, and why.
+
+    What the function closes over counts as constant: pass the batch as an argument.
+
+    Args:
+      fun: `fun(params, *args, **kwargs)`, any JAX function. params is any pytree of arrays;
+        what `fun` returns is any pytree.
+      config_or_rules: a configuration for all contractions with parameters, or rules: pairs of a
+        regular expression on the whole path of a parameter ("params/block_0/qkv/kernel", "0/w"),
+        and a configuration or None for exact ones. The first match wins; what no rule matches is
+        exact. A kernel that is computed from several parameters has the path of the largest.
+      min_speedup: a contraction stays exact, too, unless `aop.cost` predicts that a step of it is
+        so many times faster on the default device.
+
+    Returns:
+      The function to call as `approx(params, memory, key, *args, **kwargs)`. It works under every
+      transform of JAX but forward-mode differentiation.
+
+    Raises:
+      TypeError: `fun` is not callable; neither a configuration nor rules.
+      ValueError: a bad regular expression, or a `min_speedup` that is no positive number.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mem_aop_jax as aop
+      >>> def loss(params, x, y):
+      ...     return jnp.mean((jnp.tanh(x @ params["hidden"]) @ params["out"] - y) ** 2)
+      >>> params = {"hidden": jnp.ones((3, 16)), "out": jnp.ones((16, 1))}
+      >>> x, y = jnp.ones((8, 3)), jnp.ones((8, 1))
+      >>> approx = aop.approximate(loss, aop.MemAOP(ratio=0.25))
+      >>> memory = approx.init(params, x, y)
+      >>> grads, memory = jax.grad(approx, argnums=(0, 1))(params, memory, None, x, y)
+      >>> {name: rows.inputs.shape for name, rows in memory.items()}
+      {'hidden': (8, 3), 'out': (8, 16)}
+      >>> print(f"{approx.reach(params, x, y).share:.0%}")
+      100%
+    """
+    if not callable(fun):
+        raise TypeError(f"approximate: fun is of type {type(fun).__name__}; it must be callable.")
+    return Approximated(fun, Settings.of("approximate", config_or_rules, min_speedup))
+
+
+def _parameter_or_data(path, leaf):
+    """The leaves of the function's first argument are parameters."""
+    if path[:2] != (SequenceKey(0), SequenceKey(0)):  # of (args, kwargs)
+        return DATA
+    name = path_string(path[2:]) or "params"
+    return Parameter(name, jnp.size(leaf))

@@ -1,0 +1,171 @@
+"""A jaxpr as a program in which some contractions are approximate.
+
+A program is a list of steps. Most are runs of equations that stay as they are; the others are
+contractions with parameters, and equations with jaxprs in which there are such contractions
+(`nested.py`).
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from mem_aop_jax._approximate.contractions import Contraction, Shape
+from mem_aop_jax._core.config import MemAOP
+from mem_aop_jax._core.dense import dot_general
+from mem_aop_jax._core.memory_kinds import init_memory
+
+Memories = dict[str, Any]  # by the sites' names
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A leaf of the parameters.
+
+    Attributes:
+      path: joined by "/".
+      size: how many numbers it holds.
+    """
+
+    path: str
+    size: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the patterns of rules may match; the first is listed in messages."""
+        return (self.path,)
+
+    def label(self, uses: int) -> str:
+        """How messages call the site where it is used after so many uses before."""
+        return self.site_name(uses)
+
+    def site_name(self, uses: int) -> str:
+        """The name of the site where it is used after so many uses before."""
+        return f"{self.path}#{uses}" if uses else self.path
+
+
+class Site(NamedTuple):
+    """A contraction with parameters, at one place of a function.
+
+    Attributes:
+      name: of its memory: the path of the parameter, with a suffix from its second use on.
+      label: the name in messages.
+      parameter: the largest of those that its kernel is computed from.
+      operation: the primitive's name.
+      contraction: what is multiplied.
+      stack: how often the place is run: iterations of scans around it, devices of a `shard_map`.
+      config: how to approximate it; None where it is exact.
+      why_exact: the reason then.
+    """
+
+    name: str
+    label: str
+    parameter: Parameter
+    operation: str
+    contraction: Contraction
+    stack: Shape
+    config: MemAOP | None
+    why_exact: str | None
+
+    @property
+    def flops(self) -> float:
+        """Of the forward product, all runs together."""
+        return math.prod(self.stack) * self.contraction.flops
+
+    @property
+    def all_runs(self) -> Shape:
+        """The first dimensions of its memory: runs, and indices of batch dimensions."""
+        return (*self.stack, *self.contraction.batch)
+
+    def first_memory(self) -> Any:
+        """One for each run and each index of the batch dimensions; None without."""
+        new = init_memory(self.config, *self.contraction.sizes, self.contraction.dtypes[0])
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (*self.all_runs, *a.shape)), new)
+
+
+class Operation(Protocol):
+    """What a step of a program does."""
+
+    def run(self, memory: Memories, key: chex.PRNGKey | None, *inputs: chex.Array) -> Sequence:
+        """The equation's results, from its inputs."""
+
+
+class Step(NamedTuple):
+    """An operation, and the variables of the jaxpr that it reads and writes."""
+
+    operation: Operation
+    reads: Sequence[jex.Var | jex.Literal]
+    writes: Sequence[jex.Var]
+
+
+class Program(NamedTuple):
+    """The steps of a jaxpr, and the names of the sites in them."""
+
+    jaxpr: jex.Jaxpr
+    consts: Sequence
+    steps: Sequence[Step]
+    names: frozenset[str]
+
+    def run(self, memory: Memories, key: chex.PRNGKey | None, *inputs: chex.Array) -> list:
+        """The jaxpr's results; the gradient of the memory is the next memory."""
+        values = dict(zip(self.jaxpr.constvars, self.consts, strict=True))
+        values |= zip(self.jaxpr.invars, inputs, strict=True)
+
+        def read(atoms):
+            return [a.val if isinstance(a, jex.Literal) else values[a] for a in atoms]
+
+        for operation, reads, writes in self.steps:
+            values |= zip(writes, operation.run(memory, key, *read(reads)), strict=True)
+        return read(self.jaxpr.outvars)
+
+    def own(self, memory: Memories) -> Memories:
+        """The memories of the sites in it."""
+        return {name: memory[name] for name in sorted(self.names & memory.keys())}
+
+
+# ---- operations
+
+
+class Exact(NamedTuple):
+    """Equations as they are."""
+
+    jaxpr: jex.Jaxpr
+
+    def run(self, memory, key, *inputs):
+        del memory, key
+        return jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, ()))(*inputs)
+
+
+class Approximate(NamedTuple):
+    """A contraction whose kernel gradient is approximate."""
+
+    site: Site
+
+    def run(self, memory, key, lhs, rhs):
+        contraction = self.site.contraction
+        rows, kernel = contraction.arrange(lhs, rhs)
+
+        def product(rows, kernel, memory, key):
+            return dot_general(
+                rows,
+                kernel,
+                contraction.dimension_numbers,
+                memory=memory,
+                config=self.site.config,
+                key=key,
+                name=self.site.label,
+                **contraction.options,
+            )
+
+        if key is not None:
+            key = jax.random.fold_in(key, zlib.crc32(self.site.name.encode()))
+            key = jax.random.split(key, contraction.batch) if contraction.batch else key
+        for _ in contraction.batch:
+            product = jax.vmap(product)
+        return [contraction.restore(product(rows, kernel, memory.get(self.site.name), key))]

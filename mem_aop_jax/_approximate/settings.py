@@ -1,0 +1,88 @@
+"""Which contractions of a function are approximate, and how."""
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from mem_aop_jax._approximate.contractions import Contraction
+from mem_aop_jax._approximate.program import Parameter, Site
+from mem_aop_jax._core import validation
+from mem_aop_jax._core.config import MemAOP
+from mem_aop_jax._cost.cost import cost
+from mem_aop_jax._cost.device_rates import Rates, device_rates
+from mem_aop_jax._models import Rules, as_rules, check_all_used, config_for
+
+
+class Settings(NamedTuple):
+    """Rules, and how much faster a layer must be.
+
+    Attributes:
+      caller: who has them, for error messages.
+      rules: on the names of parameters and sites.
+      min_speedup: a layer stays exact unless its step is predicted to be so many times faster.
+      rates: of the device, for the prediction.
+    """
+
+    caller: str
+    rules: Rules
+    min_speedup: float | None
+    rates: Rates | None
+
+    @classmethod
+    def of(
+        cls,
+        caller: str,
+        config_or_rules: MemAOP | Sequence[tuple[str, MemAOP | None]],
+        min_speedup: float | None,
+    ) -> "Settings":
+        """Checked settings."""
+        rules = as_rules(caller, config_or_rules)
+        validation.min_speedup(caller, min_speedup)
+        return cls(caller, rules, min_speedup, None if min_speedup is None else device_rates())
+
+    def decide(
+        self,
+        memory: Collection[str],
+        parameter: Parameter,
+        name: str,
+        contraction: Contraction,
+    ) -> tuple[MemAOP | None, str | None]:
+        """The configuration of a contraction, or None and why it is exact.
+
+        `memory` has the names of the sites that have one: no size or speed makes them exact.
+        """
+        config = config_for(self.rules, *parameter.names, name)
+        if config is None:
+            return None, "a rule"
+        inexact = {dtype.name for dtype in contraction.dtypes if not _is_floating(dtype)}
+        if inexact:
+            return None, f"dtype {', '.join(sorted(inexact))}"
+        if name in memory:
+            return config, None
+        reason = why_rows_do_not_fit(config, contraction.sizes[0])
+        if reason is not None:
+            return None, reason
+        if self.min_speedup is not None:
+            predicted = cost(config, *contraction.sizes, contraction.dtypes[0], rates=self.rates)
+            if predicted.speedup < self.min_speedup:
+                return None, f"predicted speedup {predicted.speedup:.2f}"
+        return config, None
+
+    def check_all_used(self, sites: Sequence[Site]) -> None:
+        """Raises a `ValueError` for a rule that decides about none of the sites."""
+        names = [(*site.parameter.names, site.name) for site in sites]
+        check_all_used(self.caller, self.rules, names)
+
+
+def why_rows_do_not_fit(config: MemAOP, rows: int) -> str | None:
+    """Why a configuration does not fit so many rows, or None if it does."""
+    if config.k is not None and config.k > rows:
+        return f"k={config.k} is more than its rows"
+    if rows == 0 or rows % config.groups:
+        return f"groups={config.groups} do not divide its rows"
+    return None
+
+
+def _is_floating(dtype):
+    return jnp.issubdtype(dtype, jnp.floating)
