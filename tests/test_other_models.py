@@ -129,7 +129,6 @@ LAYERS = {  # layers of Flax's own tests of Dense and DenseGeneral, with the sha
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.filterwarnings("ignore:.* runs exact")
 def test_layers_of_flax_tests(name):
     layer, shape = LAYERS[name]
     x, wrapped = numbers(*shape), aop.linen.wrap(layer, ALL_ROWS)
@@ -137,7 +136,7 @@ def test_layers_of_flax_tests(name):
     params = layer.init(jax.random.key(0), x)["params"]
     chex.assert_trees_all_equal(variables["params"], params)
     memory = variables.get(COLLECTION, {})
-    assert bool(memory) != ("batch" in name and "extra" not in name)
+    assert memory
 
     def loss(params, memory, model):
         y = model.apply({"params": params, COLLECTION: memory}, x)
@@ -153,5 +152,5 @@ def test_layers_of_flax_tests(name):
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if low else {"rtol": 1e-5, "atol": 1e-6}
     chex.assert_trees_all_close((value, grads), exact, **tolerance)
     for own in jax.tree.leaves(after, is_leaf=lambda node: isinstance(node, aop.Memory)):
-        assert own.uses == 1
+        assert np.all(own.uses == 1)
         assert not np.any(own.inputs)

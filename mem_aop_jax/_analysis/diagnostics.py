@@ -164,7 +164,8 @@ def _layers_by_name(measured: chex.ArrayTree) -> dict[str, Measured]:
         if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
             path = path[:-1]  # the value of an NNX variable
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        name = f"/{name}".removesuffix("/memory").removeprefix("/") or "layer"
+        name = f"/{name}".removesuffix("/memory").removesuffix("/kernel")
+        name = name.removeprefix("/") or "layer"
         for index in np.ndindex(probe.uses.shape):  # each layer of a stack
             number = f"[{','.join(map(str, index))}]" if index else ""
             layers[name + number] = jax.tree.map(lambda a, i=index: a[i], probe.measured)

@@ -1,8 +1,9 @@
 """The transformation: any JAX function, with approximate gradients of its parameters."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from mem_aop_jax._core.memory import LayerMemory
 from mem_aop_jax._models import Layer
 
 
-class Approximated(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Approximated:
     """A function whose parameters' gradients are approximate: what `approximate` returns.
 
     Attributes:
@@ -47,7 +49,8 @@ class Approximated(NamedTuple):
           ValueError: a rule that decides about none of the contractions.
         """
         sites = self._checked(params, args, kwargs).reached
-        return {site.name: site.first_memory() for site in sites if site.config.memory_kind}
+        memories = {site.name: site.first_memory() for site in sites}
+        return {name: memory for name, memory in memories.items() if memory is not None}
 
     def __call__(
         self,
@@ -84,11 +87,7 @@ class Approximated(NamedTuple):
         Of the runs of a contraction (iterations, experts, devices), one stands for all. Arguments
         and errors are those of `init`.
         """
-        return [
-            Layer(site.name, *sizes, site.config.selected_rows(sizes[0], site.name))
-            for site in self._checked(params, args, kwargs).reached
-            for sizes in [site.contraction.sizes]
-        ]
+        return [site.layer for site in self._checked(params, args, kwargs).reached]
 
     def reach(self, params: chex.ArrayTree, *args, **kwargs) -> Reach:
         """All contractions with parameters, and why those are exact that are.

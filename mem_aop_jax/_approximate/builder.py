@@ -73,7 +73,7 @@ class Builder:
             return None
         if name in CONTRACTIONS:
             site = self._site(equation, inputs, place)
-            return site and site.config and Approximate(site)
+            return None if site is None or site.config is None else Approximate(site)
         jaxprs = inner_jaxprs(equation)
         if not any(map(_has_contraction, jaxprs)):
             return None

@@ -44,7 +44,7 @@ def _dot_general(equation: jex.JaxprEqn, kernel: int) -> Contraction:
     contracting, batch = (
         tuple(tuple(dims[i]) for i in order) for dims in equation.params["dimension_numbers"]
     )
-    operands = [equation.invars[i].aval for i in order]
+    operands: list[Any] = [equation.invars[i].aval for i in order]
     shapes, numbers = [], []  # without the batch dimensions
     for operand, contracted, batched in zip(operands, contracting, batch, strict=True):
         kept = [d for d in range(operand.ndim) if d not in batched]
@@ -75,11 +75,11 @@ def _dot_general(equation: jex.JaxprEqn, kernel: int) -> Contraction:
         why_not = "its result has a sharding, and batch dimensions or the kernel on the left"
     return Contraction(
         sizes,
-        tuple(operand.dtype for operand in operands),
+        (operands[0].dtype, operands[1].dtype),
         2.0 * math.prod((*batch_shape, *sizes)),
         why_not,
         batch_shape,
-        (tuple(numbers), ((), ())),
+        ((numbers[0], numbers[1]), ((), ())),
         options,
         arrange,
         restore,
@@ -89,8 +89,8 @@ def _dot_general(equation: jex.JaxprEqn, kernel: int) -> Contraction:
 def _convolution(equation: jex.JaxprEqn, kernel: int) -> Contraction:
     """A product where no input is in two windows (the embedding of patches, windows of size 1)."""
     params = equation.params
-    x, w = (variable.aval for variable in equation.invars)
-    y = equation.outvars[0].aval
+    types: list[Any] = [v.aval for v in (*equation.invars, *equation.outvars)]
+    x, w, y = types
     lhs, rhs, out = params["dimension_numbers"]
     windows, places = ([a.shape[d] for d in dims[2:]] for a, dims in ((w, rhs), (y, out)))
     strides = [
@@ -144,9 +144,10 @@ def _convolution(equation: jex.JaxprEqn, kernel: int) -> Contraction:
 
 def _ragged_dot(equation: jex.JaxprEqn, kernel: int) -> Contraction:
     """`lax.ragged_dot`: groups of rows whose sizes nobody knows before they are counted."""
-    rows, y = equation.invars[0].aval, equation.outvars[0].aval
+    types: list[Any] = [v.aval for v in (*equation.invars[:2], *equation.outvars)]
+    rows, w, y = types
     sizes = math.prod(rows.shape[:-1]), rows.shape[-1], y.shape[-1]
-    dtypes = tuple(variable.aval.dtype for variable in equation.invars[:2])
+    dtypes = rows.dtype, w.dtype
     why_not = "groups of rows of unknown sizes"
     return Contraction(sizes, dtypes, 2.0 * math.prod(sizes), why_not)
 

@@ -195,7 +195,7 @@ class Sharded(NamedTuple):
         return jax.shard_map(run_on_device, **options)(memory, key, *inputs)
 
 
-NESTED = {  # by primitives' names
+NESTED: dict[str, Any] = {  # classes, by primitives' names
     "jit": Called,
     "pjit": Called,
     "closed_call": Called,

@@ -20,6 +20,7 @@ from mem_aop_jax._approximate.contractions import Contraction, Shape
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.dense import dot_general
 from mem_aop_jax._core.memory_kinds import init_memory
+from mem_aop_jax._models import Layer
 
 Memories = dict[str, Any]  # by the sites' names
 
@@ -82,6 +83,13 @@ class Site(NamedTuple):
     def all_runs(self) -> Shape:
         """The first dimensions of its memory: runs, and indices of batch dimensions."""
         return (*self.stack, *self.contraction.batch)
+
+    @property
+    def layer(self) -> Layer:
+        """It as a layer, where it is approximate."""
+        assert self.config is not None, "an exact site selects no rows"
+        sizes = self.contraction.sizes
+        return Layer(self.label, *sizes, self.config.selected_rows(sizes[0], self.label))
 
     def first_memory(self) -> Any:
         """One for each run and each index of the batch dimensions; None without."""

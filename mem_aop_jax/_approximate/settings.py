@@ -70,7 +70,13 @@ class Settings(NamedTuple):
         return config, None
 
     def check_all_used(self, sites: Sequence[Site]) -> None:
-        """Raises a `ValueError` for a rule that decides about none of the sites."""
+        """Raises a `ValueError` for a rule that decides about none of the sites, or no sites."""
+        if self.rules and not sites:
+            raise ValueError(
+                f"{self.caller}: matches no dense layer: nothing multiplies an argument with "
+                "something that is computed from parameters. What a function closes over counts "
+                "as constant: pass the batch as an argument."
+            )
         names = [(*site.parameter.names, site.name) for site in sites]
         check_all_used(self.caller, self.rules, names)
 

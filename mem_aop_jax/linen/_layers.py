@@ -102,7 +102,8 @@ class DotGeneral(nn.Module):
 
 
 def layers(module: nn.Module, rngs: chex.ArrayTree, *args, **kwargs) -> list[Layer]:
-    """The approximate layers of a model, in the order of their first call.
+    """The approximate layers of a model, in the order of their first call: this library's, then
+    those that `wrap` makes approximate.
 
     Of layers that `nn.scan` or `nn.vmap` stacks, one stands for all.
 
@@ -208,6 +209,7 @@ def call_with_product(module: nn.Module, product: Callable, call: Callable, *arg
 
 def product_of(module, config, lhs, rhs, dimension_numbers, *args, **options):
     """`dot_general` with the memory, the key and the name of a module."""
+    validation.config(_name(module), config)
     memory = key = None
     owner = module.parent if isinstance(module, DotGeneral) else module
     kernel = owner.get_variable("params", "kernel") if isinstance(owner, nn.Module) else None

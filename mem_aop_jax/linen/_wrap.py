@@ -26,7 +26,7 @@ from mem_aop_jax._approximate.settings import Settings, why_rows_do_not_fit
 from mem_aop_jax._approximate.tracing import Traced, path_string, trace
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.probe import Probe, is_memory
-from mem_aop_jax._models import Layer, config_for
+from mem_aop_jax._models import config_for
 from mem_aop_jax.linen._layers import (
     COLLECTION,
     LAYERS_MEMORY,
@@ -90,7 +90,7 @@ def wrap(
         raise TypeError(f"wrap: module is of type {type(module).__name__}, not a Linen module.")
     settings = Settings.of("wrap", config_or_rules, min_speedup)
     _check_not_wrapped(module)
-    wrapped = object.__new__(_wrapped_class(type(module), settings))
+    wrapped: Any = object.__new__(_wrapped_class(type(module), settings))  # type: ignore[arg-type]
     wrapped.__dict__.update((module.clone() if module.parent is None else module).__dict__)
     return wrapped
 
@@ -223,8 +223,7 @@ def _put_first_memory(module, settings, site, results):
         if config is not None and site.why_exact == why_rows_do_not_fit(config, sizes[0]):
             config.selected_rows(sizes[0], site.label)  # raises
         return
-    layer = Layer(site.label, *sizes, site.config.selected_rows(sizes[0], site.label))
-    record(site.name, Sized(layer, site.contraction.dtypes[0], wrapped=True))
+    record(site.name, Sized(site.layer, site.contraction.dtypes[0], wrapped=True))
     new = site.first_memory()
     if new is None and probing():
         new = Probe.of(None, draws=1, stack=site.all_runs)

@@ -147,7 +147,7 @@ def test_the_directions_are_those_of_the_rows():
         args = trained(SMALL), followed, batch_of(200 + i), jax.random.key(i)
         _, followed = gradient_function(loss)(model, *args)
     for path in memory:
-        for basis in memory[path]["memory"][:2]:
+        for basis in memory[path]["kernel"][:2]:
             gram = np.asarray(basis).T @ np.asarray(basis)
             np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-5)
     exact = exact_gradient(BATCHES[1], KEY)
@@ -171,7 +171,7 @@ def test_directions_are_carried_over():
     batches = [(still, BATCHES[0][1]), BATCHES[1]]
     after = second.decide(8, trained(SMALL), before, batches, KEY)
     assert second.choice == "subspace"
-    old, new = (np.asarray(memory["Dense_0"]["memory"].inputs) for memory in (before, after))
+    old, new = (np.asarray(memory["Dense_0"]["kernel"].inputs) for memory in (before, after))
     assert (old.shape[1], new.shape[1]) == (8, 12)
     np.testing.assert_allclose(np.linalg.norm(new[:, :8].T @ old), 8**0.5, rtol=1e-3)
 
@@ -310,7 +310,7 @@ def uninterrupted():
 def test_it_changes_its_mind():
     _, opt_state, log = uninterrupted()
     assert [decision.choice for decision in log] == ["subspace", "subspace", "exact", "inputs"]
-    ranks = aop.get_memory(opt_state)["Dense_0"]["memory"]
+    ranks = aop.get_memory(opt_state)["Dense_0"]["kernel"]
     assert (ranks.inputs.shape[1], ranks.cotangents.shape[1]) == (8, 16)
 
 

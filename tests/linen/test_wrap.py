@@ -216,9 +216,16 @@ def test_the_model_itself(name):
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
 
 
+def last_rows(key, scores, k):
+    """A policy that draws nothing."""
+    del key
+    indices = jnp.arange(scores.size - k, scores.size)
+    return aop.Selection(indices, jnp.full((k,), scores.size / k, scores.dtype))
+
+
 @pytest.mark.parametrize(
     ("policy", "memory"),
-    [pytest.param("topk", "rows", marks=pytest.mark.slow), ("weightedk", "rows"), ("randk", None)],
+    [("topk", "rows"), pytest.param(last_rows, None, marks=pytest.mark.slow)],
 )
 def test_as_a_model_of_its_layers(policy, memory):
     config = aop.MemAOP(ratio=0.25, policy=policy, memory=memory)
@@ -234,14 +241,20 @@ def test_as_a_scan_that_declares_the_collection():
 
 
 def check_equal(wrapped, by_hand):
-    """The variables, and the gradients and memories of three steps."""
-    ours, variables = jax.jit(lambda: (wrapped.init(KEY, X), by_hand.init(KEY, X)))()
-    chex.assert_trees_all_equal(ours, variables)
-    step = jax.jit(lambda v, x, key: [gradient(m, v, x, mem_aop=key) for m in (wrapped, by_hand)])
+    """The parameters, and the gradients and memories of three steps."""
+    ours, theirs = jax.jit(lambda: (wrapped.init(KEY, X), by_hand.init(KEY, X)))()
+    chex.assert_trees_all_equal(ours["params"], theirs["params"])
+    step = jax.jit(
+        lambda ours, theirs, x: (gradient(wrapped, ours, x), gradient(by_hand, theirs, x))
+    )
     for i in range(3):
-        grads, expected = step(variables, inputs(8, 4, seed=i), jax.random.key(i))
-        close(grads, expected)
-        variables = variables | {COLLECTION: grads.get(COLLECTION, {})}
+        grads, expected = step(ours, theirs, inputs(8, 4, seed=i))
+        close(grads["params"], expected["params"])
+        ours, theirs = (
+            variables | {COLLECTION: gradients.get(COLLECTION, {})}
+            for variables, gradients in ((ours, grads), (theirs, expected))
+        )
+        close(*(jax.tree.leaves(variables.get(COLLECTION, {})) for variables in (ours, theirs)))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +262,6 @@ def check_equal(wrapped, by_hand):
     [
         pytest.param("scan of remat", jax.random.key, marks=pytest.mark.slow),
         ("scan", jax.random.PRNGKey),
-        ("vmap of Dense", jax.random.key),
         pytest.param("remat_scan", jax.random.key, marks=pytest.mark.slow),
     ],
 )
@@ -321,8 +333,8 @@ def test_rules_are_on_the_path_from_the_wrapper_on(place):
 
 def test_a_wrapped_submodule_called_twice_has_two_memories():
     model = CalledTwice(aop.linen.wrap(nn.Dense(4), CONFIG))
-    expected = aop.linen.wrap(CalledTwice(nn.Dense(4)), CONFIG)
-    check_equal(model, expected)
+    assert list(model.init(KEY, X)[COLLECTION]["model"]) == ["kernel", "kernel#1"]
+    check_equal(model, aop.linen.wrap(CalledTwice(nn.Dense(4)), CONFIG))
 
 
 @pytest.mark.parametrize(
@@ -351,7 +363,7 @@ def test_what_cannot_be_wrapped(outer):
         aop.linen.wrap(MLP, CONFIG)
 
 
-def test_layers_with_a_product_of_their_own_keep_it():
+def test_this_librarys_layers_in_a_model_keep_their_configurations():
     product = functools.partial(aop.linen.DotGeneral, config=aop.MemAOP(k=3))
     model = nn.Sequential(
         [
@@ -362,10 +374,11 @@ def test_layers_with_a_product_of_their_own_keep_it():
         ]
     )
     layers = aop.linen.layers(aop.linen.wrap(model, CONFIG), KEY, X)
-    assert [(layer.path, layer.k) for layer in layers] == [
-        ("layers_0", 2),
+    assert [(layer.path, layer.k) for layer in layers] == [  # this library's first
         ("layers_1", 4),
         ("layers_2/DotGeneral_0", 3),
+        ("layers_0", 2),
+        ("layers_3", 2),
     ]
 
 
@@ -404,13 +417,19 @@ SHARED = {
 
 
 @pytest.mark.parametrize("name", some_slow(SHARED, ["LSTM"]))
-def test_parameters_shared_by_a_transform_need_an_axis_for_the_memories(name):
+def test_parameters_shared_by_a_transform_have_a_memory_for_each_run(name):
+    """At k = rows the gradients of two steps are the model's; no memory is used twice."""
     model, x = SHARED[name], inputs(2, 8, 4)
-    with pytest.raises(ValueError, match="calls this layer with the same parameters each time"):
-        jax.eval_shape(aop.linen.wrap(model, CONFIG).init, KEY, x)
-    without = aop.linen.wrap(model, aop.MemAOP(ratio=1.0, memory=None))
-    variables = jax.jit(without.init)(KEY, x)
-    close(*jax.jit(lambda v: [gradient(m, v, x) for m in (without, model)])(variables))
+    wrapped = aop.linen.wrap(model, ALL_ROWS)
+    variables = jax.jit(wrapped.init)(KEY, x)
+    step = jax.jit(lambda v: (gradient(wrapped, v, x), gradient(model, {"params": v["params"]}, x)))
+    for _ in range(2):
+        ours, exact = step(variables)
+        close(ours["params"], exact["params"])
+        assert all((memory.uses == 1).all() for memory in memories(ours[COLLECTION]))
+        variables[COLLECTION] = ours[COLLECTION]
+    if name != "vmap":  # whose copies see the same inputs: one contraction
+        assert memories(variables)[0].uses.shape == (8 if name != "scan" else 3,)
 
 
 def test_after_an_error_the_layer_is_exact_again():
@@ -418,7 +437,7 @@ def test_after_an_error_the_layer_is_exact_again():
     bound = wrapped.bind(wrapped.init(KEY, X))
     with pytest.raises(ValueError, match="enc: memory"):
         bound(X[:3])
-    assert bound.mem_aop_model.enc.dot_general is None
+    close(bound(X), SetsUp(lambda: nn.Dense(4)).apply(bound.variables, X))
 
 
 # ---- training
