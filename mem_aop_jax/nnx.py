@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import inspect
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import chex
 import jax
@@ -12,19 +13,22 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from mem_aop_jax._approximate.origins import CONSTANT, DATA
+from mem_aop_jax._approximate.program import Parameter
+from mem_aop_jax._approximate.settings import Settings, why_rows_do_not_fit
+from mem_aop_jax._approximate.tracing import Traced, path_string, trace
 from mem_aop_jax._compat import get_value, set_value
 from mem_aop_jax._core import validation
 from mem_aop_jax._core.config import MEMORIES, MemAOP
 from mem_aop_jax._core.dense import dot_general
-from mem_aop_jax._core.layout import contraction_sizes, why_exact
 from mem_aop_jax._core.memory import carried, memory_name, rate_factor
 from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._core.probe import is_memory
-from mem_aop_jax._cost.cost import cost
-from mem_aop_jax._models import Layer, Rules, as_rules, check_all_used, config_for, eval_shape
+from mem_aop_jax._models import Layer, Rules, config_for
 
 Model = TypeVar("Model", bound=nnx.Module)
 
+MEMORIES_NAME = "mem_aop"  # of the submodule of a wrapped model
 RNG = "mem_aop"  # nnx.Rngs(mem_aop=...), for the random policies; else the default stream
 
 
@@ -49,9 +53,8 @@ class DotGeneral(nnx.Module):
         layers: Sequence[Layer],
         dtype: chex.ArrayDType,
         key: chex.PRNGKey | None = None,
-        stack: tuple[int, ...] = (),
     ):
-        """For one entry of `layers` per call, a memory of `dtype`, and a stack of such layers."""
+        """For one entry of `layers` per call, a memory of `dtype`."""
         if config.memory_kind and "memory_dtype" in MEMORIES[config.memory_kind].options:
             config = dataclasses.replace(config, memory_dtype=config.stored_dtype(dtype))
         self.config = config
@@ -61,10 +64,7 @@ class DotGeneral(nnx.Module):
         for call, layer in enumerate(self.layers):
             new = init_memory(config, *layer.sizes, dtype)
             if new is not None:
-                stacked = jax.tree.map(lambda a: jnp.broadcast_to(a, (*stack, *a.shape)), new)
-                setattr(self, memory_name(call), Memory(stacked))
-        if key is not None and stack:
-            key = jax.random.split(key, stack)
+                setattr(self, memory_name(call), Memory(new))
         self.key = nnx.data(None if key is None else nnx.RngKey(key, tag=RNG))
 
     def __call__(self, lhs: chex.Array, rhs: chex.Array, *args, **options) -> chex.Array:
@@ -74,16 +74,18 @@ class DotGeneral(nnx.Module):
         memory = key = None
         if not self.deterministic:
             memory = None if variable is None else get_value(variable)
-            key = self._new_key()
+            key = _new_key(self)
         options |= {"memory": memory, "key": key, "config": self.config, "name": layer.path}
         return dot_general(lhs, rhs, *args, **options)
 
-    def _new_key(self):
-        if self.key is None:
-            return None
-        key, used = jax.random.split(get_value(self.key))
-        set_value(self.key, key)
-        return used
+
+def _new_key(node):
+    """A key for this call, from the one that a node of a model holds; None if it holds none."""
+    if node.key is None:
+        return None
+    key, used = jax.random.split(get_value(node.key))
+    set_value(node.key, key)
+    return used
 
 
 class Linear(nnx.Linear):
@@ -158,24 +160,30 @@ def wrap(
     *example_inputs,
     rngs: nnx.Rngs | None = None,
     min_speedup: float | None = None,
+    wrt: nnx.filterlib.Filter = nnx.Param,
     **kwargs,
 ) -> Model:
-    """Makes the `nnx.Linear` and `nnx.LinearGeneral` layers of a model approximate, in place.
+    """Makes a model's contractions with parameters approximate, in place.
 
-    Also those inside attention, and those that `nnx.vmap` stacked for an `nnx.scan`. Parameters and
-    outputs stay as they are. Layers with a `dot_general` of their own, and those that the call does
-    not reach, stay exact.
+    What `aop.approximate` reaches in a call of the model: `nnx.Linear`, `nnx.Einsum`,
+    `nnx.Embed.attend`, attention, recurrent cells, modules of anybody's own, inside `nnx.scan`,
+    `nnx.vmap` and `nnx.remat`. Parameters and outputs stay as they are; the model gets a submodule
+    `mem_aop` with the memories. Its other methods, and those of its submodules, stay exact, and so
+    do layers of this library in it.
 
     Args:
       model: the model; it is changed only if nothing is wrong.
-      config_or_rules: a configuration for all dense layers, or rules: pairs of a regular
-        expression on the whole path of a layer ("encoder/mlp/linear"), and a configuration or None
-        for an exact layer. The first match wins; a layer without one is exact.
+      config_or_rules: a configuration for all layers, or rules: pairs of a regular expression on
+        the whole path of a layer ("encoder/mlp/linear") or of its parameter
+        ("encoder/mlp/linear/kernel"), and a configuration or None for an exact layer. The first
+        match wins; a layer without one is exact.
       *example_inputs: inputs of the model, a batch of the training size, or its
         `jax.ShapeDtypeStruct`s. Nothing is computed.
-      rngs: where the random policies take their keys from, as in `Linear`.
-      min_speedup: a layer stays exact, too, unless `aop.cost` predicts that a step of one of its
-        calls is so many times faster on the default device; as in `aop.linen.wrap`.
+      rngs: where the random policies take their keys from, as in `Linear`. A model that has an
+        argument `rngs` gets it as well.
+      min_speedup: a layer stays exact, too, unless `aop.cost` predicts that a step of it is so many
+        times faster on the default device; as in `aop.linen.wrap`.
+      wrt: which variables are trained, a filter of NNX; contractions with others are exact.
       **kwargs: further arguments of the model.
 
     Returns:
@@ -183,8 +191,8 @@ def wrap(
 
     Raises:
       TypeError: no NNX module, or no configuration or rules.
-      ValueError: a bad regular expression, a rule that decides about no layer, a configuration that
-        does not fit a layer, or no `rngs` for a random policy.
+      ValueError: a bad regular expression, a wrapped model, a rule that decides about no layer, a
+        configuration that does not fit a layer, or no `rngs` for a random policy.
 
     Example:
       >>> import jax.numpy as jnp, mem_aop_jax as aop
@@ -194,45 +202,151 @@ def wrap(
       >>> model = aop.nnx.wrap(model, rules, jnp.ones((3, 4, 8)))
       >>> for layer in aop.nnx.layers(model):
       ...     print(layer)
-      Layer(path='key', rows=12, in_features=8, out_features=8, k=3)
       Layer(path='query', rows=12, in_features=8, out_features=8, k=3)
+      Layer(path='key', rows=12, in_features=8, out_features=8, k=3)
       Layer(path='value', rows=12, in_features=8, out_features=8, k=3)
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"wrap: model is of type {type(model).__name__}, not an NNX module.")
-    rules = as_rules("wrap", config_or_rules)
-    validation.min_speedup("wrap", min_speedup)
-    products = []
-    for node, config, layers, dtype, kernel_ndim in _planned(
-        "wrap", model, rules, example_inputs, kwargs
-    ):
-        speedups = (cost(config, *layer.sizes, dtype=dtype).speedup for layer in layers)
-        if min_speedup is not None and max(speedups) < min_speedup:
-            continue
-        stack = node.kernel.shape[: len(node.kernel.shape) - kernel_ndim]
-        key = _key(config, rngs, layers[0].path)
-        products.append((node, DotGeneral(config, layers, dtype, key, stack)))
-    for layer, product in products:  # now that nothing is wrong
-        layer.dot_general = nnx.data(product)
+    settings = Settings.of("wrap", config_or_rules, min_speedup)
+    if any(isinstance(node, Memories) for _, node in nnx.iter_graph(model)):
+        raise ValueError(
+            "wrap: got a wrapped model, or a model with one in it. Wrap once, with all rules."
+        )
+    if rngs is not None and "rngs" in inspect.signature(type(model).__call__).parameters:
+        kwargs |= {"rngs": rngs}
+    sites = _checked_sites(settings, model, wrt, example_inputs, kwargs)
+    configs = [site.config for site in sites if site.config is not None]
+    keyed = next((config for config in configs if config.needs_key), next(iter(configs), None))
+    name = sites[0].label if keyed is None else next(s.label for s in sites if s.config == keyed)
+    key = None if keyed is None else _key(keyed, rngs, name)
+    setattr(model, MEMORIES_NAME, nnx.data(Memories(settings, wrt, sites, key)))
+    object.__setattr__(model, "__class__", _wrapped_class(type(model)))
     return model
+
+
+class Memories(nnx.Module):
+    """The memories of a wrapped model, each an attribute with the name of its site.
+
+    `model.eval()` turns them off, as in `DotGeneral`.
+    """
+
+    def __init__(self, settings, wrt, sites, key):
+        self.settings, self.wrt = settings, wrt
+        self.layers = tuple(site.layer for site in sites if site.config is not None)
+        self.deterministic = False  # the name that eval() and train() set
+        for site in sites:
+            if site.config is not None and (new := site.first_memory()) is not None:
+                setattr(self, site.name, Memory(new))
+        self.key = nnx.data(None if key is None else nnx.RngKey(key, tag=RNG))
+
+    def held(self) -> dict[str, Any]:
+        """The memories by the names of their sites; none in evaluation."""
+        if self.deterministic:
+            return {}
+        variables = {name: v for name, v in vars(self).items() if isinstance(v, Memory)}
+        return {name: get_value(variable) for name, variable in variables.items()}
+
+
+@functools.cache  # one class for each, so that graphs are equal again
+def _wrapped_class(model_class):
+    """A subclass of a model's class whose calls are approximate."""
+
+    @functools.wraps(model_class.__call__)
+    def call(self, *args, **kwargs):
+        memories = getattr(self, MEMORIES_NAME)
+        memory = memories.held()
+        key = None if memories.deterministic else _new_key(memories)
+        traced = _traced_call(memories.settings, self, memories.wrt, args, kwargs, memory)
+        y, state = traced.run(memory, key)
+        nnx.update(self, state)
+        return y
+
+    attributes = ("__doc__", "__module__", "__qualname__")
+    names = {name: getattr(model_class, name) for name in attributes}
+    names |= {"__call__": call, "_mem_aop_wrapped": True}
+    return type(model_class)(model_class.__name__, (model_class,), names)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NnxParameter(Parameter):
+    """A parameter of a model; `model` is how messages call the model itself."""
+
+    model: str
+
+    @property
+    def names(self):
+        """The path of its layer, and its own."""
+        return self.path.rpartition("/")[0], self.path
+
+    def label(self, uses):
+        """The path of its layer."""
+        del uses
+        return self.names[0]
+
+
+def _traced_call(settings, model, wrt, args, kwargs, memory) -> Traced:
+    """The program of a call of a model, which returns what it changes, too."""
+    model_class = type(model)
+    graph, *states = nnx.split(model, wrt, Memory, ...)
+
+    def call(params, memories, others, args, kwargs):
+        copy = nnx.merge(graph, params, memories, others)
+        y = _plain_class(model_class).__call__(copy, *args, **kwargs)
+        _, new_params, _, new_others = nnx.split(copy, wrt, Memory, ...)
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(new_params), strict=True)
+        changed = any(old is not new for old, new in pairs)
+        return y, nnx.merge_state(new_params, new_others) if changed else new_others
+
+    def parameter_or_origin(path, leaf):
+        """What a leaf of ((params, memories, others, args, kwargs), {}) is."""
+        argument = path[1].idx
+        if argument != 0:
+            return CONSTANT if argument == 2 else DATA
+        return _NnxParameter(path_string(path[2:]), jnp.size(leaf), type(model).__name__)
+
+    decide = functools.partial(settings.decide, memory)
+    return trace(call, (*states, args, kwargs), {}, parameter_or_origin, decide)
+
+
+def _plain_class(model_class):
+    """The model's own class, of a wrapped one."""
+    return model_class.__base__ if hasattr(model_class, "_mem_aop_wrapped") else model_class
+
+
+def _checked_sites(settings, model, wrt, args, kwargs):
+    """The sites of a call of a model that is not wrapped."""
+    sites = _traced_call(settings, model, wrt, args, kwargs, ()).sites
+    settings.check_all_used(sites)
+    for site in sites:
+        config = config_for(settings.rules, *site.parameter.names, site.name)
+        rows = site.contraction.sizes[0]
+        if config is not None and site.why_exact == why_rows_do_not_fit(config, rows) is not None:
+            config.selected_rows(rows, site.label)  # raises
+    return sites
 
 
 def layers(model: nnx.Module) -> list[Layer]:
     """The approximate layers of a model. Of stacked layers, one stands for all."""
-    return [
-        layer._replace(path="/".join(map(str, path[:-1])))
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, DotGeneral)
-        for layer in node.layers
-    ]
+    found = []
+    for path, node in nnx.iter_graph(model):
+        owner = "/".join(map(str, path[:-1]))
+        if isinstance(node, DotGeneral):
+            found += [layer._replace(path=owner) for layer in node.layers]
+        elif isinstance(node, Memories):
+            found += [
+                layer._replace(path="/".join(filter(None, (owner, layer.path))))
+                for layer in node.layers
+            ]
+    return found
 
 
 def sized_layers(
     caller: str, model: nnx.Module, rules: Rules, args: tuple
 ) -> list[tuple[Layer, jnp.dtype]]:
     """The layers of a model that rules make approximate, each with the dtype of its inputs."""
-    planned = _planned(caller, model, rules, args, {})
-    return [(layer, dtype) for _, _, layers, dtype, _ in planned for layer in layers]
+    sites = _checked_sites(Settings(caller, rules, None, None), model, nnx.Param, args, {})
+    return [(s.layer, s.contraction.dtypes[0]) for s in sites if s.config is not None]
 
 
 def update_memory(
@@ -280,73 +394,6 @@ def update_memory(
     carry = functools.partial(carried, "update_memory", factor=factor)
     nnx.update(model, jax.tree.map(carry, old, new, is_leaf=is_memory))
     return param_grads
-
-
-class _Planned(NamedTuple):
-    """A layer that the rules make approximate."""
-
-    node: nnx.Linear | nnx.LinearGeneral
-    config: MemAOP
-    layers: list[Layer]  # one for each call
-    dtype: jnp.dtype  # of the inputs
-    kernel_ndim: int  # of one layer, where several are stacked
-
-
-class _Recorder(nnx.Module):
-    """Stands in for a layer's `dot_general`, and hands on what it is called with."""
-
-    def __init__(self, record):
-        self.record = record
-        self.call = 0
-
-    def __call__(self, lhs, rhs, dimension_numbers, *args, **options):
-        self.record(self.call, lhs, rhs, dimension_numbers)
-        self.call += 1
-        return jax.lax.dot_general(lhs, rhs, dimension_numbers, *args, **options)
-
-
-def _planned(caller, model, rules, args, kwargs) -> list[_Planned]:
-    """The layers that the rules make approximate, from the calls in a forward pass."""
-    calls: dict[str, dict[int, tuple[tuple[int, int, int], jnp.dtype, int]]] = {}
-
-    def record(path, call, lhs, rhs, dimension_numbers):
-        if why_exact(lhs, rhs, dimension_numbers) is None:
-            validation.floating(path, lhs, rhs)
-            sizes = contraction_sizes(lhs, rhs, dimension_numbers)
-            calls.setdefault(path, {})[call] = sizes, lhs.dtype, rhs.ndim
-
-    graph, state = nnx.split(model)
-
-    def run(state, *args, **kwargs):
-        copy = nnx.merge(graph, state)
-        for path, layer in _stock_layers(copy):
-            layer.dot_general = nnx.data(_Recorder(functools.partial(record, path)))
-        copy(*args, **kwargs)
-
-    eval_shape(run, jax.eval_shape(lambda state: state, state), *args, **kwargs)
-    check_all_used(caller, rules, [(path,) for path in calls])
-    planned = []
-    for path, node in _stock_layers(model):
-        config = config_for(rules, path)
-        if path in calls and config is not None:
-            (_, dtype, kernel_ndim), *_ = calls[path].values()
-            layers = [
-                Layer(path, *sizes, config.selected_rows(sizes[0], path))
-                for sizes, *_ in calls[path].values()
-            ]
-            planned.append(_Planned(node, config, layers, dtype, kernel_ndim))
-    return planned
-
-
-def _stock_layers(model):
-    """The dense layers without a `dot_general` of their own, with their paths."""
-    return [
-        ("/".join(map(str, path)), node)
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Linear | nnx.LinearGeneral)
-        and (node.dot_general is None or node.dot_general is jax.lax.dot_general)
-        and getattr(node, "dot_general_cls", None) is None
-    ]
 
 
 def _key(config, rngs, name):

@@ -68,6 +68,26 @@ def primitive(config, rows, remat=None):
     return Model(params, memory, apply)
 
 
+def approximated(config, rows, remat=None):
+    """The same layers as plain JAX."""
+    layers = () if remat is None else (LAYERS,)
+    params = initial((*layers, FEATURES), (*layers, FEATURES, FEATURES))
+
+    def layer(params, x):
+        bias, kernel = params
+        y = x @ kernel
+        return jnp.tanh(y + bias.reshape((1,) * (y.ndim - 1) + (-1,)))
+
+    def stack(params, x):
+        body = jax.checkpoint(layer) if remat else layer
+        return jax.lax.scan(lambda x, own: (body(own, x), None), x, params)[0]
+
+    approx = aop.approximate(layer if remat is None else stack, config)
+    memory = approx.init(params, np.zeros((rows, FEATURES), np.float32))
+    key = jax.random.key(0) if config.needs_key else None
+    return Model(params, memory, lambda params, memory, x: approx(params, memory, key, x))
+
+
 def linen(dense, memory_is_carried, wrap, config, rows, remat=None):
     """One `nn.Dense` or such, or `nn.scan` over a stack of them."""
 
@@ -163,6 +183,7 @@ def product(config):
 
 WAYS = {
     "`dense`": primitive,
+    "`approximate`": approximated,
     "`linen.Dense`": functools.partial(
         linen, lambda config: aop.linen.Dense(FEATURES, config=config), True, False
     ),
@@ -173,10 +194,10 @@ WAYS = {
 WAYS |= {
     f"{way}, {kind}": with_memory(kind, WAYS[way])
     for kind, ways in (
-        ("subspace", ("`dense`", "`linen.wrap`", "`nnx.Linear`")),
+        ("subspace", ("`dense`", "`approximate`", "`linen.wrap`", "`nnx.Linear`")),
         ("rare refresh", ("`dense`",)),
-        ("inputs", ("`dense`", "`linen.wrap`", "`nnx.Linear`")),
-        ("slots", ("`dense`", "`linen.wrap`")),
+        ("inputs", ("`dense`", "`approximate`", "`linen.wrap`", "`nnx.Linear`")),
+        ("slots", ("`dense`", "`approximate`", "`linen.wrap`")),
         ("signed", ("`dense`",)),
     )
     for way in ways
@@ -498,6 +519,8 @@ FLAX = {  # how Flax carries a memory through its own transforms and JAX's
 }
 BY_DEFAULT = {
     "`dense`": set(COLUMNS),
+    "`approximate`": set(COLUMNS),
+    "`approximate`, subspace": {"`shard_map`", "`jit`, explicit mesh"},
     "`dense`, subspace": SHARED,
     "`dense`, inputs": {"`vmap`", "`shard_map`", "export"},
     "`dense`, slots": {"`vmap`", "`shard_map`", "export"},
