@@ -15,7 +15,7 @@ from flax import nnx
 
 from mem_aop_jax._approximate.origins import CONSTANT, DATA
 from mem_aop_jax._approximate.program import Parameter
-from mem_aop_jax._approximate.settings import Settings, why_rows_do_not_fit
+from mem_aop_jax._approximate.settings import Settings
 from mem_aop_jax._approximate.tracing import Traced, path_string, trace
 from mem_aop_jax._compat import get_value, set_value
 from mem_aop_jax._core import validation
@@ -24,7 +24,7 @@ from mem_aop_jax._core.dense import dot_general
 from mem_aop_jax._core.memory import carried, memory_name, rate_factor
 from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._core.probe import is_memory
-from mem_aop_jax._models import Layer, Rules, config_for
+from mem_aop_jax._models import Layer, Rules
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -317,12 +317,7 @@ def _plain_class(model_class):
 def _checked_sites(settings, model, wrt, args, kwargs):
     """The sites of a call of a model that is not wrapped."""
     sites = _traced_call(settings, model, wrt, args, kwargs, ()).sites
-    settings.check_all_used(sites)
-    for site in sites:
-        config = config_for(settings.rules, *site.parameter.names, site.name)
-        rows = site.contraction.sizes[0]
-        if config is not None and site.why_exact == why_rows_do_not_fit(config, rows) is not None:
-            config.selected_rows(rows, site.label)  # raises
+    settings.check_model(sites)
     return sites
 
 

@@ -1,9 +1,16 @@
 """How much of a function's work a transformation reaches."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mem_aop_jax._approximate.program import Site
 from mem_aop_jax._tables import markdown
+
+
+def share(sites: Sequence["Site | ReachedSite"]) -> float:
+    """Of the FLOPs of all sites, those of the approximate ones; 0 for none."""
+    reached = sum(site.flops for site in sites if site.why_exact is None)
+    return reached / (sum(site.flops for site in sites) or 1)
 
 
 class ReachedSite(NamedTuple):
@@ -46,8 +53,7 @@ class Reach(NamedTuple):
     @property
     def share(self) -> float:
         """Of the FLOPs of all contractions with parameters, those of the approximate ones; or 0."""
-        reached = sum(site.flops for site in self.sites if site.why_exact is None)
-        return reached / (sum(site.flops for site in self.sites) or 1)
+        return share(self.sites)
 
     def __str__(self) -> str:
         header = ("parameter", "rows", "in", "out", "MFLOPs", "operation", "approximate")

@@ -7,11 +7,16 @@ import jax.numpy as jnp
 
 from mem_aop_jax._approximate.contractions import Contraction
 from mem_aop_jax._approximate.program import Parameter, Site
+from mem_aop_jax._approximate.reach import share
 from mem_aop_jax._core import validation
 from mem_aop_jax._core.config import MemAOP
+from mem_aop_jax._core.layout import warn_once
 from mem_aop_jax._cost.cost import cost
 from mem_aop_jax._cost.device_rates import Rates, device_rates
 from mem_aop_jax._models import Rules, as_rules, check_all_used, config_for
+
+BY_RULE = "a rule"  # why a site is exact that no rule makes approximate
+MUCH = 0.9  # a model of which less is reached says so
 
 
 class Settings(NamedTuple):
@@ -54,7 +59,7 @@ class Settings(NamedTuple):
         """
         config = config_for(self.rules, *parameter.names, name)
         if config is None:
-            return None, "a rule"
+            return None, BY_RULE
         inexact = {dtype.name for dtype in contraction.dtypes if not _is_floating(dtype)}
         if inexact:
             return None, f"dtype {', '.join(sorted(inexact))}"
@@ -68,6 +73,29 @@ class Settings(NamedTuple):
             if predicted.speedup < self.min_speedup:
                 return None, f"predicted speedup {predicted.speedup:.2f}"
         return config, None
+
+    def check_model(self, sites: Sequence[Site]) -> None:
+        """For the sites of a model: as `check_all_used`, and says once where much is not reached.
+
+        Raises:
+          ValueError: also for a configuration that does not fit the rows of a site.
+        """
+        self.check_all_used(sites)
+        for site in sites:
+            config = config_for(self.rules, *site.parameter.names, site.name)
+            rows = site.contraction.sizes[0]
+            if (
+                config is not None
+                and site.why_exact == why_rows_do_not_fit(config, rows) is not None
+            ):
+                config.selected_rows(rows, site.label)  # raises
+        chosen = [site for site in sites if site.why_exact != BY_RULE]
+        if chosen and share(chosen) < MUCH:
+            reasons = {site.why_exact: None for site in chosen if site.why_exact}
+            warn_once(
+                f"{self.caller}: {share(chosen):.0%} of the FLOPs of contractions with parameters "
+                f"are reached. Exact are: {'; '.join(reasons)}."
+            )
 
     def check_all_used(self, sites: Sequence[Site]) -> None:
         """Raises a `ValueError` for a rule that decides about none of the sites, or no sites."""

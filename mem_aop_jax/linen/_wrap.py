@@ -22,11 +22,10 @@ from jax.tree_util import SequenceKey
 
 from mem_aop_jax._approximate.origins import CONSTANT, DATA
 from mem_aop_jax._approximate.program import Parameter
-from mem_aop_jax._approximate.settings import Settings, why_rows_do_not_fit
+from mem_aop_jax._approximate.settings import Settings
 from mem_aop_jax._approximate.tracing import Traced, path_string, trace
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.probe import Probe, is_memory
-from mem_aop_jax._models import config_for
 from mem_aop_jax.linen._layers import (
     COLLECTION,
     LAYERS_MEMORY,
@@ -197,9 +196,10 @@ def _run_packed(settings, module, scope_function, scopes, *args, **kwargs):
             created = [{**old, **new} for old, new in zip(variables[0], results, strict=True)]
             with recording(), _initialized(scopes):
                 sites = traced((created,), ()).sites
-            settings.check_all_used(sites)
+            settings.check_model(sites)
             for site in sites:
-                _put_first_memory(module, settings, site, results)
+                if site.config is not None:
+                    _put_first_memory(module, site, results)
             return y, (results,)
         memory: dict[str, Any] = {}
         inside = []
@@ -215,14 +215,9 @@ def _run_packed(settings, module, scope_function, scopes, *args, **kwargs):
     return pack(scopes, *args, **kwargs)
 
 
-def _put_first_memory(module, settings, site, results):
+def _put_first_memory(module, site, results):
     """Records a site, and puts its first memory into the collection of its scope."""
-    parameter, sizes = site.parameter, site.contraction.sizes
-    if site.config is None:
-        config = config_for(settings.rules, *parameter.names)
-        if config is not None and site.why_exact == why_rows_do_not_fit(config, sizes[0]):
-            config.selected_rows(sizes[0], site.label)  # raises
-        return
+    parameter = site.parameter
     record(site.name, Sized(site.layer, site.contraction.dtypes[0], wrapped=True))
     new = site.first_memory()
     if new is None and probing():
