@@ -15,7 +15,7 @@ from mem_aop_jax._cost.cost import cost
 from mem_aop_jax._cost.device_rates import Rates, device_rates
 from mem_aop_jax._models import Rules, as_rules, check_all_used, config_for
 
-BY_RULE = "a rule"  # why a site is exact that no rule makes approximate
+BY_RULE, SLOW = ASKED_FOR = "a rule", "predicted speedup"  # why a site is exact that shall be
 MUCH = 0.9  # a model of which less is reached says so
 
 
@@ -71,7 +71,7 @@ class Settings(NamedTuple):
         if self.min_speedup is not None:
             predicted = cost(config, *contraction.sizes, contraction.dtypes[0], rates=self.rates)
             if predicted.speedup < self.min_speedup:
-                return None, f"predicted speedup {predicted.speedup:.2f}"
+                return None, f"{SLOW} {predicted.speedup:.2f}"
         return config, None
 
     def check_model(self, sites: Sequence[Site]) -> None:
@@ -84,12 +84,10 @@ class Settings(NamedTuple):
         for site in sites:
             config = config_for(self.rules, *site.parameter.names, site.name)
             rows = site.contraction.sizes[0]
-            if (
-                config is not None
-                and site.why_exact == why_rows_do_not_fit(config, rows) is not None
-            ):
+            reason = config and why_rows_do_not_fit(config, rows)
+            if config and reason and site.why_exact == reason:
                 config.selected_rows(rows, site.label)  # raises
-        chosen = [site for site in sites if site.why_exact != BY_RULE]
+        chosen = [site for site in sites if not (site.why_exact or "").startswith(ASKED_FOR)]
         if chosen and share(chosen) < MUCH:
             reasons = {site.why_exact: None for site in chosen if site.why_exact}
             warn_once(

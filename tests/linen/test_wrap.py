@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import warnings
 from typing import Any
 
 import chex
@@ -387,6 +388,23 @@ def test_layers_computes_nothing(method):
     model = nn.Sequential([aop.linen.Dense(10**12, config=aop.MemAOP(ratio=0.25))])
     layers = aop.linen.layers(model, KEY, jnp.ones((4, 8, 10)), method=method)
     assert layers == [Layer("layers_0", 32, 10, 10**12, 8)]
+
+
+def test_a_model_of_which_little_is_reached_says_so_once():
+    class Convolutional(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="head")(nn.Conv(4, (3, 3), name="conv")(x).mean((1, 2)))
+
+    x = inputs(2, 6, 6, 4)
+    with pytest.warns(
+        UserWarning, match=r"wrap: .* of the FLOPs .* are reached. Exact are: a conv"
+    ):
+        aop.linen.wrap(Convolutional(), aop.MemAOP(ratio=0.5)).init(KEY, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what was asked for
+        aop.linen.wrap(Convolutional(), [("head", aop.MemAOP(ratio=0.5))]).init(KEY, x)
+        aop.linen.wrap(MLP(), CONFIG).init(KEY, X)
 
 
 # ---- errors
