@@ -78,7 +78,7 @@ def test_it_runs_from_top_to_bottom_and_shows_what_it_says(notebook, run):
     for layer, (in_features, out_features) in enumerate(SIZES):
         sizes = f"rows={ROWS}, in_features={in_features}, out_features={out_features}, k=32"
         assert f"Layer(path='Dense_{layer}', {sizes})" in shown["wrap"]
-        assert f"memory ['Dense_{layer}']['memory'].inputs ({ROWS}, {in_features})" in shown["wrap"]
+        assert f"memory ['Dense_{layer}']['kernel'].inputs ({ROWS}, {in_features})" in shown["wrap"]
 
     runs = table(shown["compare"])
     assert list(runs) == ["exact", "memory", "no memory"]
