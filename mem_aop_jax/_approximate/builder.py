@@ -47,6 +47,7 @@ class Builder:
         self.sites: list[Site] = []
         self.origins = Origins()
         self._parameters, self._decide, self._uses = parameters, decide, uses
+        self._paths = {parameter.path for parameter in parameters}
 
     def program(
         self,
@@ -99,7 +100,9 @@ class Builder:
             key=lambda parameter: parameter.size,
         )
         uses = self._uses[parameter.path]
-        self._uses[parameter.path] += 1
+        while uses and parameter.site_name(uses) in self._paths:  # another parameter's
+            uses += 1
+        self._uses[parameter.path] = uses + 1
         name = parameter.site_name(uses)
         label = parameter.label(uses)
         operation = equation.primitive.name

@@ -464,6 +464,9 @@ def test_a_second_use_of_a_parameter_has_a_name_of_its_own():
     def fun(params, x):
         return jnp.tanh(x @ params["w"]) @ params["w"]
 
+    both = {"w": SQUARE, "w#1": SQUARE}  # a name that is another parameter's is left out
+    sites = aop.approximate(lambda p, x: fun(p, x) @ p["w#1"], CONFIG).init(both, X)
+    assert list(sites) == ["w", "w#2", "w#1"]
     rules = [("w#1", None), ("w", CONFIG)]
     assert [layer.path for layer in aop.approximate(fun, rules).layers({"w": SQUARE}, X)] == ["w"]
 
