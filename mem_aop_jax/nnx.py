@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from mem_aop_jax._approximate.origins import CONSTANT, DATA
-from mem_aop_jax._approximate.program import Parameter
+from mem_aop_jax._approximate.program import LayerParameter
 from mem_aop_jax._approximate.settings import Settings
 from mem_aop_jax._approximate.tracing import Traced, path_string, trace
 from mem_aop_jax._compat import get_value, set_value
@@ -216,10 +216,8 @@ def wrap(
     if rngs is not None and "rngs" in inspect.signature(type(model).__call__).parameters:
         kwargs |= {"rngs": rngs}
     sites = _checked_sites(settings, model, wrt, example_inputs, kwargs)
-    configs = [site.config for site in sites if site.config is not None]
-    keyed = next((config for config in configs if config.needs_key), next(iter(configs), None))
-    name = sites[0].label if keyed is None else next(s.label for s in sites if s.config == keyed)
-    key = None if keyed is None else _key(keyed, rngs, name)
+    keys = (_key(site.config, rngs, site.label) for site in sites if site.config is not None)
+    key = next((key for key in keys if key is not None), None)
     setattr(model, MEMORIES_NAME, nnx.data(Memories(settings, wrt, sites, key)))
     object.__setattr__(model, "__class__", _wrapped_class(type(model)))
     return model
@@ -251,48 +249,30 @@ class Memories(nnx.Module):
 @functools.cache  # one class for each, so that graphs are equal again
 def _wrapped_class(model_class):
     """A subclass of a model's class whose calls are approximate."""
+    plain = model_class.__call__
 
-    @functools.wraps(model_class.__call__)
+    @functools.wraps(plain)
     def call(self, *args, **kwargs):
         memories = getattr(self, MEMORIES_NAME)
         memory = memories.held()
         key = None if memories.deterministic else _new_key(memories)
-        traced = _traced_call(memories.settings, self, memories.wrt, args, kwargs, memory)
+        traced = _traced_call(plain, memories.settings, self, memories.wrt, args, kwargs, memory)
         y, state = traced.run(memory, key)
         nnx.update(self, state)
         return y
 
     attributes = ("__doc__", "__module__", "__qualname__")
     names = {name: getattr(model_class, name) for name in attributes}
-    names |= {"__call__": call, "_mem_aop_wrapped": True}
-    return type(model_class)(model_class.__name__, (model_class,), names)
+    return type(model_class)(model_class.__name__, (model_class,), names | {"__call__": call})
 
 
-@dataclasses.dataclass(frozen=True)
-class _NnxParameter(Parameter):
-    """A parameter of a model; `model` is how messages call the model itself."""
-
-    model: str
-
-    @property
-    def names(self):
-        """The path of its layer, and its own."""
-        return self.path.rpartition("/")[0], self.path
-
-    def label(self, uses):
-        """The path of its layer."""
-        del uses
-        return self.names[0]
-
-
-def _traced_call(settings, model, wrt, args, kwargs, memory) -> Traced:
-    """The program of a call of a model, which returns what it changes, too."""
-    model_class = type(model)
+def _traced_call(plain, settings, model, wrt, args, kwargs, memory) -> Traced:
+    """The program of a model's own `__call__`, plain, which returns what it changes, too."""
     graph, *states = nnx.split(model, wrt, Memory, ...)
 
     def call(params, memories, others, args, kwargs):
         copy = nnx.merge(graph, params, memories, others)
-        y = _plain_class(model_class).__call__(copy, *args, **kwargs)
+        y = plain(copy, *args, **kwargs)
         _, new_params, _, new_others = nnx.split(copy, wrt, Memory, ...)
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(new_params), strict=True)
         changed = any(old is not new for old, new in pairs)
@@ -303,20 +283,17 @@ def _traced_call(settings, model, wrt, args, kwargs, memory) -> Traced:
         argument = path[1].idx
         if argument != 0:
             return CONSTANT if argument == 2 else DATA
-        return _NnxParameter(path_string(path[2:]), jnp.size(leaf), type(model).__name__)
+        name = path_string(path[2:])
+        return LayerParameter(name, jnp.size(leaf), name, type(model).__name__)
 
     decide = functools.partial(settings.decide, memory)
     return trace(call, (*states, args, kwargs), {}, parameter_or_origin, decide)
 
 
-def _plain_class(model_class):
-    """The model's own class, of a wrapped one."""
-    return model_class.__base__ if hasattr(model_class, "_mem_aop_wrapped") else model_class
-
-
 def _checked_sites(settings, model, wrt, args, kwargs):
     """The sites of a call of a model that is not wrapped."""
-    sites = _traced_call(settings, model, wrt, args, kwargs, ()).sites
+    plain = type(model).__call__
+    sites = _traced_call(plain, settings, model, wrt, args, kwargs, ()).sites
     settings.check_model(sites)
     return sites
 

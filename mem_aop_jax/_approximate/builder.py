@@ -50,11 +50,7 @@ class Builder:
         self._paths = {parameter.path for parameter in parameters}
 
     def program(
-        self,
-        jaxpr: jex.Jaxpr,
-        consts: Sequence,
-        inputs: Sequence[Origin],
-        place: Place = Place(),  # noqa: B008
+        self, jaxpr: jex.Jaxpr, consts: Sequence, inputs: Sequence[Origin], place: Place
     ) -> Program:
         """The program of a jaxpr whose inputs have these origins."""
         origins = self.origins.of_values(jaxpr, inputs)
@@ -104,7 +100,6 @@ class Builder:
             uses += 1
         self._uses[parameter.path] = uses + 1
         name = parameter.site_name(uses)
-        label = parameter.label(uses)
         operation = equation.primitive.name
         contraction = CONTRACTIONS[operation](equation, kernel)
         operands = [variable.aval for variable in equation.invars]
@@ -116,7 +111,7 @@ class Builder:
         why_exact, config = place.unreachable or contraction.why_not, None
         if why_exact is None:
             config, why_exact = self._decide(parameter, name, contraction)
-        site = Site(name, label, parameter, operation, contraction, stack, config, why_exact)
+        site = Site(name, parameter, operation, contraction, stack, config, why_exact)
         self.sites.append(site)
         return site
 

@@ -42,13 +42,44 @@ class Parameter:
         """What the patterns of rules may match; the first is listed in messages."""
         return (self.path,)
 
-    def label(self, uses: int) -> str:
-        """How messages call the site where it is used after so many uses before."""
-        return self.site_name(uses)
-
     def site_name(self, uses: int) -> str:
         """The name of the site where it is used after so many uses before."""
         return f"{self.path}#{uses}" if uses else self.path
+
+    def layer_path(self, site_name: str) -> str:
+        """The path of the layer that a site of it is."""
+        return site_name
+
+    def label(self, site_name: str) -> str:
+        """How messages call a site of it."""
+        return self.layer_path(site_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerParameter(Parameter):
+    """A parameter of a model whose layers have paths.
+
+    Attributes:
+      relative: its path from the wrapped model on, which the patterns of rules match.
+      model: how messages call the model itself, where it is the layer.
+    """
+
+    relative: str
+    model: str
+
+    @property
+    def names(self):
+        """The path of its layer, and its own."""
+        return self.relative.rpartition("/")[0], self.relative
+
+    def layer_path(self, site_name):
+        """The path of its layer, which all of its uses share."""
+        del site_name
+        return self.path.rpartition("/")[0]
+
+    def label(self, site_name):
+        """The path of its layer, or the model."""
+        return self.layer_path(site_name) or self.model
 
 
 class Site(NamedTuple):
@@ -56,7 +87,6 @@ class Site(NamedTuple):
 
     Attributes:
       name: of its memory: the path of the parameter, with a suffix from its second use on.
-      label: the name in messages.
       parameter: the largest of those that its kernel is computed from.
       operation: the primitive's name.
       contraction: what is multiplied.
@@ -66,13 +96,17 @@ class Site(NamedTuple):
     """
 
     name: str
-    label: str
     parameter: Parameter
     operation: str
     contraction: Contraction
     stack: Shape
     config: MemAOP | None
     why_exact: str | None
+
+    @property
+    def label(self) -> str:
+        """The name in messages."""
+        return self.parameter.label(self.name)
 
     @property
     def flops(self) -> float:
@@ -89,7 +123,8 @@ class Site(NamedTuple):
         """It as a layer, where it is approximate."""
         assert self.config is not None, "an exact site selects no rows"
         sizes = self.contraction.sizes
-        return Layer(self.label, *sizes, self.config.selected_rows(sizes[0], self.label))
+        k = self.config.selected_rows(sizes[0], self.label)
+        return Layer(self.parameter.layer_path(self.name), *sizes, k)
 
     def first_memory(self) -> Any:
         """One for each run and each index of the batch dimensions; None without."""

@@ -8,6 +8,7 @@ import chex
 import jax
 
 from mem_aop_jax._approximate.builder import Builder, Decide
+from mem_aop_jax._approximate.nested import Place
 from mem_aop_jax._approximate.origins import Origin
 from mem_aop_jax._approximate.program import Memories, Parameter, Program, Site
 
@@ -82,7 +83,7 @@ def trace(
         else:
             origins.append(found)
     builder = Builder(parameters, decide, collections.Counter() if uses is None else uses)
-    program = builder.program(closed.jaxpr, closed.consts, origins)
+    program = builder.program(closed.jaxpr, closed.consts, origins, Place())
     return Traced(program, builder.sites, inputs, outputs)
 
 

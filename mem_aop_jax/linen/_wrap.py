@@ -21,7 +21,7 @@ from flax.linen.transforms import lift_direct_transform
 from jax.tree_util import SequenceKey
 
 from mem_aop_jax._approximate.origins import CONSTANT, DATA
-from mem_aop_jax._approximate.program import Parameter
+from mem_aop_jax._approximate.program import LayerParameter
 from mem_aop_jax._approximate.settings import Settings
 from mem_aop_jax._approximate.tracing import Traced, path_string, trace
 from mem_aop_jax._core.config import MemAOP
@@ -89,7 +89,8 @@ def wrap(
         raise TypeError(f"wrap: module is of type {type(module).__name__}, not a Linen module.")
     settings = Settings.of("wrap", config_or_rules, min_speedup)
     _check_not_wrapped(module)
-    wrapped: Any = object.__new__(_wrapped_class(type(module), settings))  # type: ignore[arg-type]
+    model_class: Any = type(module)
+    wrapped: Any = object.__new__(_wrapped_class(model_class, settings))
     wrapped.__dict__.update((module.clone() if module.parent is None else module).__dict__)
     return wrapped
 
@@ -231,30 +232,16 @@ def _put_first_memory(module, site, results):
 
 
 @dataclasses.dataclass(frozen=True)
-class _LinenParameter(Parameter):
-    """A parameter of a model.
+class _LinenParameter(LayerParameter):
+    """A parameter of a Linen model.
 
     Attributes:
       scope: the number of the scope that holds it, of those of the model.
       inside: its path in that scope.
-      relative: its path from the wrapped model on.
-      model: how messages call the model itself.
     """
 
     scope: int
     inside: tuple[str, ...]
-    relative: tuple[str, ...]
-    model: str
-
-    @property
-    def names(self):
-        """The path of its layer, and its own."""
-        return "/".join(self.relative[:-1]), "/".join(self.relative)
-
-    def label(self, uses):
-        """The path of its layer."""
-        del uses
-        return self.path.rpartition("/")[0] or self.model
 
 
 def _parameter_or_origin(module, paths, path, leaf):
@@ -269,8 +256,14 @@ def _parameter_or_origin(module, paths, path, leaf):
     full = (*paths[scope.idx], *inside)
     own = module.scope.path
     relative = full[len(own) :] if full[: len(own)] == own else full
-    size, model = jnp.size(leaf), type(module).__name__
-    return _LinenParameter("/".join(full), size, scope.idx, inside, relative, model)
+    return _LinenParameter(
+        path="/".join(full),
+        size=jnp.size(leaf),
+        relative="/".join(relative),
+        model=type(module).__name__,
+        scope=scope.idx,
+        inside=inside,
+    )
 
 
 def _name(key):

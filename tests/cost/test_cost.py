@@ -273,6 +273,13 @@ def test_layers_that_are_approximate_by_themselves_are_not_planned():
     assert {(layer.path, layer.k) for layer in layers} == {("layers_0", 1024), ("layers_1", 64)}
 
 
+def test_a_plan_of_a_model_that_is_one_layer_is_for_that_model():
+    plan = aop.plan(nn.Dense(1024), CONFIG, X, rates=BALANCED)
+    assert [planned.layer.path for planned in plan.layers] == [""]
+    (layer,) = aop.linen.layers(aop.linen.wrap(nn.Dense(1024), plan.rules), jax.random.key(0), X)
+    assert layer == plan.layers[0].layer
+
+
 def test_rules_and_stacked_layers_and_several_arguments():
     class Two(nn.Module):
         @nn.compact
