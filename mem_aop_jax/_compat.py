@@ -7,7 +7,11 @@ TPU_COPIES_ROWS = jax.__version_info__ >= (0, 10, 2)  # its compiler before: who
 
 def varying_axes(x) -> frozenset[str]:
     """The manual mesh axes (of `jax.shard_map`) over which x differs from device to device."""
-    aval = jax.typeof(x)
+    return varying_axes_of_type(jax.typeof(x))
+
+
+def varying_axes_of_type(aval) -> frozenset[str]:
+    """The same, of a value that has this type."""
     if hasattr(aval, "vma"):  # jax < 0.10
         return aval.vma
     return aval.manual_axis_type.varying
@@ -76,13 +80,6 @@ def shard_map_options(equation) -> dict:
     axes = params.get("newly_manual_axes", params.get("manual_axes"))  # jax < 0.10
     names = ("mesh", "in_specs", "out_specs", "check_vma")
     return {name: params[name] for name in names} | {"axis_names": axes}
-
-
-def varying_axes_of_type(aval) -> frozenset[str]:
-    """As `varying_axes`, of a value that has this type."""
-    if hasattr(aval, "vma"):  # jax < 0.10
-        return aval.vma
-    return aval.manual_axis_type.varying
 
 
 def jaxpr_of(whole, inputs, outputs, equations):

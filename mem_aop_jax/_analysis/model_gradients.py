@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from mem_aop_jax._approximate.tracing import is_array
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.memory import Subspace
 from mem_aop_jax._core.probe import Norms, Probe, is_memory
@@ -240,7 +241,7 @@ def counted_flops(function: Any, *args: Any) -> float:
     except RuntimeError:  # JAX_PLATFORMS leaves it out
         return 0.0
     shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if _is_array(a) else a, args
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if is_array(a) else a, args
     )
     with jax.default_device(device):
         return _compiled_flops(function.lower(*shapes))
@@ -248,7 +249,3 @@ def counted_flops(function: Any, *args: Any) -> float:
 
 def _compiled_flops(lowered: jax.stages.Lowered) -> float:
     return (lowered.compile().cost_analysis() or {}).get("flops", 0.0)
-
-
-def _is_array(leaf: object) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

@@ -135,8 +135,9 @@ def approximate(
         so many times faster on the default device.
 
     Returns:
-      The function to call as `approx(params, memory, key, *args, **kwargs)`. It works under every
-      transform of JAX but forward-mode differentiation.
+      The function to call as `approx(params, memory, key, *args, **kwargs)`, under the transforms
+      of JAX. Forward-mode differentiation of it is an error. Derivatives of its derivatives are not
+      those of `fun`: take the inner ones inside of `fun`.
 
     Raises:
       TypeError: `fun` is not callable; neither a configuration nor rules.

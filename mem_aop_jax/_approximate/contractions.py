@@ -1,7 +1,8 @@
 """Contractions of rows with a kernel, as the equations of a jaxpr write them."""
 
 import math
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -33,7 +34,7 @@ class Contraction(NamedTuple):
     why_not: str | None = None
     batch: Shape = ()
     dimension_numbers: lax.DotDimensionNumbers = (((), ()), ((), ()))
-    options: dict[str, Any] = {}  # noqa: RUF012
+    options: Mapping[str, Any] = types.MappingProxyType({})
     arrange: Callable[[chex.Array, chex.Array], tuple[chex.Array, chex.Array]] | None = None
     restore: Callable[[chex.Array], chex.Array] | None = None
 
@@ -89,8 +90,8 @@ def _dot_general(equation: jex.JaxprEqn, kernel: int) -> Contraction:
 def _convolution(equation: jex.JaxprEqn, kernel: int) -> Contraction:
     """A product where no input is in two windows (the embedding of patches, windows of size 1)."""
     params = equation.params
-    types: list[Any] = [v.aval for v in (*equation.invars, *equation.outvars)]
-    x, w, y = types
+    avals: list[Any] = [v.aval for v in (*equation.invars, *equation.outvars)]
+    x, w, y = avals
     lhs, rhs, out = params["dimension_numbers"]
     windows, places = ([a.shape[d] for d in dims[2:]] for a, dims in ((w, rhs), (y, out)))
     strides = [
@@ -144,8 +145,8 @@ def _convolution(equation: jex.JaxprEqn, kernel: int) -> Contraction:
 
 def _ragged_dot(equation: jex.JaxprEqn, kernel: int) -> Contraction:
     """`lax.ragged_dot`: groups of rows whose sizes nobody knows before they are counted."""
-    types: list[Any] = [v.aval for v in (*equation.invars[:2], *equation.outvars)]
-    rows, w, y = types
+    avals: list[Any] = [v.aval for v in (*equation.invars[:2], *equation.outvars)]
+    rows, w, y = avals
     sizes = math.prod(rows.shape[:-1]), rows.shape[-1], y.shape[-1]
     dtypes = rows.dtype, w.dtype
     why_not = "groups of rows of unknown sizes"

@@ -84,9 +84,8 @@ class Settings(NamedTuple):
         for site in sites:
             config = config_for(self.rules, *site.parameter.names, site.name)
             rows = site.contraction.sizes[0]
-            reason = config and why_rows_do_not_fit(config, rows)
-            if config and reason and site.why_exact == reason:
-                config.selected_rows(rows, site.label)  # raises
+            if config is not None and site.why_exact == why_rows_do_not_fit(config, rows):
+                config.selected_rows(rows, site.label)  # raises where they do not fit
         chosen = [site for site in sites if not (site.why_exact or "").startswith(ASKED_FOR)]
         if chosen and share(chosen) < MUCH:
             reasons = {site.why_exact: None for site in chosen if site.why_exact}

@@ -249,15 +249,16 @@ def _memory_of_this_call(module, config, sizes, dtype):
     name = memory_name(calls[module.path])
     calls[module.path] += 1
     memory = module.get_variable(COLLECTION, name, None)
-    k = config.selected_rows(sizes[0], _name(module)) if module.is_initializing() else 0
-    layer = Layer("/".join(module.path), *sizes, k)
-    record("/".join((*module.path, name)), Sized(layer, dtype, wrapped=False))
     key = module.make_rng(RNG) if module.has_rng(RNG) else None
-    wanted = config.memory_kind is not None or probing()
-    if module.is_initializing() and memory is None and wanted:
-        new = init_memory(config, *sizes, dtype) or Probe.of(None, draws=1)
-        if module.is_mutable_collection(COLLECTION):
-            module.put_variable(COLLECTION, name, new)
+    if module.is_initializing():
+        layer = Layer("/".join(module.path), *sizes, config.selected_rows(sizes[0], _name(module)))
+        record("/".join((*module.path, name)), Sized(layer, dtype, wrapped=False))
+        if memory is None and module.is_mutable_collection(COLLECTION):
+            new = init_memory(config, *sizes, dtype)
+            if new is None and probing():
+                new = Probe.of(None, draws=1)
+            if new is not None:
+                module.put_variable(COLLECTION, name, new)
     return memory, key
 
 
