@@ -93,3 +93,8 @@ def jaxpr_of(whole, inputs, outputs, equations):
         effects=frozenset().union(*(equation.effects for equation in equations)),
         debug_info=whole.debug_info._replace(**names),
     )
+
+
+def settings_of(equation):
+    """Enters the settings of JAX (dtypes, meshes, ...) under which an equation was written."""
+    return lambda: equation.ctx.manager

@@ -261,9 +261,20 @@ def _wrapped_class(model_class):
         nnx.update(self, state)
         return y
 
+    def reduce_ex(self, protocol):
+        """For pickle, which finds classes by their names alone."""
+        _, _, *state = model_class.__reduce_ex__(self, protocol)
+        return _new, (model_class,), *state
+
     attributes = ("__doc__", "__module__", "__qualname__")
     names = {name: getattr(model_class, name) for name in attributes}
-    return type(model_class)(model_class.__name__, (model_class,), names | {"__call__": call})
+    methods = {"__call__": call, "__reduce_ex__": reduce_ex}
+    return type(model_class)(model_class.__name__, (model_class,), names | methods)
+
+
+def _new(model_class):
+    """A wrapped model without attributes."""
+    return object.__new__(_wrapped_class(model_class))
 
 
 def _traced_call(plain, settings, model, wrt, args, kwargs, memory) -> Traced:
@@ -284,7 +295,7 @@ def _traced_call(plain, settings, model, wrt, args, kwargs, memory) -> Traced:
         if argument != 0:
             return CONSTANT if argument == 2 else DATA
         name = path_string(path[2:])
-        return LayerParameter(name, jnp.size(leaf), name, type(model).__name__)
+        return LayerParameter(name, leaf.size, name, type(model).__name__)
 
     decide = functools.partial(settings.decide, memory)
     return trace(call, (*states, args, kwargs), {}, parameter_or_origin, decide)

@@ -1,5 +1,7 @@
 """aop.nnx beside flax.nnx, and beside the same model in Linen."""
 
+import copy
+
 import chex
 import flax.linen as nn
 import jax
@@ -312,6 +314,15 @@ def test_evaluation_mode():
         gradient(model, x)
     model.train()
     gradient(model, x[:8])
+
+
+def test_a_copy_is_wrapped_too():
+    x = inputs(2, 4, 8)
+    model = aop.nnx.wrap(Tied(nnx.Rngs(0)), aop.MemAOP(k=2), x)
+    copied = copy.deepcopy(model)
+    assert type(copied) is type(model)
+    gradient = nnx.jit(nnx.grad(loss_fn))
+    chex.assert_trees_all_close(*(nnx.to_pure_dict(gradient(m, x)) for m in (copied, model)))
 
 
 def test_training_compiles_once():

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
-import jax.numpy as jnp
 from jax.tree_util import SequenceKey
 
 from mem_aop_jax._approximate.origins import DATA
@@ -31,7 +30,7 @@ class Approximated:
     fun: Callable
     settings: Settings
 
-    def init(self, params: chex.ArrayTree, *args, **kwargs) -> dict[str, LayerMemory]:
+    def init(self, params: chex.ArrayTree, /, *args, **kwargs) -> dict[str, LayerMemory]:
         """The first memories, by the names of the sites: the parameters' paths.
 
         A parameter's second use has a site of its own, its path with the suffix "#1", and so on.
@@ -57,6 +56,7 @@ class Approximated:
         params: chex.ArrayTree,
         memory: Mapping[str, LayerMemory] | None,
         key: chex.PRNGKey | None,
+        /,
         *args,
         **kwargs,
     ) -> Any:
@@ -81,7 +81,7 @@ class Approximated:
         self.settings.check_all_used(traced.sites)
         return traced.run(dict(memory), key)
 
-    def layers(self, params: chex.ArrayTree, *args, **kwargs) -> list[Layer]:
+    def layers(self, params: chex.ArrayTree, /, *args, **kwargs) -> list[Layer]:
         """The approximate contractions, in the order in which the function computes them.
 
         Of the runs of a contraction (iterations, experts, devices), one stands for all. Arguments
@@ -89,7 +89,7 @@ class Approximated:
         """
         return [site.layer for site in self._checked(params, args, kwargs).reached]
 
-    def reach(self, params: chex.ArrayTree, *args, **kwargs) -> Reach:
+    def reach(self, params: chex.ArrayTree, /, *args, **kwargs) -> Reach:
         """All contractions with parameters, and why those are exact that are.
 
         Arguments and errors are those of `init`.
@@ -136,8 +136,8 @@ def approximate(
 
     Returns:
       The function to call as `approx(params, memory, key, *args, **kwargs)`, under the transforms
-      of JAX. Forward-mode differentiation of it is an error. Derivatives of its derivatives are not
-      those of `fun`: take the inner ones inside of `fun`.
+      of JAX. Forward-mode differentiation and `jax.linear_transpose` of it are errors. Derivatives
+      of its derivatives are not those of `fun`: take the inner ones inside of `fun`.
 
     Raises:
       TypeError: `fun` is not callable; neither a configuration nor rules.
@@ -167,4 +167,4 @@ def _parameter_or_data(path, leaf):
     if path[:2] != (SequenceKey(0), SequenceKey(0)):  # of (args, kwargs)
         return DATA
     name = path_string(path[2:]) or "params"
-    return Parameter(name, jnp.size(leaf))
+    return Parameter(name, leaf.size)

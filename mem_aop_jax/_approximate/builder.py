@@ -3,8 +3,11 @@
 import collections
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 from jax.extend import core as jex
+from jax.sharding import AxisType
 
 from mem_aop_jax._approximate.contractions import CONTRACTIONS, Contraction
 from mem_aop_jax._approximate.nested import NESTED, Devices, Place
@@ -25,7 +28,7 @@ from mem_aop_jax._approximate.program import (
     Site,
     Step,
 )
-from mem_aop_jax._compat import jaxpr_of
+from mem_aop_jax._compat import jaxpr_of, settings_of
 from mem_aop_jax._core.config import MemAOP
 
 # (parameter, the site's name, contraction) -> the configuration, or None and why it is exact
@@ -48,6 +51,7 @@ class Builder:
         self.origins = Origins()
         self._parameters, self._decide, self._uses = parameters, decide, uses
         self._paths = {parameter.path for parameter in parameters}
+        self._mesh = jax.sharding.get_abstract_mesh()
 
     def program(
         self, jaxpr: jex.Jaxpr, consts: Sequence, inputs: Sequence[Origin], place: Place
@@ -58,8 +62,11 @@ class Builder:
         found = len(self.sites)
         for equation in _needed_equations(jaxpr):
             operation = self._operation(equation, reads(origins, equation.invars), place)
-            step = operation and Step(operation, equation.invars, equation.outvars)
-            steps.append(step or equation)
+            steps.append(
+                equation
+                if operation is None
+                else Step(operation, equation.invars, equation.outvars, settings_of(equation))
+            )
         names = {site.name for site in self.sites[found:] if site.config is not None}
         return Program(jaxpr, consts, _joined_equations(jaxpr, steps), frozenset(names))
 
@@ -102,13 +109,16 @@ class Builder:
         name = parameter.site_name(uses)
         operation = equation.primitive.name
         contraction = CONTRACTIONS[operation](equation, kernel)
-        operands = [variable.aval for variable in equation.invars]
+        operands: list[Any] = [variable.aval for variable in equation.invars]
         stack: tuple[int, ...] = ()
         for repeats in place.around:
             stack += (
                 repeats.stack_of(name, operands) if isinstance(repeats, Devices) else (repeats,)
             )
         why_exact, config = place.unreachable or contraction.why_not, None
+        kinds = zip(self._mesh.axis_types, operands[0].sharding.mesh.axis_types, strict=False)
+        if (AxisType.Explicit, AxisType.Auto) in kinds:
+            why_exact = "inside auto_axes"
         if why_exact is None:
             config, why_exact = self._decide(parameter, name, contraction)
         site = Site(name, parameter, operation, contraction, stack, config, why_exact)

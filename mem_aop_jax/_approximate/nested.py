@@ -14,7 +14,7 @@ from jax.extend import core as jex
 from jax.sharding import PartitionSpec, Sharding
 
 from mem_aop_jax._approximate.origins import Origin
-from mem_aop_jax._approximate.program import Program
+from mem_aop_jax._approximate.program import Program, resharded
 from mem_aop_jax._compat import (
     scan_counts,
     scan_options,
@@ -177,7 +177,10 @@ class Sharded(NamedTuple):
 
     def run(self, memory, key, *inputs):
         (program,) = self.programs
-        memory = program.own(memory)
+        mesh = getattr(self.options["mesh"], "abstract_mesh", self.options["mesh"])
+        memory = {
+            name: resharded(own, mesh, self.axes[name]) for name, own in program.own(memory).items()
+        }
         specs = {
             name: jax.tree.map(lambda _, axes=self.axes[name]: PartitionSpec(*axes), own)
             for name, own in memory.items()

@@ -43,7 +43,8 @@ class Origins:
     """The origins of all values of a jaxpr, computed once for each jaxpr and its inputs' origins.
 
     A primitive that calls one jaxpr (jit, remat, custom derivatives, shard_map) is followed into
-    it, and so are loops and branches; any other makes of data data.
+    it, and so are loops and branches; any other makes of data data. What is read from a mutable
+    reference is data.
     """
 
     def __init__(self):
@@ -71,6 +72,8 @@ class Origins:
         every_input = joined(inputs)
         if name == "stop_gradient":
             return [DATA if every_input is DATA else CONSTANT]
+        if equation.effects and not inner_jaxprs(equation):
+            return [DATA] * number
         if not any(map(is_kernel, inputs)):
             return [every_input] * number
         if name == "scan":

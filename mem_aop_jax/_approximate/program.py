@@ -8,13 +8,15 @@ contractions with parameters, and equations with jaxprs in which there are such 
 import dataclasses
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from mem_aop_jax._approximate.contractions import Contraction, Shape
 from mem_aop_jax._core.config import MemAOP
@@ -140,11 +142,19 @@ class Operation(Protocol):
 
 
 class Step(NamedTuple):
-    """An operation, and the variables of the jaxpr that it reads and writes."""
+    """An operation of a program.
+
+    Attributes:
+      operation: what it does.
+      reads: the variables of the jaxpr that it reads.
+      writes: those that it writes.
+      settings: of JAX, under which the function asked for it.
+    """
 
     operation: Operation
     reads: Sequence[jex.Var | jex.Literal]
     writes: Sequence[jex.Var]
+    settings: Callable[[], AbstractContextManager] = nullcontext
 
 
 class Program(NamedTuple):
@@ -163,8 +173,10 @@ class Program(NamedTuple):
         def read(atoms):
             return [a.val if isinstance(a, jex.Literal) else values[a] for a in atoms]
 
-        for operation, reads, writes in self.steps:
-            values |= zip(writes, operation.run(memory, key, *read(reads)), strict=True)
+        for operation, reads, writes, settings in self.steps:
+            with settings():
+                results = operation.run(memory, key, *read(reads))
+            values |= zip(writes, results, strict=True)
         return read(self.jaxpr.outvars)
 
     def own(self, memory: Memories) -> Memories:
@@ -211,4 +223,22 @@ class Approximate(NamedTuple):
             key = jax.random.split(key, contraction.batch) if contraction.batch else key
         for _ in contraction.batch:
             product = jax.vmap(product)
-        return [contraction.restore(product(rows, kernel, memory.get(self.site.name), key))]
+        sharding = jax.typeof(rows).sharding
+        first = sharding.spec[: len(contraction.batch)]
+        own, key = resharded((memory.get(self.site.name), key), sharding.mesh, first)
+        return [contraction.restore(product(rows, kernel, own, key))]
+
+
+def resharded(
+    tree: chex.ArrayTree, mesh: AbstractMesh, first_axes: Sequence[Any]
+) -> chex.ArrayTree:
+    """Arrays, their first dimensions over these axes of a mesh where types know of its axes."""
+
+    def reshard(array):
+        old = jax.typeof(array).sharding
+        if AxisType.Explicit not in old.mesh.axis_types:
+            return array
+        new = NamedSharding(mesh, PartitionSpec(*first_axes, *old.spec[len(first_axes) :]))
+        return array if old == new else jax.sharding.reshard(array, new)
+
+    return jax.tree.map(reshard, tree)

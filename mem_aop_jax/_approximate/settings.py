@@ -63,9 +63,10 @@ class Settings(NamedTuple):
         inexact = {dtype.name for dtype in contraction.dtypes if not _is_floating(dtype)}
         if inexact:
             return None, f"dtype {', '.join(sorted(inexact))}"
-        if name in memory:
+        rows = contraction.sizes[0]
+        if name in memory or not isinstance(rows, int):  # a symbolic dimension: nothing is known
             return config, None
-        reason = why_rows_do_not_fit(config, contraction.sizes[0])
+        reason = why_rows_do_not_fit(config, rows)
         if reason is not None:
             return None, reason
         if self.min_speedup is not None:
@@ -99,8 +100,8 @@ class Settings(NamedTuple):
         if self.rules and not sites:
             raise ValueError(
                 f"{self.caller}: matches no dense layer: nothing multiplies an argument with "
-                "something that is computed from parameters. What a function closes over counts "
-                "as constant: pass the batch as an argument."
+                "something that is computed from parameters alone. What a function closes over "
+                "counts as constant: pass the batch as an argument."
             )
         names = [(*site.parameter.names, site.name) for site in sites]
         check_all_used(self.caller, self.rules, names)
@@ -110,7 +111,9 @@ def why_rows_do_not_fit(config: MemAOP, rows: int) -> str | None:
     """Why a configuration does not fit so many rows, or None if it does."""
     if config.k is not None and config.k > rows:
         return f"k={config.k} is more than its rows"
-    if rows == 0 or rows % config.groups:
+    if rows == 0:
+        return "no rows"
+    if rows % config.groups:
         return f"groups={config.groups} do not divide its rows"
     return None
 

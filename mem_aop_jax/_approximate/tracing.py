@@ -1,11 +1,15 @@
 """From a function and arguments to its program."""
 
 import collections
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import chex
 import jax
+from flax import nnx
+from flax.core.meta import AxisMetadata
 
 from mem_aop_jax._approximate.builder import Builder, Decide
 from mem_aop_jax._approximate.nested import Place
@@ -52,31 +56,34 @@ def trace(
       fun: any function.
       args: its arguments; arrays of them may be `jax.ShapeDtypeStruct`s.
       kwargs: its keyword arguments, as args.
-      parameter_or_origin: what an array is, by its path in (args, kwargs).
+      parameter_or_origin: what an array is, by its path in (args, kwargs); boxes are no steps of it
+        (Flax's, an NNX variable).
       decide: as in `Builder`.
       uses: as in `Builder`.
     """
-    leaves_with_path, structure = jax.tree.flatten_with_path((args, kwargs))
-    leaves = [leaf for _, leaf in leaves_with_path]
+    leaves, structure = jax.tree.flatten((args, kwargs))
     arrays = [number for number, leaf in enumerate(leaves) if is_array(leaf)]
-    results: list = []  # the leaves of what the function returns, and their structure
+    result: list = []  # the leaves of what the function returns that are static, and the structure
 
     def flat_fun(*traced):
         given = dict(zip(arrays, traced, strict=True))
         args, kwargs = structure.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)])
-        results[:] = jax.tree.flatten(fun(*args, **kwargs))
-        return [leaf for leaf in results[0] if is_array(leaf)]
+        computed, computed_structure = jax.tree.flatten(fun(*args, **kwargs))
+        static = [_ARRAY if is_array(leaf) else leaf for leaf in computed]
+        result[:] = static, computed_structure
+        return [leaf for leaf in computed if is_array(leaf)]
 
     def outputs(computed):
-        (leaves, structure), computed = results, iter(computed)
-        return structure.unflatten([next(computed) if is_array(x) else x for x in leaves])
+        (static, structure), computed = result, iter(computed)
+        return structure.unflatten([next(computed) if x is _ARRAY else x for x in static])
 
     inputs = [leaves[number] for number in arrays]
     closed = jax.make_jaxpr(flat_fun)(*inputs)
     parameters: list[Parameter] = []
     origins: list[Origin] = []
+    paths = list(_paths((args, kwargs)))
     for number in arrays:
-        found = parameter_or_origin(*leaves_with_path[number])
+        found = parameter_or_origin(paths[number], leaves[number])
         if isinstance(found, Parameter):
             origins.append(frozenset({len(parameters)}))
             parameters.append(found)
@@ -89,11 +96,26 @@ def trace(
 
 def is_array(leaf: object) -> bool:
     """Whether a leaf is an array, or the shape of one."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
 
 
-def path_string(keys: tuple) -> str:
-    """The path of a leaf, joined by "/"; a box is not part of it (Flax's, an NNX variable's)."""
-    while keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
+def path_string(keys: Sequence) -> str:
+    """A path, joined by "/"."""
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+
+
+_ARRAY = object()  # stands for an array among static leaves
+
+
+def _paths(tree: Any) -> Iterator[tuple]:
+    """The paths of a tree's leaves, in which a box (Flax's, an NNX variable) is no step."""
+    for path, node in jax.tree.leaves_with_path(tree, is_leaf=_is_box):
+        if not _is_box(node):
+            yield path
+            continue
+        for held in jax.tree.leaves(node, is_leaf=functools.partial(operator.is_not, node)):
+            yield from (path + inside for inside in _paths(held))
+
+
+def _is_box(node):
+    return isinstance(node, AxisMetadata | nnx.Variable)

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.core import lift
 from flax.linen.transforms import lift_direct_transform
 from jax.tree_util import SequenceKey
@@ -90,7 +89,7 @@ def wrap(
     settings = Settings.of("wrap", config_or_rules, min_speedup)
     _check_not_wrapped(module)
     model_class: Any = type(module)
-    wrapped: Any = object.__new__(_wrapped_class(model_class, settings))
+    wrapped = _new(model_class, settings)
     wrapped.__dict__.update((module.clone() if module.parent is None else module).__dict__)
     return wrapped
 
@@ -121,7 +120,19 @@ def _wrapped_class(model_class: type, settings: Settings) -> type:
     entries = {name: _entry(model_class, name) for name in ("apply", "init_with_output")}
     attributes = ("__doc__", "__module__", "__qualname__")
     names = {name: getattr(model_class, name) for name in attributes} | {_WRAPPED: True}
+
+    def reduce_ex(self, protocol):
+        """For pickle, which finds classes by their names alone."""
+        _, _, *state = model_class.__reduce_ex__(self, protocol)
+        return _new, (model_class, settings), *state
+
+    names["__reduce_ex__"] = reduce_ex
     return type(model_class.__name__, (model_class,), methods | entries | names)
+
+
+def _new(model_class: type, settings: Settings) -> Any:
+    """A wrapped model without attributes."""
+    return object.__new__(_wrapped_class(model_class, settings))
 
 
 def _is_public_method(model_class, name):
@@ -195,8 +206,13 @@ def _run_packed(settings, module, scope_function, scopes, *args, **kwargs):
         if module.is_initializing():
             y, (results,) = function(variables, rngs, args, kwargs)
             created = [{**old, **new} for old, new in zip(variables[0], results, strict=True)]
-            with recording(), _initialized(scopes):
-                sites = traced((created,), ()).sites
+            try:
+                with recording(), _scopes(scopes, initializing=False):
+                    sites = traced((created,), ()).sites
+            except Exception:  # its next calls take other arguments (a decoder's: one token)
+                created = [{name: c[name] for name in c if name == "params"} for c in created]
+                with recording(), _scopes(scopes, initializing=True):
+                    sites = traced((created,), ()).sites
             settings.check_model(sites)
             for site in sites:
                 if site.config is not None:
@@ -258,7 +274,7 @@ def _parameter_or_origin(module, paths, path, leaf):
     relative = full[len(own) :] if full[: len(own)] == own else full
     return _LinenParameter(
         path="/".join(full),
-        size=jnp.size(leaf),
+        size=leaf.size,
         relative="/".join(relative),
         model=type(module).__name__,
         scope=scope.idx,
@@ -290,11 +306,11 @@ def _split(path, collection):
 
 
 @contextlib.contextmanager
-def _initialized(scopes):
-    """The scopes as they are after `init`, and their counters of random numbers after it."""
+def _scopes(scopes, *, initializing):
+    """The scopes as they are in `init` or after it; later as before, with counters of that time."""
     before = [(scope, scope.flags, dict(scope.rng_counters)) for scope in scopes]
     for scope in scopes:
-        scope.flags = scope.flags.copy({"initializing": False})
+        scope.flags = scope.flags.copy({"initializing": initializing})
     try:
         yield
     finally:

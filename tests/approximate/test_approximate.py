@@ -2,14 +2,18 @@
 
 import functools
 import zlib
+from typing import NamedTuple
 
 import chex
+import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
 import mem_aop_jax as aop
 
@@ -101,6 +105,18 @@ def over_the_mesh(x):
 def with_callback(params, x):
     jax.debug.callback(lambda _: None, x.sum())
     return mlp(params, x)
+
+
+def in_float64(kernel, x):
+    has_it = jax.__version_info__ >= (0, 8)
+    with jax.enable_x64(True) if has_it else jax.experimental.enable_x64():
+        return (x.astype(jnp.float64) @ kernel.astype(jnp.float64)).astype(jnp.float32)
+
+
+def with_ref(params, x):
+    ref = jax.new_ref(params["w"])
+    ref[...] += x.T @ x
+    return mlp(params, x @ ref[...])
 
 
 def convolution(stride, padding="VALID", layout=("NHWC", "HWIO", "NHWC"), **options):
@@ -285,6 +301,51 @@ def test_it_is_reached_and_exact_with_all_rows(name):
     assert {site.path for site in reach.sites} == set(memory)
 
 
+@pytest.mark.usefixtures("standard_promotion", "without_x64")
+def test_a_function_that_switches_to_doubles():
+    assert check_exact(in_float64, SQUARE, X)["params"].inputs.shape == (ROWS, FEATURES)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_what_a_reference_holds_is_no_kernel():
+    """Its first value may be one: the steps after it need not."""
+    assert set(check_exact(with_ref, PARAMS | {"w": SQUARE}, X)) == {"hidden", "out"}
+
+
+EXPLICIT = {  # name: function, kernel and input with axes of their dimensions, why it is exact
+    "experts": (
+        lambda p, x: jnp.einsum("ebi,eio->ebo", x, p),
+        (numbers(4, FEATURES, HIDDEN), ("data",)),
+        (numbers(4, ROWS, FEATURES), ("data",)),
+        None,
+    ),
+    "shard_map": (
+        lambda p, x: jax.shard_map(jnp.matmul, in_specs=(DATA, EVERYWHERE), out_specs=DATA)(x, p),
+        (SQUARE, ()),
+        (X, ("data",)),
+        None,
+    ),
+    "auto_axes": (
+        lambda p, x: auto_axes(jnp.matmul, out_sharding=DATA)(x, p),
+        (SQUARE, ()),
+        (X, ("data",)),
+        "inside auto_axes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+@pytest.mark.usefixtures("standard_promotion")
+def test_on_a_mesh_whose_axes_the_types_tell(name):
+    fun, *arrays, why_exact = EXPLICIT[name]
+    explicit = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        kernel, x = (jax.device_put(a, PartitionSpec(*axes)) for a, axes in arrays)
+        check_exact(fun, kernel, x)
+        (site,) = aop.approximate(fun, ALL_ROWS).reach(kernel, x).sites
+        assert site.why_exact == why_exact
+
+
 NOT_REACHED = {
     "while": (
         lambda p, x: (
@@ -407,6 +468,29 @@ def test_static_arguments_and_any_results():
     np.testing.assert_allclose(ours["x"], expected["x"], rtol=1e-5)
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_arguments_with_any_name_and_types_among_them():
+    def fun(weights, x, dtype, memory, *, params, key):
+        return (x.astype(dtype) @ weights) * memory * params * key
+
+    approx = aop.approximate(fun, ALL_ROWS)
+    args, kwargs = (X, np.float32), {"memory": 2, "params": 3.0, "key": jnp.ones(())}
+    memory = approx.init(SQUARE, *args, **kwargs)
+    assert len(approx.layers(SQUARE, *args, **kwargs)) == 1
+    assert approx.reach(SQUARE, *args, **kwargs).share == 1
+    with jax.checking_leaks():
+        y = jax.jit(lambda m: approx(SQUARE, m, None, *args, **kwargs))(memory)
+    np.testing.assert_allclose(y, fun(SQUARE, *args, **kwargs), rtol=1e-4)
+
+
+def test_evaluation_is_exported_for_any_number_of_rows():
+    approx = aop.approximate(mlp, aop.MemAOP(k=4))
+    (rows,) = jax.export.symbolic_shape("rows")
+    x = jax.ShapeDtypeStruct((rows, FEATURES), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda p, x: approx(p, None, None, x)))(PARAMS, x)
+    np.testing.assert_allclose(exported.call(PARAMS, X[:3]), mlp(PARAMS, X[:3]), rtol=1e-5)
+
+
 def test_nothing_is_computed_by_init():
     features = 10**6
     shapes = jax.ShapeDtypeStruct((features, features), jnp.float32), X[:, :1]
@@ -458,6 +542,25 @@ def test_rules_are_on_the_whole_path_of_a_parameter():
     assert reach.share == pytest.approx(2 / 3)
     few = aop.approximate(fun, [("head", aop.MemAOP(k=ROWS + 1)), (".*", aop.MemAOP(ratio=0.5))])
     assert few.reach(params, X).sites[-1].why_exact == "k=9 is more than its rows"
+
+
+class Quantity(NamedTuple):
+    value: jax.Array
+    unit: str = "m"
+
+
+def test_boxes_of_flax_are_no_part_of_a_path_and_fields_of_others_are():
+    tree = {
+        "a": nn.Partitioned(SQUARE, ("x", None)),
+        "b": nnx.Param({"w": SQUARE}),
+        "c": Quantity(SQUARE),
+    }
+
+    def fun(params, x):
+        kernels = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+        return sum(x @ kernel for kernel in kernels)
+
+    assert list(aop.approximate(fun, CONFIG).init(tree, X)) == ["a", "b/w", "c/value"]
 
 
 def test_a_second_use_of_a_parameter_has_a_name_of_its_own():

@@ -1,6 +1,8 @@
 """aop.linen.wrap and aop.linen.layers: models that know nothing of this library."""
 
+import copy
 import functools
+import pickle
 import threading
 import warnings
 from typing import Any
@@ -540,10 +542,22 @@ def test_what_else_flax_does_with_a_module():
     close(wrapped.bind(variables)(X), model.apply(params, X))
     close(wrapped.clone().apply(variables, X), model.apply(params, X))
     assert "Dense_0" in wrapped.tabulate(KEY, X, compute_vjp_flops=True)
+    for copied in (pickle.loads(pickle.dumps(wrapped)), copy.deepcopy(wrapped)):
+        assert copied == wrapped
     ours, frozen = jax.jit(
         lambda v: (gradient(wrapped, v), gradient(wrapped, flax.core.freeze(v)))
     )(variables)
     close(frozen, flax.core.freeze(ours))
+
+
+def test_a_decoder_whose_next_calls_take_one_token():
+    model = nn.MultiHeadDotProductAttention(num_heads=2, decode=True)
+    wrapped, x = aop.linen.wrap(model, CONFIG), inputs(2, 5, 4)
+    variables, own = wrapped.init(KEY, x), model.init(KEY, x)
+    close({name: variables[name] for name in own}, own)
+    assert len(variables[COLLECTION]) == 4
+    y, cache = wrapped.apply(own, x[:, :1], mutable=["cache"])
+    close((y, cache), model.apply(own, x[:, :1], mutable=["cache"]))
 
 
 def test_one_model_wrapped_in_several_ways_in_several_threads():
