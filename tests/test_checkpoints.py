@@ -47,20 +47,49 @@ LAYERS = {name: [config] for name, config in CONFIGS.items()} | {
 SCHEDULE = optax.cosine_decay_schedule(0.05, 20)
 
 
+FUNCTIONS = {"function, rows": CONFIGS["rows"], "function, subspace": CONFIGS["subspace"]}
+
+
+def dense_layers(name, x):
+    """The predictions of a model of this library's layers, its parameters and memories."""
+    layers = [aop.linen.Dense(3, config=config) for config in LAYERS[name]]
+    model = nn.Sequential((nn.Dense(4), *layers))
+
+    def predict(params, memory, key, x):
+        variables = {"params": params, aop.linen.COLLECTION: memory}
+        return model.apply(variables, x, rngs={aop.linen.RNG: key})
+
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    return predict, variables["params"], variables[aop.linen.COLLECTION]
+
+
+def scanned_and_experts(name, x):
+    """The same of `aop.approximate`."""
+
+    def predict(params, x):
+        x, _ = jax.lax.scan(lambda h, kernel: (jnp.tanh(h @ kernel), None), x, params["layers"])
+        return jnp.einsum("bi,eio->bo", x, params["experts"])
+
+    keys, shapes = jax.random.split(jax.random.key(0)), {"layers": (3, 4, 4), "experts": (2, 4, 3)}
+    params = {
+        part: 0.5 * jax.random.normal(key, shape, jnp.float32)
+        for key, (part, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    approx = aop.approximate(predict, FUNCTIONS[name])
+    return approx, params, approx.init(params, x)
+
+
 @functools.cache  # compiled once
 def make_run(devices=1, rows=ROWS, memory="rows"):
     """The first state, placed on the devices; the step; the gradients that it takes."""
-    layers = [aop.linen.Dense(3, config=config) for config in LAYERS[memory]]
-    model = nn.Sequential((nn.Dense(4), *layers))
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((rows, 4), jnp.float32))
-    params, memory = variables["params"], variables[aop.linen.COLLECTION]
+    make_model = scanned_and_experts if memory in FUNCTIONS else dense_layers
+    predict, params, memory = make_model(memory, jnp.zeros((rows, 4), jnp.float32))
     tx = optax.chain(aop.carry_memory(memory, SCHEDULE), optax.adam(SCHEDULE))
 
     def loss_fn(params, memory, number):
         key = jax.random.fold_in(jax.random.key(1), number)  # a restart draws the same
         x = jax.random.normal(key, (rows, 4), jnp.float32)
-        variables = {"params": params, aop.linen.COLLECTION: memory}
-        y = model.apply(variables, x, rngs={aop.linen.RNG: key})
+        y = predict(params, memory, key, x)
         return jnp.mean((y - jnp.abs(x[:, :3])) ** 2)
 
     grad_fn = jax.jit(jax.value_and_grad(loss_fn, argnums=(0, 1)))
@@ -126,6 +155,8 @@ def same_shardings(ours, wanted):
         slow(1, "subspace"),
         slow(4, "subspace"),
         slow(4, "inputs"),
+        (1, "function, rows"),
+        slow(1, "function, subspace"),
     ],
 )
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path, devices, memory):
@@ -229,7 +260,7 @@ def last_checkpoint(directory, memory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", ["rows", "subspace", "inputs"])
+@pytest.mark.parametrize("memory", ["rows", "subspace", "inputs", *FUNCTIONS])
 def test_a_run_that_is_killed_ends_as_if_it_were_not(tmp_path, memory):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     wanted = run_in_a_process(whole, memory)

@@ -302,6 +302,7 @@ def test_it_is_reached_and_exact_with_all_rows(name):
 
 
 @pytest.mark.usefixtures("standard_promotion", "without_x64")
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")  # of the derivative
 def test_a_function_that_switches_to_doubles():
     assert check_exact(in_float64, SQUARE, X)["params"].inputs.shape == (ROWS, FEATURES)
 
@@ -615,6 +616,30 @@ def test_one_compilation_in_many_steps_with_a_memory_in_the_optimizer():
         params, state, loss = step(params, state, jax.random.key(i))
         losses.append(loss)
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("memory", ["rows", "subspace"])
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_donated_state_of_a_scan_holds_its_memories_once(memory):
+    options = {} if memory == "rows" else {"policy": "priority", "rank": 16}
+    approx = aop.approximate(
+        lambda p, x: squares(tanh_layers(p, x)), aop.MemAOP(ratio=0.25, memory=memory, **options)
+    )
+    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4, 128, 128), (256, 128)))
+    params, x = shapes
+    memories = jax.eval_shape(lambda: approx.init(params, x))
+    tx = optax.chain(aop.carry_memory(memories), optax.adam(1e-3))
+
+    def step(params, state, key, x):
+        grads, memory = jax.grad(approx, argnums=(0, 1))(params, aop.get_memory(state), key, x)
+        updates, state = tx.update(grads, state, params, memory=memory)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(step, donate_argnums=(0, 1))
+    compiled = step.lower(params, state, jax.random.key(0), x).compile()
+    donated = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state)))
+    assert compiled.memory_analysis().alias_size_in_bytes >= donated
 
 
 @pytest.mark.usefixtures("standard_promotion")
