@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -117,3 +117,21 @@ def eval_shape(function: Callable, *args: chex.ArrayTree, **kwargs: chex.ArrayTr
         return function(*args, **kwargs)
 
     return jax.eval_shape(call, shapes)
+
+
+def subclass(
+    model_class: type, members: dict[str, Any], remake: Callable[..., Any], *arguments: Any
+) -> type:
+    """A subclass of a model's class that goes by its name, with these members.
+
+    Pickle, which finds classes by their names alone, makes its instances by `remake(*arguments)`.
+    """
+
+    def reduce_ex(self, protocol):
+        _, _, *state = model_class.__reduce_ex__(self, protocol)
+        return remake, arguments, *state
+
+    names = ("__doc__", "__module__", "__qualname__")
+    as_the_model = {name: getattr(model_class, name) for name in names}
+    members = as_the_model | members | {"__reduce_ex__": reduce_ex}
+    return type(model_class)(model_class.__name__, (model_class,), members)

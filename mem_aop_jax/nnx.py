@@ -24,7 +24,7 @@ from mem_aop_jax._core.dense import dot_general
 from mem_aop_jax._core.memory import carried, memory_name, rate_factor
 from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._core.probe import is_memory
-from mem_aop_jax._models import Layer, Rules
+from mem_aop_jax._models import Layer, Rules, subclass
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -261,15 +261,7 @@ def _wrapped_class(model_class):
         nnx.update(self, state)
         return y
 
-    def reduce_ex(self, protocol):
-        """For pickle, which finds classes by their names alone."""
-        _, _, *state = model_class.__reduce_ex__(self, protocol)
-        return _new, (model_class,), *state
-
-    attributes = ("__doc__", "__module__", "__qualname__")
-    names = {name: getattr(model_class, name) for name in attributes}
-    methods = {"__call__": call, "__reduce_ex__": reduce_ex}
-    return type(model_class)(model_class.__name__, (model_class,), names | methods)
+    return subclass(model_class, {"__call__": call}, _new, model_class)
 
 
 def _new(model_class):

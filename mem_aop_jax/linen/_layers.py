@@ -6,7 +6,7 @@ import contextvars
 import functools
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import chex
@@ -71,7 +71,11 @@ class Dense(nn.Dense):
                 "and dot_general_cls unset, or use flax.linen.Dense."
             )
         product = functools.partial(product_of, self, self.config)
-        return call_with_product(self, product, super().__call__, inputs)
+        object.__setattr__(self, "dot_general", product)  # the fields of a module are frozen
+        try:
+            return super().__call__(inputs)
+        finally:
+            object.__setattr__(self, "dot_general", None)
 
 
 class DotGeneral(nn.Module):
@@ -196,15 +200,6 @@ def record(name: str, sized: Sized) -> None:
     """Notes a layer that is called, for `recording`."""
     if (recorded := _recorded.get()) is not None:
         recorded[name] = sized
-
-
-def call_with_product(module: nn.Module, product: Callable, call: Callable, *args, **kwargs):
-    """Calls a dense layer's method with this `dot_general`, which the layer reads in this call."""
-    object.__setattr__(module, "dot_general", product)  # the fields of a module are frozen
-    try:
-        return call(*args, **kwargs)
-    finally:
-        object.__setattr__(module, "dot_general", None)
 
 
 def product_of(module, config, lhs, rhs, dimension_numbers, *args, **options):

@@ -25,6 +25,7 @@ from mem_aop_jax._approximate.settings import Settings
 from mem_aop_jax._approximate.tracing import Traced, path_string, trace
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.probe import Probe, is_memory
+from mem_aop_jax._models import subclass
 from mem_aop_jax.linen._layers import (
     COLLECTION,
     LAYERS_MEMORY,
@@ -118,16 +119,8 @@ def _wrapped_class(model_class: type, settings: Settings) -> type:
         if _is_public_method(model_class, name)
     }
     entries = {name: _entry(model_class, name) for name in ("apply", "init_with_output")}
-    attributes = ("__doc__", "__module__", "__qualname__")
-    names = {name: getattr(model_class, name) for name in attributes} | {_WRAPPED: True}
-
-    def reduce_ex(self, protocol):
-        """For pickle, which finds classes by their names alone."""
-        _, _, *state = model_class.__reduce_ex__(self, protocol)
-        return _new, (model_class, settings), *state
-
-    names["__reduce_ex__"] = reduce_ex
-    return type(model_class.__name__, (model_class,), methods | entries | names)
+    members = methods | entries | {_WRAPPED: True}
+    return subclass(model_class, members, _new, model_class, settings)
 
 
 def _new(model_class: type, settings: Settings) -> Any:
