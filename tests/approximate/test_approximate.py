@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
 import mem_aop_jax as aop
@@ -575,6 +576,19 @@ def test_a_second_use_of_a_parameter_has_a_name_of_its_own():
     assert [layer.path for layer in aop.approximate(fun, rules).layers({"w": SQUARE}, X)] == ["w"]
 
 
+def test_names_stay_when_other_parts_of_a_model_are_edited():
+    def edited(params, x):
+        x = jnp.tanh(x @ params["new"]) @ params["new"].T
+        return mlp(params, x) @ params["another"]
+
+    more = PARAMS | {"another": SQUARE, "new": SQUARE}
+    before, after = (
+        aop.approximate(fun, CONFIG).init(params, X)
+        for fun, params in ((mlp, PARAMS), (edited, more))
+    )
+    assert before.keys() == after.keys() - {"new", "new#1", "another"}
+
+
 @pytest.mark.parametrize(
     ("fun", "rules", "error", "message"),
     [
@@ -616,6 +630,28 @@ def test_one_compilation_in_many_steps_with_a_memory_in_the_optimizer():
         params, state, loss = step(params, state, jax.random.key(i))
         losses.append(loss)
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_train_state_of_flax_overwrites_the_memory():
+    approx = aop.approximate(mlp, CONFIG)
+    collection = aop.linen.COLLECTION
+    variables = {"params": PARAMS, collection: approx.init(PARAMS, X)}
+    state = TrainState.create(apply_fn=approx, params=variables, tx=optax.sgd(0.1))
+
+    @jax.jit
+    def both(params, memory):
+        def loss(variables):
+            return squares(state.apply_fn(variables["params"], variables[collection], None, X))
+
+        given = state.replace(params={"params": params, collection: memory})
+        ours = given.apply_gradients(grads=jax.grad(loss)(given.params)).params
+        by_hand = jax.grad(lambda p, m: squares(approx(p, m, None, X)), (0, 1))(params, memory)
+        return ours, jax.tree.map(lambda p, g: p - 0.1 * g, params, by_hand[0]), by_hand[1]
+
+    for _ in range(2):
+        variables, params, memory = both(variables["params"], variables[collection])
+        chex.assert_trees_all_close(variables, {"params": params, collection: memory}, rtol=1e-5)
 
 
 @pytest.mark.parametrize("memory", ["rows", "subspace"])
