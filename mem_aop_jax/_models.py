@@ -1,7 +1,7 @@
 """Which layers of a model a configuration is for: ordered rules on their paths."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -62,6 +62,15 @@ def as_rules(caller: str, config_or_rules: MemAOP | Sequence[tuple[str, MemAOP |
             case _:
                 raise TypeError(f"{caller}: got the rule {rule!r}; the rules must be {wanted}.")
     return tuple((pattern, config) for pattern, config in config_or_rules)
+
+
+def rules_for(configs: Mapping[str, MemAOP | None]) -> Rules:
+    """Rules that give the layers with these paths these configurations.
+
+    A later use of a parameter ("w#1") comes first: the rule for "w" is for all of its uses.
+    """
+    ordered = sorted(configs, key=lambda path: "#" not in path)
+    return tuple((re.escape(path), configs[path]) for path in ordered)
 
 
 def config_for(rules: Rules, *names: str) -> MemAOP | None:

@@ -2,20 +2,26 @@
 
 import dataclasses
 import functools
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
 import numpy as np
 
-from mem_aop_jax import linen
 from mem_aop_jax._analysis.layer_variance import LayerVariance, Measurement
-from mem_aop_jax._analysis.model_gradients import ExampleInput, as_args, check_batches
+from mem_aop_jax._analysis.subject import (
+    ExampleInput,
+    Subject,
+    as_args,
+    check_batches,
+    check_example,
+)
+from mem_aop_jax._approximate.approximated import Approximated
+from mem_aop_jax._approximate.program import Site
 from mem_aop_jax._core.config import InputGrad, MemAOP
 from mem_aop_jax._core.flops import exact_flops, relative_cost
-from mem_aop_jax._models import Layer, Rules
+from mem_aop_jax._models import Layer, Rules, rules_for
 from mem_aop_jax._tables import markdown
 
 RATIOS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the rows
@@ -58,8 +64,8 @@ class Allocation:
 
     @property
     def rules(self) -> Rules:
-        """For `aop.linen.wrap`."""
-        return tuple((re.escape(choice.path), choice.config) for choice in self.layers)
+        """For `aop.approximate` or `aop.linen.wrap`."""
+        return rules_for({choice.path: choice.config for choice in self.layers})
 
     def verdict(self) -> float:
         """(1 + v) c, below 1 where the estimate pays (see `Diagnostics`)."""
@@ -75,7 +81,67 @@ class Allocation:
         )
 
 
+@functools.singledispatch
 def allocate(
+    approx: Approximated | nn.Module,
+    params: chex.ArrayTree,
+    batches: Sequence[tuple],
+    key: chex.PRNGKey,
+    *,
+    budget: float | None = None,
+    draws: int = 4,
+    metric: chex.ArrayTree | None = None,
+) -> Allocation:
+    """Rows and ranks for each contraction of a loss, with least variance for a budget of FLOPs.
+
+    A contraction stays exact where that is the better buy. The best choice changes during training,
+    since spectra get flatter. Before training, a layer whose kernel is zero hides the layers below
+    it.
+
+    For a Linen model: `allocate(model, config, example_input, loss, budget, *, params, batches,
+    key, layers=".*", draws=4, metric=None)`. There `model` is not wrapped, and has `config` for the
+    layers whose whole path the regular expression `layers` matches; `loss(model, variables, batch,
+    key)` returns the scalar that is trained, for the model that it gets, for instance
+    `model.apply(variables, batch, rngs={aop.linen.RNG: key}).mean()`, where `variables` are
+    "params" and the memories, and the loss adds other collections itself; `example_input` are the
+    inputs of `model.init`, of the training size, as in `aop.plan`; batches are whatever the loss
+    takes.
+
+    Args:
+      approx: `aop.approximate` of the loss, or of a pair of the loss and something else. Its
+        configurations say what each contraction may have: the policy, "priority", `groups` and
+        `refresh`. With memory="subspace" it gets ranks of its own, and with an `input_grad` rows
+        and a rank for the gradient of its inputs, whatever their values are here; else it has no
+        memory, and the gradient of its inputs stays exact. What `approx` leaves exact stays exact,
+        and c leaves it out.
+      params: the current parameters.
+      batches: two or more, of one size: tuples of the arguments after the parameters.
+      key: for the draws.
+      budget: FLOPs of the layers' steps, relative to those of exact layers, in (0, 1]; None takes
+        the budget with the smallest (1 + v) c.
+      draws: the number of draws of each layer's input gradient.
+      metric: a tree like `params`: factors on the squared entries of the gradient in v. None counts
+        all entries alike, as SGD does. Adam divides by the root of its second moments, so that
+        small gradients count as much as large ones:
+        `jax.tree.map(lambda nu: 1 / (jnp.sqrt(nu) + 1e-8), optax.tree_utils.tree_get(opt_state,
+        "nu"))`.
+
+    Returns:
+      Rules for `aop.approximate` or `aop.linen.wrap`, and a table.
+
+    Raises:
+      TypeError: neither a function of `aop.approximate` nor a Linen model; a batch that is no
+        tuple; `config` is no `MemAOP`.
+      ValueError: another policy, fewer than two batches or one of another size, a budget outside of
+        (0, 1] or below the cheapest choice; no layer that matches, or a layer that is called with
+        different sizes; a gradient that is zero or not finite.
+    """
+    subject = Subject.of_function("allocate", approx)
+    return _allocate(subject, params, batches, key, budget, draws, metric)
+
+
+@allocate.register(nn.Module)
+def _allocate_model(
     model: nn.Module,
     config: MemAOP,
     example_input: ExampleInput,
@@ -89,81 +155,67 @@ def allocate(
     draws: int = 4,
     metric: chex.ArrayTree | None = None,
 ) -> Allocation:
-    """Rows and ranks for each dense layer of a model, with least variance for a budget of FLOPs.
-
-    A layer stays exact where that is the better buy. The best choice changes during training, since
-    spectra get flatter. Before training, a layer whose kernel is zero hides the layers below it.
-
-    Args:
-      model: a Linen model, not wrapped.
-      config: the options that all layers share: the policy, "priority", `groups` and `refresh`.
-        With memory="subspace" each layer gets ranks of its own, and with an `input_grad` rows and a
-        rank for the gradient of its inputs, whatever their values are here; else no layer has a
-        memory, and gradients of inputs stay exact.
-      example_input: the inputs of `model.init`, of the training size: arrays or
-        `jax.ShapeDtypeStruct`s; a tuple for several arguments.
-      loss: `loss(model, variables, batch, key)` returns the scalar that is trained, for the model
-        that it gets: for instance
-        `model.apply(variables, batch, rngs={aop.linen.RNG: key}).mean()`. `variables` are "params"
-        and the memories; the loss adds other collections itself.
-      budget: FLOPs of the layers' steps, relative to those of exact layers, in (0, 1]; None takes
-        the budget with the smallest (1 + v) c.
-      params: the current parameters.
-      batches: two or more, of the size of the example input.
-      key: for the draws.
-      layers: regular expression on the whole path of a layer; the other layers stay exact, and c
-        leaves them out.
-      draws: the number of draws of each layer's input gradient.
-      metric: a tree like `params`: factors on the squared entries of the gradient in v. None counts
-        all entries alike, as SGD does. Adam divides by the root of its second moments, so that
-        small gradients count as much as large ones:
-        `jax.tree.map(lambda nu: 1 / (jnp.sqrt(nu) + 1e-8), optax.tree_utils.tree_get(opt_state,
-        "nu"))`.
-
-    Returns:
-      Rules for `aop.linen.wrap`, and a table.
-
-    Raises:
-      TypeError: `config` is no `MemAOP`.
-      ValueError: another policy, fewer than two batches or one of another size, a budget outside of
-        (0, 1] or below the cheapest choice; no layer that matches, or a layer that is called with
-        different sizes; a gradient that is zero or not finite.
-    """
-    _check(config, budget, batches)
-    args = as_args(example_input)
-    plain = MemAOP(ratio=0.5, policy=config.policy, groups=config.groups)
-    listed = linen.layers(linen.wrap(model, [(layers, plain)]), key, *args)
-    by_path = _layers_by_path(listed)
-    largest = {path: _largest(config, plain, layer) for path, layer in by_path.items()}
-    rows = {path: layer.rows for path, layer in by_path.items()}
-    measurement = Measurement(loss, params, batches, key, metric)
-    variances = measurement.layer_variances(model, largest, rows, args, draws)
-    options = {
-        path: _options(config, plain, layer, variances[path]) for path, layer in by_path.items()
-    }
-    return Allocation(*_best(options, budget), measurement.spent)
-
-
-def _check(config: object, budget: float | None, batches: Sequence[chex.ArrayTree]) -> None:
+    """The same for a Linen model."""
     if not isinstance(config, MemAOP):
         raise TypeError(f"allocate: config is of type {type(config).__name__}, not aop.MemAOP.")
-    if config.policy != "priority":
-        raise ValueError(
-            f"allocate: got policy={config.policy!r}; what is known of the variance is that of "
-            "policy='priority'."
-        )
+    rules = ((layers, dataclasses.replace(config, k=None, ratio=0.5)),)
+    subject = Subject.of_model("allocate", model, loss, rules)
+    rows = check_example(model, rules, as_args(example_input))
+    return _allocate(subject, params, batches, key, budget, draws, metric, rows)
+
+
+def _allocate(
+    subject: Subject,
+    params: chex.ArrayTree,
+    batches: Sequence[Any],
+    key: chex.PRNGKey,
+    budget: float | None,
+    draws: int,
+    metric: chex.ArrayTree | None,
+    rows: Mapping[str, int] | None = None,
+) -> Allocation:
+    """`rows` are those of an example input, by the layers' paths, which batches must have."""
     if budget is not None and not 0 < budget <= 1:
         raise ValueError(
             f"allocate: got budget={budget}; it is a share of the exact steps' FLOPs, in (0, 1], "
             "or None."
         )
-    check_batches("allocate", batches)
+    check_batches("allocate", subject, batches)
+    sites = _sites_by_path(subject.sites(params, batches[0], key))
+    configs: dict[str, MemAOP] = {}
+    for path, site in sites.items():
+        assert site.config is not None, "these are approximate"
+        _check_policy(site.config)
+        configs[path] = site.config
+        given = site.layer.rows
+        if rows is not None and rows.get(path) != given:
+            raise ValueError(
+                f"allocate: {path}: a batch with {given} rows, where the example input has "
+                f"{rows.get(path, 'no')}."
+            )
+    largest = {path: _largest(configs[path], site.layer) for path, site in sites.items()}
+    measurement = Measurement(subject, params, batches, key, metric)
+    variances = measurement.layer_variances(largest, draws)
+    options = {
+        path: _options(configs[path], site.layer, variances[path]) for path, site in sites.items()
+    }
+    return Allocation(*_best(options, budget), measurement.spent)
 
 
-def _layers_by_path(layers: Sequence[Layer]) -> dict[str, Layer]:
-    by_path: dict[str, Layer] = {}
-    for layer in layers:
-        sizes = by_path.setdefault(layer.path, layer).sizes
+def _check_policy(config: MemAOP) -> None:
+    if config.policy != "priority":
+        raise ValueError(
+            f"allocate: got policy={config.policy!r}; what is known of the variance is that of "
+            "policy='priority'."
+        )
+
+
+def _sites_by_path(sites: Sequence[Site]) -> dict[str, Site]:
+    """The first site of each layer."""
+    by_path: dict[str, Site] = {}
+    for site in sites:
+        layer = site.layer
+        sizes = by_path.setdefault(layer.path, site).layer.sizes
         if sizes != layer.sizes:
             raise ValueError(
                 f"allocate: {layer.path} is called with {sizes} and {layer.sizes} as (rows, "
@@ -184,7 +236,7 @@ class _Options(NamedTuple):
     flops: np.ndarray
 
 
-def _options(config: MemAOP, plain: MemAOP, layer: Layer, variance: LayerVariance) -> _Options:
+def _options(config: MemAOP, layer: Layer, variance: LayerVariance) -> _Options:
     exact, last = exact_flops(*layer.sizes), variance.batches[-1]
     asked_for = any(call.asked_for for call in last.calls)
     not_asked = 0 if asked_for else exact / 3  # for the gradient of the inputs
@@ -192,9 +244,7 @@ def _options(config: MemAOP, plain: MemAOP, layer: Layer, variance: LayerVarianc
     input_term = functools.cache(variance.input_term)
     configs: list[MemAOP | None] = [None]
     v, flops = [0.0], [exact - not_asked]
-    for candidate in _candidates(config, plain, asked_for, layer):
-        if last.stacked and candidate.memory_kind is None:
-            continue  # in `wrap`, the key of a stacked layer comes with its memory
+    for candidate in _candidates(config, asked_for, layer):
         ranks = (0, 0)
         if candidate.memory_kind is not None:
             ranks = candidate.ranks(layer.in_features, layer.out_features)
@@ -208,10 +258,14 @@ def _options(config: MemAOP, plain: MemAOP, layer: Layer, variance: LayerVarianc
     return _Options(configs, np.array(v), np.array(flops) * len(last.calls))
 
 
-def _candidates(
-    config: MemAOP, plain: MemAOP, inputs_asked_for: bool, layer: Layer
-) -> Iterator[MemAOP]:
+def _plain(config: MemAOP) -> MemAOP:
+    """What all configurations for a layer share."""
+    return MemAOP(ratio=0.5, policy=config.policy, groups=config.groups)
+
+
+def _candidates(config: MemAOP, inputs_asked_for: bool, layer: Layer) -> Iterator[MemAOP]:
     """All configurations to choose from for a layer, each once."""
+    plain = _plain(config)
     approximates_inputs = inputs_asked_for and config.input_grad is not None
     input_ranks, cotangent_ranks = _ranks(layer.in_features), _ranks(layer.out_features)
     memories: list[dict[str, Any]] = [{}]
@@ -235,12 +289,12 @@ def _candidates(
                         yield dataclasses.replace(candidate, input_grad=input_grad)
 
 
-def _largest(config: MemAOP, plain: MemAOP, layer: Layer) -> MemAOP:
+def _largest(config: MemAOP, layer: Layer) -> MemAOP:
     """The configuration with the largest ranks to choose from, to measure a layer with."""
     # one direction at least: a `Norms` probe has both sides
     ranks = max(1, *_ranks(layer.in_features)), max(1, *_ranks(layer.out_features))
     input_grad = config.input_grad and InputGrad(INPUT_RATIOS[0], min(32, layer.out_features // 4))
-    return dataclasses.replace(plain, memory="subspace", rank=ranks, input_grad=input_grad)
+    return dataclasses.replace(_plain(config), memory="subspace", rank=ranks, input_grad=input_grad)
 
 
 def _ranks(features: int) -> list[int]:

@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mem_aop_jax._analysis.model_gradients import counted_flops, floating_leaves
+from mem_aop_jax._analysis.model_gradients import floating_leaves
+from mem_aop_jax._analysis.subject import counted_flops, loss_of
+from mem_aop_jax._approximate.approximated import Approximated, sites_of
+from mem_aop_jax._approximate.tracing import path_string, split_arrays
 from mem_aop_jax._core.measure import variance_of_draws
 from mem_aop_jax._core.probe import Measured, Probe, is_memory
 from mem_aop_jax._numerics import safe_divide
@@ -73,10 +76,10 @@ class Diagnostics:
 
 
 def diagnostics(
-    loss_fn: Callable,
+    loss_fn: Callable | Approximated,
     params: chex.ArrayTree,
     memory: chex.ArrayTree,
-    *args: chex.ArrayTree,
+    *args: Any,
     draws: int = 8,
     has_aux: bool = False,
     count_flops: bool = True,
@@ -90,13 +93,17 @@ def diagnostics(
     outside of `pmap` and `shard_map`.
 
     Args:
-      loss_fn: `loss_fn(params, memory, *args)`, the loss that is trained.
+      loss_fn: `loss_fn(params, memory, *args)`, the loss that is trained: what `aop.approximate`
+        returns, or any function of memories.
       params: as in training.
       memory: as in training: the memories of the layers to measure. A layer without one (such as
-        `MemAOP(policy="priority")`) needs a `Probe` there: see `aop.linen.probes`.
-      *args: the batch, the key and all other arguments of `loss_fn`; all are traced.
+        `MemAOP(policy="priority")`) needs a `Probe` there, which `aop.linen.probes` makes; a
+        function of `aop.approximate` does not.
+      *args: the key, the batch and all other arguments of `loss_fn`. All are traced; of a function
+        of `aop.approximate` the arrays are, as in its call.
       draws: how many approximate gradients to draw, with keys split from each layer's key.
-      has_aux: whether `loss_fn` returns `(loss, aux)`, as in `jax.grad`.
+      has_aux: whether `loss_fn` returns `(loss, aux)`, as in `jax.grad`; for a function of
+        `aop.approximate` it need not be said.
       count_flops: whether to compile the gradients of the whole loss, for `step_cost`.
 
     Raises:
@@ -115,6 +122,13 @@ def diagnostics(
     """
     if draws < 2:
         raise ValueError(f"diagnostics: got draws={draws}; a variance needs at least 2.")
+    name_of = _name_in_collection
+    if isinstance(loss_fn, Approximated):
+        key, *rest = args
+        sites = sites_of(loss_fn, params, *rest)
+        probes = {site.name: Probe.of(None, draws, site.all_runs) for site in sites}
+        memory, name_of, has_aux = probes | dict(memory or {}), _name_of_site, False
+        loss_fn, args = _of_arrays(loss_fn, key, *rest)
     memory = jax.tree.map(
         lambda m: m if isinstance(m, Probe) else Probe.of(m, draws, jnp.shape(m.uses)),
         memory,
@@ -127,7 +141,7 @@ def diagnostics(
     probes = map_probes(lambda probe: dataclasses.replace(probe, draws=draws))
     exact_probes = map_probes(lambda probe: dataclasses.replace(probe, draws=0))
     measured = jax.jit(jax.grad(loss_fn, argnums=1, has_aux=has_aux))(params, probes, *args)
-    layers = _layers_by_name(measured[0] if has_aux else measured)
+    layers = _layers_by_name(measured[0] if has_aux else measured, name_of)
     model = _model_figures(list(layers.values()))
     if any(layer.input_v > 0 for layer in layers.values()):
         grad_fn = jax.jit(jax.grad(loss_fn, has_aux=has_aux, allow_int=True))
@@ -156,16 +170,37 @@ def diagnostics(
     return Diagnostics(layers, model, step_cost)
 
 
-def _layers_by_name(measured: chex.ArrayTree) -> dict[str, Measured]:
+def _of_arrays(approx: Approximated, *args: Any) -> tuple[Callable, tuple]:
+    """The loss as a function of (params, memory, *arrays), and the arrays among the arguments."""
+    arrays, rest = split_arrays(args)
+
+    def loss_fn(params: Any, memory: Any, *arrays: chex.Array) -> chex.Array:
+        return loss_of(approx(params, memory, *rest.with_arrays(arrays)))
+
+    return loss_fn, tuple(arrays)
+
+
+def _name_of_site(path: tuple) -> str:
+    """The name of a layer whose memory has this path, of a function's memories."""
+    return path_string(path)
+
+
+def _name_in_collection(path: tuple) -> str:
+    """The same in a Linen collection, an NNX state or a tree of anybody's own."""
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
+        path = path[:-1]  # the value of an NNX variable
+    name = f"/{path_string(path)}".removesuffix("/memory").removesuffix("/kernel")
+    return name.removeprefix("/") or "layer"
+
+
+def _layers_by_name(
+    measured: chex.ArrayTree, name_of: Callable[[tuple], str]
+) -> dict[str, Measured]:
     """The measurements of each layer that took part in the loss, from the probes' gradient."""
     probes = jax.tree.leaves_with_path(measured, is_leaf=is_memory)
     layers = {}
     for path, probe in probes:
-        if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
-            path = path[:-1]  # the value of an NNX variable
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        name = f"/{name}".removesuffix("/memory").removesuffix("/kernel")
-        name = name.removeprefix("/") or "layer"
+        name = name_of(path)
         for index in np.ndindex(probe.uses.shape):  # each layer of a stack
             number = f"[{','.join(map(str, index))}]" if index else ""
             layers[name + number] = jax.tree.map(lambda a, i=index: a[i], probe.measured)

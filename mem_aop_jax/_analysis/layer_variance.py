@@ -14,19 +14,23 @@ a layer below draws from cotangents with an error is of second order.)
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mem_aop_jax._analysis import model_gradients
+from mem_aop_jax._analysis.subject import BackwardPass, Subject
+from mem_aop_jax._approximate.approximated import first_memories
+from mem_aop_jax._approximate.program import Site
+from mem_aop_jax._approximate.tracing import leaves_by_path
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.memory import Subspace
-from mem_aop_jax._core.probe import Norms, Probe, is_memory
+from mem_aop_jax._core.probe import Norms, Probe
+from mem_aop_jax._models import rules_for
 
 FIRST_PASSES = 2  # over the first batch, so that the directions follow the rows
 
@@ -36,12 +40,10 @@ class BatchNorms(NamedTuple):
 
     Attributes:
       calls: for each call of the layer, or each member of a stack of layers.
-      stacked: whether it is a stack.
       gradient_norm: the norm of the gradient of all parameters.
     """
 
     calls: list[Norms]
-    stacked: bool
     gradient_norm: float
 
     def kernel_variance(self, ranks: tuple[int, int], k: int, groups: int) -> float:
@@ -101,43 +103,38 @@ def sampling_variance(scores: np.ndarray, sizes: np.ndarray, k: int, groups: int
 
 @dataclasses.dataclass
 class Measurement:
-    """Backward passes through a model with probes. Arguments as in `allocate`.
+    """Backward passes through a loss with probes. Arguments as in `allocate`.
 
     Attributes:
       spent: FLOPs of all passes so far.
     """
 
-    loss: Callable
+    subject: Subject
     params: chex.ArrayTree
-    batches: Sequence[chex.ArrayTree]
+    batches: Sequence[Any]
     key: chex.PRNGKey
     metric: chex.ArrayTree | None
     spent: float = 0.0
 
     def layer_variances(
-        self,
-        model: nn.Module,
-        configs: Mapping[str, MemAOP],
-        rows: Mapping[str, int],
-        args: tuple,
-        draws: int,
+        self, configs: Mapping[str, MemAOP], draws: int
     ) -> dict[str, LayerVariance]:
-        """The variance of each layer, by path; `args` is the example input.
+        """The variance of each layer, by path.
 
         `configs` have the largest ranks to choose from; with an `InputGrad`, errors of the layer's
         input gradient are drawn, too.
         """
-        probed = model_gradients.wrap_layers(model, configs)
-        first = model_gradients.first_memory(probed, *args)
-        norms, memory, exact = self._row_norms(probed, first, rows)
+        probed = self._with(configs)
+        sites = probed.sites(self.params, self.batches[0], self.key)
+        norms, memory, exact = self._row_norms(probed, sites)
         weights, gains = dict.fromkeys(configs, 1.0), dict.fromkeys(configs, 0.0)
         if self.metric is not None:
-            cheaper = {path: _cheaper(config) for path, config in configs.items()}
-            sampled = model_gradients.wrap_layers(model, cheaper)
-            shapes = model_gradients.memory_shapes(sampled, *args)
+            sampled = self._with({path: _cheaper(config) for path, config in configs.items()})
+            shapes = first_memories(sampled.sites(self.params, self.batches[0], self.key))
             fewer = model_gradients.truncate_directions(shapes, memory)
             estimate = self._pass(sampled, fewer, -1, self.key).gradient
-            weights = {path: self._weight(path, estimate, exact) for path in configs}
+            weights = {site.layer.path: self._weight(site, estimate, exact) for site in sites}
+        rows = {site.layer.path: site.layer.rows for site in sites}
         variances = {
             path: norms[path][-1].input_variance(
                 config.input_grad.rank, config.input_rows(rows[path]), config.groups
@@ -146,54 +143,68 @@ class Measurement:
             if config.input_grad
         }
         if variances:
-            gains |= self._input_gains(probed, memory, variances, draws)
+            gains |= self._input_gains(probed, sites, memory, variances, draws)
         return {path: LayerVariance(norms[path], weights[path], gains[path]) for path in configs}
 
+    def _with(self, configs: Mapping[str, MemAOP]) -> Subject:
+        return self.subject.by("allocate", rules_for(configs))
+
     def _pass(
-        self, model: nn.Module, memory: Any, batch: int, key: chex.PRNGKey
-    ) -> model_gradients.BackwardPass:
-        backward = model_gradients.backward_function(self.loss)
-        result = backward(model, self.params, memory, self.batches[batch], key)
+        self, subject: Subject, memory: dict[str, Any], batch: int, key: chex.PRNGKey
+    ) -> BackwardPass:
+        result = subject.backward(self.params, memory, self.batches[batch], key)
         self.spent += result.flops
         return result
 
     def _row_norms(
-        self, model: nn.Module, memory: Any, rows: Mapping[str, int]
+        self, subject: Subject, sites: Sequence[Site]
     ) -> tuple[dict[str, list[BatchNorms]], Any, Any]:
         """Norms by path for each batch but the first; a memory, and the last batch's gradient.
 
         The memory is the one that the last batch was measured with: its directions come from the
         other batches.
         """
-        norms: dict[str, list[BatchNorms]] = {path: [] for path in rows}
+        norms: dict[str, list[BatchNorms]] = {site.layer.path: [] for site in sites}
+        memory = first_memories(sites)
         for batch in [0] * FIRST_PASSES + [*range(1, len(self.batches))]:
             before = memory
-            result = self._pass(model, model_gradients.norms_probes(before, rows), batch, self.key)
+            probes = model_gradients.norms_probes(before, sites)
+            result = self._pass(subject, probes, batch, self.key)
             memory = model_gradients.next_memory(result.memory)
             if batch == 0:
                 continue
             norm = model_gradients.finite_norm("allocate", batch, result.gradient, self.metric)
-            for path, calls in _calls_by_path(result.memory).items():
-                members = [member for call in calls for member in _stack_members(call)]
-                norms[path].append(BatchNorms(members, calls[0].uses.ndim > 0, norm))
+            calls: dict[str, list[Norms]] = {path: [] for path in norms}
+            for site in sites:
+                calls[site.layer.path] += _stack_members(result.memory[site.name].measured)
+            for path, of_layer in calls.items():
+                norms[path].append(BatchNorms(of_layer, norm))
         return norms, before, result.gradient
 
-    def _weight(self, path: str, estimate: Any, exact: Any) -> float:
+    def _weight(self, site: Site, estimate: Any, exact: Any) -> float:
         """The squared error of a kernel's gradient in the metric, relative to the plain one."""
-        ours, wanted, metric = (_kernel(path, tree) for tree in (estimate, exact, self.metric))
+        ours, wanted, metric = (
+            leaves_by_path(tree)[site.parameter.path] for tree in (estimate, exact, self.metric)
+        )
         plain = model_gradients.squared_norm(ours, wanted)
         return model_gradients.squared_norm(ours, wanted, metric) / plain if plain else 0.0
 
     def _input_gains(
-        self, model: nn.Module, memory: Any, variances: Mapping[str, float], draws: int
+        self,
+        subject: Subject,
+        sites: Sequence[Site],
+        memory: dict[str, Any],
+        variances: Mapping[str, float],
+        draws: int,
     ) -> dict[str, float]:
         """`LayerVariance.input_gain` by path, from errors with these variances."""
         gains = dict.fromkeys(variances, 0.0)
         for key in jax.random.split(self.key, draws):
-            exact = self._pass(model, _noise_probes(memory, None), -1, key).gradient
+            exact = self._pass(subject, _noise_probes(memory, sites, None), -1, key).gradient
             for path, variance in variances.items():
                 if variance > 0:
-                    noisy = self._pass(model, _noise_probes(memory, path), -1, key).gradient
+                    probes = _noise_probes(memory, sites, path)
+                    noisy = self._pass(subject, probes, -1, key).gradient
                     square = model_gradients.squared_norm(noisy, exact, self.metric)
                     gains[path] += square / variance / draws
         return gains
@@ -204,35 +215,23 @@ def _cheaper(config: MemAOP) -> MemAOP:
     return dataclasses.replace(config, ratio=0.25, rank=config.ranks(8, 8), input_grad=None)
 
 
-def _noise_probes(memory: chex.ArrayTree, noisy: str | None) -> chex.ArrayTree:
+def _noise_probes(
+    memory: Mapping[str, Subspace], sites: Sequence[Site], noisy: str | None
+) -> dict[str, Probe]:
     """Probes that add an error to the input gradient of the layer with this path alone."""
+    paths = {site.name: site.layer.path for site in sites}
 
-    def probe(path: str, subspace: Subspace) -> Probe:
+    def probe(name: str, subspace: Subspace) -> Probe:
         stack = jnp.shape(subspace.uses)
-        noise = jnp.full(stack, float(path == noisy), jnp.float32)
+        noise = jnp.full(stack, float(paths[name] == noisy), jnp.float32)
         return dataclasses.replace(Probe.of(subspace, 0, stack), noise=noise)
 
-    return model_gradients.map_memories(probe, memory)
-
-
-def _kernel(path: str, params: Any) -> chex.Array:
-    """The entry for a layer's kernel in a tree like the parameters."""
-    for name in path.split("/"):
-        params = params[name]
-    return nn.unbox(params["kernel"])
-
-
-def _calls_by_path(probes: chex.ArrayTree) -> dict[str, list[Norms]]:
-    """For each path the norms that the probes of all calls measured."""
-    calls: dict[str, list[Norms]] = {}
-    for path, probe in jax.tree.leaves_with_path(probes, is_leaf=is_memory):
-        norms = jax.tree.map(np.asarray, probe.measured)
-        calls.setdefault(model_gradients.layer_path(path), []).append(norms)
-    return calls
+    return {name: probe(name, subspace) for name, subspace in memory.items()}
 
 
 def _stack_members(norms: Norms) -> list[Norms]:
     """The norms of each layer in a stack, or of a single layer."""
+    norms = jax.tree.map(np.asarray, norms)
     stack = norms.uses.shape
     flat = [a.reshape(-1, *a.shape[len(stack) :]) for a in norms]
     return [Norms(*member) for member in zip(*flat, strict=True)]

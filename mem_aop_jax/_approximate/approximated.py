@@ -9,13 +9,13 @@ import chex
 from jax.tree_util import SequenceKey
 
 from mem_aop_jax._approximate.origins import DATA
-from mem_aop_jax._approximate.program import Parameter
+from mem_aop_jax._approximate.program import LayerParameter, Parameter, Site
 from mem_aop_jax._approximate.reach import Reach, ReachedSite
 from mem_aop_jax._approximate.settings import Settings
-from mem_aop_jax._approximate.tracing import Traced, path_string, trace
+from mem_aop_jax._approximate.tracing import Traced, parameter_path, trace
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.memory import LayerMemory
-from mem_aop_jax._models import Layer
+from mem_aop_jax._models import Layer, Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,12 @@ class Approximated:
     Attributes:
       fun: the function itself.
       settings: which contractions are approximate, and how.
+      model: the name of a model whose parameters these are: then rules and paths are its layers'.
     """
 
     fun: Callable
     settings: Settings
+    model: str | None = None
 
     def init(self, params: chex.ArrayTree, /, *args, **kwargs) -> dict[str, LayerMemory]:
         """The first memories, by the names of the sites: the parameters' paths.
@@ -47,9 +49,7 @@ class Approximated:
         Raises:
           ValueError: a rule that decides about none of the contractions.
         """
-        sites = self._checked(params, args, kwargs).reached
-        memories = {site.name: site.first_memory() for site in sites}
-        return {name: memory for name, memory in memories.items() if memory is not None}
+        return first_memories(sites_of(self, params, *args, **kwargs))
 
     def __call__(
         self,
@@ -87,7 +87,7 @@ class Approximated:
         Of the runs of a contraction (iterations, experts, devices), one stands for all. Arguments
         and errors are those of `init`.
         """
-        return [site.layer for site in self._checked(params, args, kwargs).reached]
+        return [site.layer for site in sites_of(self, params, *args, **kwargs)]
 
     def reach(self, params: chex.ArrayTree, /, *args, **kwargs) -> Reach:
         """All contractions with parameters, and why those are exact that are.
@@ -103,7 +103,32 @@ class Approximated:
 
     def _traced(self, memory, params, args, kwargs) -> Traced:
         decide = functools.partial(self.settings.decide, memory)
-        return trace(self.fun, (params, *args), kwargs, _parameter_or_data, decide)
+        return trace(self.fun, (params, *args), kwargs, self._parameter_or_data, decide)
+
+    def _parameter_or_data(self, path, leaf):
+        """The leaves of the function's first argument are parameters."""
+        if path[:2] != (SequenceKey(0), SequenceKey(0)):  # of (args, kwargs)
+            return DATA
+        name = parameter_path(path[2:])
+        if self.model is None:
+            return Parameter(name, leaf.size)
+        return LayerParameter(name, leaf.size, relative=name, model=self.model)
+
+
+def sites_of(approx: Approximated, params: chex.ArrayTree, /, *args, **kwargs) -> list[Site]:
+    """The sites that are approximate; arguments and errors are those of `Approximated.init`."""
+    return approx._checked(params, args, kwargs).reached
+
+
+def first_memories(sites: Sequence[Site]) -> dict[str, LayerMemory]:
+    """The memories that sites start with, of those that have one."""
+    memories = {site.name: site.first_memory() for site in sites}
+    return {name: memory for name, memory in memories.items() if memory is not None}
+
+
+def with_rules(approx: Approximated, caller: str, rules: Rules) -> Approximated:
+    """The same function with other rules; `caller` has them, for error messages."""
+    return dataclasses.replace(approx, settings=Settings(caller, rules, None, None))
 
 
 def approximate(
@@ -160,11 +185,3 @@ def approximate(
     if not callable(fun):
         raise TypeError(f"approximate: fun is of type {type(fun).__name__}; it must be callable.")
     return Approximated(fun, Settings.of("approximate", config_or_rules, min_speedup))
-
-
-def _parameter_or_data(path, leaf):
-    """The leaves of the function's first argument are parameters."""
-    if path[:2] != (SequenceKey(0), SequenceKey(0)):  # of (args, kwargs)
-        return DATA
-    name = path_string(path[2:]) or "params"
-    return Parameter(name, leaf.size)

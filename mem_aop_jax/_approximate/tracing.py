@@ -3,7 +3,7 @@
 import collections
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -24,17 +24,17 @@ class Traced(NamedTuple):
       program: the function's, with arrays in and arrays out.
       sites: all contractions with parameters, in the order in which the function computes them.
       inputs: the arrays among the arguments.
-      outputs: the function's result, from the program's.
+      result: the rest of what the function returns.
     """
 
     program: Program
     sites: list[Site]
     inputs: list[chex.Array]
-    outputs: Callable[[list[chex.Array]], Any]
+    result: "Rest"
 
     def run(self, memory: Memories, key: chex.PRNGKey | None) -> Any:
         """The function's result; the gradient of the memory is the next memory."""
-        return self.outputs(self.program.run(memory, key, *self.inputs))
+        return self.result.with_arrays(self.program.run(memory, key, *self.inputs))
 
     @property
     def reached(self) -> list[Site]:
@@ -61,29 +61,21 @@ def trace(
       decide: as in `Builder`.
       uses: as in `Builder`.
     """
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    arrays = [number for number, leaf in enumerate(leaves) if is_array(leaf)]
-    result: list = []  # the leaves of what the function returns that are static, and the structure
+    inputs, rest = split_arrays((args, kwargs))
+    rest_of_result: list[Rest] = []
 
     def flat_fun(*traced):
-        given = dict(zip(arrays, traced, strict=True))
-        args, kwargs = structure.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)])
-        computed, computed_structure = jax.tree.flatten(fun(*args, **kwargs))
-        static = [_ARRAY if is_array(leaf) else leaf for leaf in computed]
-        result[:] = static, computed_structure
-        return [leaf for leaf in computed if is_array(leaf)]
+        args, kwargs = rest.with_arrays(traced)
+        computed, result = split_arrays(fun(*args, **kwargs))
+        rest_of_result.append(result)
+        return computed
 
-    def outputs(computed):
-        (static, structure), computed = result, iter(computed)
-        return structure.unflatten([next(computed) if x is _ARRAY else x for x in static])
-
-    inputs = [leaves[number] for number in arrays]
     closed = jax.make_jaxpr(flat_fun)(*inputs)
+    (result,) = rest_of_result
     parameters: list[Parameter] = []
     origins: list[Origin] = []
-    paths = list(_paths((args, kwargs)))
-    for number in arrays:
-        found = parameter_or_origin(paths[number], leaves[number])
+    paths = (path for path, leaf in leaves_with_path((args, kwargs)) if is_array(leaf))
+    for found in map(parameter_or_origin, paths, inputs):
         if isinstance(found, Parameter):
             origins.append(frozenset({len(parameters)}))
             parameters.append(found)
@@ -91,7 +83,31 @@ def trace(
             origins.append(found)
     builder = Builder(parameters, decide, collections.Counter() if uses is None else uses)
     program = builder.program(closed.jaxpr, closed.consts, origins, Place())
-    return Traced(program, builder.sites, inputs, outputs)
+    return Traced(program, builder.sites, inputs, result)
+
+
+# ---- trees with arrays and other things in them
+
+_ARRAY = object()  # stands for an array
+
+
+class Rest(NamedTuple):
+    """A tree without its arrays."""
+
+    structure: jax.tree_util.PyTreeDef
+    leaves: tuple
+
+    def with_arrays(self, arrays: Iterable[chex.Array]) -> Any:
+        """The tree."""
+        arrays = iter(arrays)
+        return self.structure.unflatten([next(arrays) if x is _ARRAY else x for x in self.leaves])
+
+
+def split_arrays(tree: Any) -> tuple[list[chex.Array], Rest]:
+    """The arrays of a tree, and the rest."""
+    leaves, structure = jax.tree.flatten(tree)
+    others = tuple(_ARRAY if is_array(leaf) else leaf for leaf in leaves)
+    return [leaf for leaf in leaves if is_array(leaf)], Rest(structure, others)
 
 
 def is_array(leaf: object) -> bool:
@@ -104,17 +120,24 @@ def path_string(keys: Sequence) -> str:
     return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
 
-_ARRAY = object()  # stands for an array among static leaves
+def leaves_by_path(tree: chex.ArrayTree) -> dict[str, Any]:
+    """The leaves of parameters, or of what is like them, by the paths that rules match."""
+    return {parameter_path(path): leaf for path, leaf in leaves_with_path(tree)}
 
 
-def _paths(tree: Any) -> Iterator[tuple]:
-    """The paths of a tree's leaves, in which a box (Flax's, an NNX variable) is no step."""
+def parameter_path(keys: Sequence) -> str:
+    """The path of a parameter, also of one that is all of them."""
+    return path_string(keys) or "params"
+
+
+def leaves_with_path(tree: Any) -> Iterator[tuple[tuple, Any]]:
+    """A tree's leaves with paths in which boxes (Flax's, an NNX variable) are no steps."""
     for path, node in jax.tree.leaves_with_path(tree, is_leaf=_is_box):
         if not _is_box(node):
-            yield path
+            yield path, node
             continue
         for held in jax.tree.leaves(node, is_leaf=functools.partial(operator.is_not, node)):
-            yield from (path + inside for inside in _paths(held))
+            yield from ((path + inside, leaf) for inside, leaf in leaves_with_path(held))
 
 
 def _is_box(node):

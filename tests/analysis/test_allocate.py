@@ -360,7 +360,7 @@ class Called(nn.Module):
 
 def test_calls_of_different_sizes():
     with pytest.raises(ValueError, match=r"Dense_0 is called with \(256, 48, 48\) and \(128, 48"):
-        allocate(CONFIG, 0.8, Called(), {})
+        allocate(CONFIG, 0.8, Called(), initial(Called())[0])
 
 
 def test_a_last_layer_of_zeros():
@@ -391,7 +391,7 @@ def with_nan(i):
         (
             {"batches": [batch_of(i, rows=64) for i in (1, 2)]},
             ValueError,
-            r"Dense_1: a batch with 64 rows, where the example input has 256",
+            r"Dense_0: a batch with 64 rows, where the example input has 256",
         ),
     ],
 )
