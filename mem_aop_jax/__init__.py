@@ -1,6 +1,7 @@
 """Mem-AOP-GD (arXiv 2110.09164) for JAX and Flax: cheaper weight gradients of dense layers."""
 
 from mem_aop_jax import linen, nnx
+from mem_aop_jax._analysis.advise import Advice, advise
 from mem_aop_jax._analysis.allocate import Allocation, allocate
 from mem_aop_jax._analysis.controller import Controller, Decision
 from mem_aop_jax._analysis.diagnostics import Diagnostics, diagnostics
@@ -14,7 +15,7 @@ from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._core.policies import Selection
 from mem_aop_jax._core.probe import Measured, Probe
 from mem_aop_jax._cost.cost import Cost, cost
-from mem_aop_jax._cost.device_rates import Rates, device_rates
+from mem_aop_jax._cost.device_rates import Rates, device_rates, measure_rates
 from mem_aop_jax.transform import (
     carry_memory,
     get_memory,
@@ -24,6 +25,7 @@ from mem_aop_jax.transform import (
 )
 
 __all__ = [
+    "Advice",
     "Allocation",
     "Approximated",
     "Controller",
@@ -41,6 +43,7 @@ __all__ = [
     "Reach",
     "Selection",
     "Subspace",
+    "advise",
     "allocate",
     "approximate",
     "carry_memory",
@@ -52,6 +55,7 @@ __all__ = [
     "get_memory",
     "init_memory",
     "linen",
+    "measure_rates",
     "mem_aop_sgd",
     "nnx",
     "plan",

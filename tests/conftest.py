@@ -31,6 +31,7 @@ def pytest_configure(config):
     cache = os.environ.setdefault(  # in the environment for the processes that tests start, too
         "JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled"))
     )
+    os.environ["MEM_AOP_JAX_CACHE"] = str(config.cache.mkdir("rates"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -7,7 +7,7 @@ import mem_aop_jax
 
 ROOT = pathlib.Path(mem_aop_jax.__file__).parent
 FLOORS = [
-    {"_numerics", "_compat"},
+    {"_numerics", "_compat", "_progress"},
     {"_kernels"},
     {"_core"},
     {"_models", "_cost", "_tables", "transform"},

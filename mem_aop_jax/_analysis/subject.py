@@ -17,6 +17,7 @@ from mem_aop_jax._approximate.program import Site
 from mem_aop_jax._approximate.settings import Settings
 from mem_aop_jax._approximate.tracing import is_array, split_arrays
 from mem_aop_jax._models import Rules
+from mem_aop_jax._progress import say
 from mem_aop_jax.linen import COLLECTION
 
 ExampleInput = (  # of a model: arrays, shapes, other arguments, and trees of them
@@ -135,6 +136,7 @@ def _backward_function(fun: Callable) -> Callable[..., BackwardPass]:
         kinds = tuple((jnp.shape(a), jnp.result_type(a)) for a in leaves)
         signature = args[0], structure, kinds
         if signature not in flops:  # the call below uses what is compiled here
+            say(f"{subject.approx.settings.caller}: compiling a backward pass")
             flops[signature] = counted_flops(gradients, *args)
         gradient, memory = gradients(*args)
         return BackwardPass(gradient, memory, flops[signature])

@@ -1,7 +1,14 @@
 """How fast a device is: known ones from a table, others measured in a few seconds."""
 
 import functools
+import itertools
+import json
 import math
+import os
+import pathlib
+import platform
+import re
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,12 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mem_aop_jax._compat import TPU_COPIES_ROWS
+from mem_aop_jax._compat import TPU_COPIES_ROWS, jax_option
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.dense import dense
 from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._core.policies import topk
 from mem_aop_jax._numerics import row_norms
+from mem_aop_jax._progress import say
 
 SUBSPACE = 32  # directions, of both sides together
 ARRAYS = 2**22, 2**25  # bytes of an array that a cache holds, and of one that it does not
@@ -83,23 +91,66 @@ KNOWN = {
 
 
 def device_rates() -> Rates:
-    """The rates of the default device: from a table, or measured once in a process."""
-    default = jax.config.jax_default_device  # type: ignore[attr-defined]
-    device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
-    return KNOWN.get(device.device_kind) or measured_rates(device.device_kind)
+    """The rates of the default device: from a table, or from a file, or measured (see below)."""
+    device = _default_device().device_kind
+    return KNOWN.get(device) or _measured_once(device)
+
+
+def measure_rates() -> Rates:
+    """Measures the default device now, in some 20 seconds, whatever the table says.
+
+    `aop.plan` and `min_speedup` do it where they need it: once for a device that is not in the
+    table, on this machine and with this version of JAX. The rates are kept in a file in
+    `~/.cache/mem_aop_jax`, or in the folder that the environment variable MEM_AOP_JAX_CACHE names.
+    """
+    device = _default_device().device_kind
+    # also inside of `jit`
+    with jax.ensure_compile_time_eval(), jax.disable_jit(False), jax.transfer_guard("allow"):
+        rates = _measured(device)
+    path = _rates_file(device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(rates._asdict(), file)
+        os.replace(file.name, path)
+    except OSError as error:
+        say(f"the rates cannot be kept for the next process: {error}")
+    _measured_once.cache_clear()
+    return rates
 
 
 @functools.cache
-def measured_rates(device: str) -> Rates:
-    """The measured rates of the default device, whatever the table says; also inside of `jit`."""
-    with jax.ensure_compile_time_eval(), jax.disable_jit(False), jax.transfer_guard("allow"):
-        return _measured(device)
+def _measured_once(device: str) -> Rates:
+    try:
+        rates = Rates(**json.loads(_rates_file(device).read_text()))
+    except (OSError, ValueError, TypeError):  # none, or of another version of this library
+        return measure_rates()
+    return rates
+
+
+def _default_device() -> jax.Device:
+    default = jax_option("jax_default_device")
+    return default if isinstance(default, jax.Device) else jax.devices(default)[0]
+
+
+def _rates_file(device: str) -> pathlib.Path:
+    """Of a device on this machine: CPUs of all kinds have the same name."""
+    folder = os.environ.get("MEM_AOP_JAX_CACHE") or pathlib.Path.home() / ".cache" / "mem_aop_jax"
+    names = device, platform.node(), platform.machine(), str(os.cpu_count()), jax.__version__
+    name = re.sub(r"[^\w.]+", "-", "-".join(names))
+    return pathlib.Path(folder) / f"rates-{name}.json"
 
 
 _Call = tuple[Callable, tuple]  # a function and its arguments
 
 
 def _measured(device: str) -> Rates:
+    steps_of_it = itertools.count(1)
+
+    def say_next(what: str) -> None:
+        say(f"measuring {device}, {next(steps_of_it)} of 5: {what}")
+
+    say_next("products of both precisions")
     flops = 2 * ROWS * FEATURES**2
     full, half = (
         flops / min(_round_seconds(_product_calls(FEATURES, dtype))[0])
@@ -110,11 +161,13 @@ def _measured(device: str) -> Rates:
     def relative(reference: Sequence[float], other: Sequence[float], share: float = 1) -> float:
         return min(1.0, share * float(np.median(np.divide(reference, other))))
 
+    say_next("small products")
     forward, kernel_gradient, few_columns = _round_seconds(
         [*_product_calls(small, jnp.float32), _narrow_product_call(small)]
     )
     small_kernel = relative(forward, kernel_gradient)
     narrow = relative(forward, few_columns, NARROW / small)
+    say_next("large products")
     forward, kernel_gradient = _round_seconds(_product_calls(large, jnp.float32), rounds=7)
     kernel = relative(forward, kernel_gradient)
     many, some, few = (
@@ -126,6 +179,7 @@ def _measured(device: str) -> Rates:
         (row_norms, (many,)), (jnp.negative, (few,)), (jnp.add, (some, some)),
         (selection, (scores,)),
     ]  # fmt: skip
+    say_next("passes over arrays")
     read, cached, added, chosen = map(min, _round_seconds(calls))
     read, row = many.nbytes / read, chosen / scores.size
     cached = max(read, 2 * few.nbytes / cached)
@@ -139,6 +193,7 @@ def _measured(device: str) -> Rates:
         MemAOP(ratio=0.5, policy="priority", memory="subspace", rank=SUBSPACE // 2),
     )
     steps = [_layer_step_call(config, size) for config in configs]
+    say_next("steps of a layer")
     exact, without_memory, with_subspace = map(min, _round_seconds(steps))
     step = max(0.0, exact - (2 + 1 / small_kernel) * product)
     layer = max(0.0, without_memory - step - (2 + 0.5 / small_kernel) * product - norms)

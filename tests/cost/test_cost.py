@@ -161,30 +161,46 @@ def test_known_devices_are_not_measured(monkeypatch):
         device_kind = "TPU v5 lite"
 
     monkeypatch.setattr(jax, "devices", lambda *_: [Device()])
-    monkeypatch.setattr(device_rates, "measured_rates", None)
+    monkeypatch.setattr(device_rates, "measure_rates", None)
     assert aop.device_rates() is device_rates.KNOWN["TPU v5 lite"]
 
 
 @pytest.fixture(
     params=[(64, 32), pytest.param((2048, 1024), marks=pytest.mark.slow)], ids=["small", "as used"]
 )
-def measured_sizes(request, monkeypatch):
+def measured_sizes(request, monkeypatch, tmp_path):
+    monkeypatch.setenv("MEM_AOP_JAX_CACHE", str(tmp_path / "rates"))
     for name, size in zip(("ROWS", "FEATURES"), request.param, strict=True):
         monkeypatch.setattr(device_rates, name, size)
-    device_rates.measured_rates.cache_clear()
+    device_rates._measured_once.cache_clear()
     yield
-    device_rates.measured_rates.cache_clear()
+    device_rates._measured_once.cache_clear()
 
 
 @pytest.mark.usefixtures("measured_sizes")
-def test_other_devices_are_measured_once_and_inside_of_jit():
+def test_other_devices_are_measured_once_and_inside_of_jit(capsys, tmp_path, monkeypatch):
     assert jax.jit(lambda x: x * aop.device_rates().flops)(1.0) > 1e8
     found = aop.device_rates()
     assert all(np.isfinite(rate) and rate >= 0 for rate in found[1:])
     assert min(found.flops, found.half_flops, found.bytes) > 1e8
     assert 0 < found.kernel <= 1
     assert aop.device_rates() is found
-    assert device_rates.measured_rates.cache_info().misses == 1
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1] for line in said] == [
+        f" measuring cpu, {i} of 5" for i in range(1, 6)
+    ]
+
+    device_rates._measured_once.cache_clear()  # as another process
+    assert aop.device_rates() == found
+    assert not capsys.readouterr().err
+    (file,) = (tmp_path / "rates").iterdir()
+    file.write_text('{"flops": 1}')  # of another version
+    device_rates._measured_once.cache_clear()
+    assert aop.device_rates().device == "cpu"
+    assert len(capsys.readouterr().err.splitlines()) == 5
+    monkeypatch.setenv("MEM_AOP_JAX_CACHE", str(file))  # which is no folder
+    assert aop.measure_rates().device == "cpu"
+    assert "cannot be kept" in capsys.readouterr().err
 
 
 # ---- models
