@@ -359,8 +359,12 @@ class Called(nn.Module):
 
 
 def test_calls_of_different_sizes():
+    def loss_fn(model, variables, batch, key):
+        return jnp.sum(model.apply(variables, batch[0], rngs={RNG: key}) ** 2)
+
+    options = {"batches": [batch_of(1), batch_of(2)], "key": KEY, "params": initial(Called())[0]}
     with pytest.raises(ValueError, match=r"Dense_0 is called with \(256, 48, 48\) and \(128, 48"):
-        allocate(CONFIG, 0.8, Called(), initial(Called())[0])
+        aop.allocate(Called(), CONFIG, EXAMPLE, loss_fn, 0.8, **options)
 
 
 def test_a_last_layer_of_zeros():
