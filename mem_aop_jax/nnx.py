@@ -5,7 +5,7 @@ import functools
 import inspect
 import zlib
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import chex
 import jax
@@ -16,7 +16,7 @@ from flax import nnx
 from mem_aop_jax._approximate.origins import CONSTANT, DATA
 from mem_aop_jax._approximate.program import LayerParameter
 from mem_aop_jax._approximate.settings import Settings
-from mem_aop_jax._approximate.tracing import Traced, path_string, trace
+from mem_aop_jax._approximate.tracing import Traced, is_array, path_string, trace
 from mem_aop_jax._compat import get_value, set_value
 from mem_aop_jax._core import validation
 from mem_aop_jax._core.config import MEMORIES, MemAOP
@@ -66,6 +66,11 @@ class DotGeneral(nnx.Module):
             if new is not None:
                 setattr(self, memory_name(call), Memory(new))
         self.key = nnx.data(None if key is None else nnx.RngKey(key, tag=RNG))
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """For `nnx.view(model, deterministic=True)`, which is as `model.eval()`."""
+        if deterministic is not None:
+            self.deterministic = deterministic
 
     def __call__(self, lhs: chex.Array, rhs: chex.Array, *args, **options) -> chex.Array:
         """`jax.lax.dot_general`, with the same arguments."""
@@ -226,7 +231,7 @@ def wrap(
 class Memories(nnx.Module):
     """The memories of a wrapped model, each an attribute with the name of its site.
 
-    `model.eval()` turns them off, as in `DotGeneral`.
+    `model.eval()` or `nnx.view(model, deterministic=True)` turns them off, as in `DotGeneral`.
     """
 
     def __init__(self, settings, wrt, sites, key):
@@ -237,6 +242,11 @@ class Memories(nnx.Module):
             if site.config is not None and (new := site.first_memory()) is not None:
                 setattr(self, site.name, Memory(new))
         self.key = nnx.data(None if key is None else nnx.RngKey(key, tag=RNG))
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """For `nnx.view`, as in `DotGeneral`."""
+        if deterministic is not None:
+            self.deterministic = deterministic
 
     def held(self) -> dict[str, Any]:
         """The memories by the names of their sites; none in evaluation."""
@@ -249,16 +259,19 @@ class Memories(nnx.Module):
 @functools.cache  # one class for each, so that graphs are equal again
 def _wrapped_class(model_class):
     """A subclass of a model's class whose calls are approximate."""
-    plain = model_class.__call__
 
-    @functools.wraps(plain)
+    @functools.wraps(model_class.__call__)
     def call(self, *args, **kwargs):
         memories = getattr(self, MEMORIES_NAME)
         memory = memories.held()
         key = None if memories.deterministic else _new_key(memories)
-        traced = _traced_call(plain, memories.settings, self, memories.wrt, args, kwargs, memory)
-        y, state = traced.run(memory, key)
-        nnx.update(self, state)
+        object.__setattr__(self, "__class__", model_class)  # what is traced is not wrapped
+        try:
+            called = _Call.of(memories.settings, self, memories.wrt, args, kwargs, memory)
+        finally:
+            object.__setattr__(self, "__class__", _wrapped_class(model_class))
+        y, changed = called.traced.run(memory, key)
+        called.update(changed)
         return y
 
     return subclass(model_class, {"__call__": call}, _new, model_class)
@@ -269,34 +282,96 @@ def _new(model_class):
     return object.__new__(_wrapped_class(model_class))
 
 
-def _traced_call(plain, settings, model, wrt, args, kwargs, memory) -> Traced:
-    """The program of a model's own `__call__`, plain, which returns what it changes, too."""
-    graph, *states = nnx.split(model, wrt, Memory, ...)
+class _Call(NamedTuple):
+    """The program of a model's call, which returns what the call changes, too.
 
-    def call(params, memories, others, args, kwargs):
-        copy = nnx.merge(graph, params, memories, others)
-        y = plain(copy, *args, **kwargs)
-        _, new_params, _, new_others = nnx.split(copy, wrt, Memory, ...)
-        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(new_params), strict=True)
-        changed = any(old is not new for old, new in pairs)
-        return y, nnx.merge_state(new_params, new_others) if changed else new_others
+    Attributes:
+      traced: the program; with what it returns, the state of the variables that it changes.
+      nodes: the model, and the modules and variables among the arguments, by number.
+      static: what the call changes of the modules' other attributes: path, name, value.
+    """
 
-    def parameter_or_origin(path, leaf):
-        """What a leaf of ((params, memories, others, args, kwargs), {}) is."""
-        argument = path[1].idx
-        if argument != 0:
-            return CONSTANT if argument == 2 else DATA
-        name = path_string(path[2:])
-        return LayerParameter(name, leaf.size, name, type(model).__name__)
+    traced: Traced
+    nodes: tuple[nnx.Module, dict[int, Any]]
+    static: list[tuple[tuple, str, Any]]
 
-    decide = functools.partial(settings.decide, memory)
-    return trace(call, (*states, args, kwargs), {}, parameter_or_origin, decide)
+    @classmethod
+    def of(cls, settings, model, wrt, args, kwargs, memory) -> "_Call":
+        """Of a model that is not wrapped."""
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
+        numbered = dict(enumerate(leaves))
+        nodes = model, {i: leaf for i, leaf in numbered.items() if _is_node(leaf)}
+        others = {i: leaf for i, leaf in numbered.items() if not _is_node(leaf)}
+        graph, *states = nnx.split(nodes, wrt, Memory, ...)
+        static: list = []
+
+        def call(params, memories, state, others):
+            copies = nnx.merge(graph, params, memories, state)
+            before, attributes = _arrays(nnx.state(copies)), _static_attributes(copies)
+            copy, given = copies
+            given = given | others
+            args, kwargs = structure.unflatten([given[i] for i in range(len(given))])
+            y = copy(*args, **kwargs)
+            static[:] = [
+                (*place, value)
+                for place, value in _static_attributes(copies).items()
+                if place not in attributes or attributes[place] != value
+            ]
+            after = nnx.state(copies)
+            changed = {
+                path
+                for path, arrays in _arrays(after).items()
+                if [*map(id, arrays)] != [*map(id, before.get(path, ()))]
+            }
+            flat = nnx.to_flat_state(after)
+            return y, nnx.from_flat_state([(path, v) for path, v in flat if path in changed])
+
+        def parameter_or_origin(path, leaf):
+            """What a leaf of ((params, memories, state, others), {}) is."""
+            _, argument, *inside = path
+            if argument.idx in (1, 3) or inside[0].key != 0:  # not of the model itself
+                return DATA
+            if argument.idx == 2:
+                return CONSTANT
+            name = path_string(inside[1:])
+            return LayerParameter(name, leaf.size, name, type(model).__name__)
+
+        decide = functools.partial(settings.decide, memory)
+        traced = trace(call, (*states, others), {}, parameter_or_origin, decide)
+        return cls(traced, nodes, static)
+
+    def update(self, changed: nnx.State) -> None:
+        """Makes the changes in the model and in the arguments."""
+        nnx.update(self.nodes, changed)
+        modules = dict(nnx.iter_graph(self.nodes)) if self.static else {}
+        for path, name, value in self.static:
+            setattr(modules[path], name, value)
+
+
+def _is_node(value):
+    return isinstance(value, nnx.Module | nnx.Rngs | nnx.Variable)
+
+
+def _arrays(state):
+    """The arrays in a state, by the paths of their variables."""
+    return {path: jax.tree.leaves(variable) for path, variable in nnx.to_flat_state(state)}
+
+
+def _static_attributes(nodes):
+    """The attributes of modules that hold neither arrays nor modules, by path and name."""
+    return {
+        (path, name): value
+        for path, node in nnx.iter_graph(nodes)
+        if isinstance(node, nnx.Module)
+        for name, value in vars(node).items()
+        if not name.startswith("_")
+        and not any(_is_node(x) or is_array(x) for x in jax.tree.leaves(value, is_leaf=_is_node))
+    }
 
 
 def _checked_sites(settings, model, wrt, args, kwargs):
     """The sites of a call of a model that is not wrapped."""
-    plain = type(model).__call__
-    sites = _traced_call(plain, settings, model, wrt, args, kwargs, ()).sites
+    sites = _Call.of(settings, model, wrt, args, kwargs, ()).traced.sites
     settings.check_model(sites)
     return sites
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import mem_aop_jax as aop
-from mem_aop_jax._compat import get_value
+from mem_aop_jax._compat import get_value, set_value
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -23,8 +23,8 @@ def inputs(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def loss_fn(model, x):
-    return jnp.mean(model(x) ** 2)
+def loss_fn(model, x, *args):
+    return jnp.mean(model(x, *args) ** 2)
 
 
 def params_of(model):
@@ -314,6 +314,57 @@ def test_evaluation_mode():
         gradient(model, x)
     model.train()
     gradient(model, x[:8])
+
+
+def test_a_view_without_memories():
+    """As flax evaluates now, beside model.eval()."""
+    if not hasattr(nnx, "view"):
+        pytest.skip("this flax has no nnx.view")
+    x = inputs(8, 3)
+    config = aop.MemAOP(k=2)
+    linear = aop.nnx.Linear(3, 5, rows=8, config=config, rngs=nnx.Rngs(0))
+    wrapped = aop.nnx.wrap(nnx.Linear(3, 5, rngs=nnx.Rngs(0)), config, x)
+    for model in (linear, wrapped):
+        view = nnx.view(model, deterministic=True)
+        np.testing.assert_allclose(view(x[:3]), model(x)[:3], rtol=1e-6)
+        with pytest.raises(ValueError, match="a batch of 3 rows"):
+            model(x[:3])
+
+
+class Changes(nnx.Module):
+    """Changes an attribute, a variable of its own, and what it gets; and calls itself."""
+
+    def __init__(self, rngs):
+        self.linear, self.dropout = nnx.Linear(6, 6, rngs=rngs), nnx.Dropout(0.5)
+        self.calls, self.count = 0, nnx.Variable(jnp.zeros(()))
+
+    def __call__(self, x, seen, rngs=None, depth=1):
+        self.calls += 1
+        set_value(self.count, get_value(self.count) + 1)
+        set_value(seen, get_value(seen) + x.sum())
+        x = self.dropout(self.linear(x), rngs=rngs) * self.calls
+        return x if depth == 0 else self(x, seen, rngs=rngs, depth=depth - 1)
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, nnx.jit])
+def test_what_a_call_changes_is_changed(jit):
+    x = inputs(8, 6)
+    own, wrapped = Changes(nnx.Rngs(0)), Changes(nnx.Rngs(0))
+    example = nnx.Variable(jnp.zeros(()))
+    aop.nnx.wrap(wrapped, aop.MemAOP(ratio=1.0), x, example, rngs=nnx.Rngs(1))
+    assert (wrapped.calls, get_value(example)) == (0, 0)
+    found = []
+    for model in (own, wrapped):
+        seen, rngs = nnx.Variable(jnp.zeros(())), nnx.Rngs(2)
+        call = jit(lambda model, x, seen, rngs: model(x, seen, rngs=rngs))
+        ys = [call(model, x, seen, rngs) for _ in range(2)]
+        values = [get_value(v) for v in (seen, model.count, rngs.default.count)]
+        found.append((ys, values, model.calls))
+    chex.assert_trees_all_close(*found, rtol=1e-5)
+    grads = nnx.grad(
+        lambda m: loss_fn(m, x, nnx.Variable(jnp.zeros(())), nnx.Rngs(3)), argnums=TRAINED
+    )(wrapped)
+    aop.nnx.update_memory(wrapped, grads)
 
 
 def test_a_copy_is_wrapped_too():

@@ -72,9 +72,15 @@ class Approximated:
           **kwargs: as `args`.
 
         Raises:
+          TypeError: a memory that is no mapping.
           ValueError: a memory that does not fit the batch; a rule that decides about none of the
             contractions; while differentiating: no memory, or no key.
         """
+        if memory is not None and not isinstance(memory, Mapping):
+            raise TypeError(
+                f"approximate: memory is of type {type(memory).__name__}; it must be what init "
+                "returns, or its gradient. Call approx(params, memory, key, *args)."
+            )
         if memory is None:
             return self._traced((), params, args, kwargs).run({}, key)
         traced = self._traced(memory, params, args, kwargs)

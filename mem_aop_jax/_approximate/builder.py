@@ -111,17 +111,21 @@ class Builder:
         contraction = CONTRACTIONS[operation](equation, kernel)
         operands: list[Any] = [variable.aval for variable in equation.invars]
         stack: tuple[int, ...] = ()
+        mesh_axes: tuple[str, ...] = ()
         for repeats in place.around:
-            stack += (
-                repeats.stack_of(name, operands) if isinstance(repeats, Devices) else (repeats,)
-            )
+            if isinstance(repeats, Devices):
+                axes = repeats.axes_of(name, operands)
+                mesh_axes += axes
+                stack += tuple(repeats.mesh_axes[axis] for axis in axes)
+            else:
+                stack += (repeats,)
         why_exact, config = place.unreachable or contraction.why_not, None
         kinds = zip(self._mesh.axis_types, operands[0].sharding.mesh.axis_types, strict=False)
         if (AxisType.Explicit, AxisType.Auto) in kinds:
             why_exact = "inside auto_axes"
         if why_exact is None:
             config, why_exact = self._decide(parameter, name, contraction)
-        site = Site(name, parameter, operation, contraction, stack, config, why_exact)
+        site = Site(name, parameter, operation, contraction, stack, mesh_axes, config, why_exact)
         self.sites.append(site)
         return site
 

@@ -39,14 +39,14 @@ class Devices(NamedTuple):
     typed: bool
     axes: dict[str, tuple[str, ...]]
 
-    def stack_of(self, name: str, operands: Sequence) -> tuple[int, ...]:
-        """How many memories the site with this name and these operands' types has."""
+    def axes_of(self, name: str, operands: Sequence) -> tuple[str, ...]:
+        """Over which the memories of the site with this name and these operands' types vary."""
         axes = tuple(self.mesh_axes)
         if self.typed:
             varying = frozenset().union(*map(varying_axes_of_type, operands))
             axes = tuple(axis for axis in axes if axis in varying)
         self.axes[name] = axes
-        return tuple(self.mesh_axes[axis] for axis in axes)
+        return axes
 
 
 class Place(NamedTuple):

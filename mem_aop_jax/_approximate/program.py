@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core as jex
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -22,6 +23,7 @@ from mem_aop_jax._approximate.contractions import Contraction, Shape
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.dense import dot_general
 from mem_aop_jax._core.memory_kinds import init_memory
+from mem_aop_jax._core.probe import is_memory
 from mem_aop_jax._models import Layer
 
 Memories = dict[str, Any]  # by the sites' names
@@ -93,6 +95,7 @@ class Site(NamedTuple):
       operation: the primitive's name.
       contraction: what is multiplied.
       stack: how often the place is run: iterations of scans around it, devices of a `shard_map`.
+      mesh_axes: of the `shard_map`s around it, those over which its runs differ.
       config: how to approximate it; None where it is exact.
       why_exact: the reason then.
     """
@@ -102,6 +105,7 @@ class Site(NamedTuple):
     operation: str
     contraction: Contraction
     stack: Shape
+    mesh_axes: tuple[str, ...]
     config: MemAOP | None
     why_exact: str | None
 
@@ -127,6 +131,16 @@ class Site(NamedTuple):
         sizes = self.contraction.sizes
         k = self.config.selected_rows(sizes[0], self.label)
         return Layer(self.parameter.layer_path(self.name), *sizes, k)
+
+    def check_runs(self, memory: Any) -> None:
+        """Raises a `ValueError` for a memory of another number of runs."""
+        held = jnp.shape(memory.uses) if is_memory(memory) else self.all_runs
+        if held != self.all_runs:
+            raise ValueError(
+                f"{self.label}: its memory is for {held} as the numbers of runs (iterations of "
+                f"scans, experts, devices); here they are {self.all_runs}. A memory belongs to one "
+                "length of a sequence and one batch size: pad to it, or start anew with init."
+            )
 
     def first_memory(self) -> Any:
         """One for each run and each index of the batch dimensions; None without."""
@@ -220,6 +234,8 @@ class Approximate(NamedTuple):
 
         if key is not None:
             key = jax.random.fold_in(key, zlib.crc32(self.site.name.encode()))
+            for axis in self.site.mesh_axes:
+                key = jax.random.fold_in(key, lax.axis_index(axis))
             key = jax.random.split(key, contraction.batch) if contraction.batch else key
         for _ in contraction.batch:
             product = jax.vmap(product)

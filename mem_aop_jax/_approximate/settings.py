@@ -63,7 +63,9 @@ class Settings(NamedTuple):
         inexact = {dtype.name for dtype in contraction.dtypes if not _is_floating(dtype)}
         if inexact:
             return None, f"dtype {', '.join(sorted(inexact))}"
-        rows = contraction.sizes[0]
+        rows, *features = contraction.sizes
+        if 0 in features:
+            return None, "no features"
         if name in memory or not isinstance(rows, int):  # a symbolic dimension: nothing is known
             return config, None
         reason = why_rows_do_not_fit(config, rows)

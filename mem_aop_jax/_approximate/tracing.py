@@ -33,7 +33,14 @@ class Traced(NamedTuple):
     result: "Rest"
 
     def run(self, memory: Memories, key: chex.PRNGKey | None) -> Any:
-        """The function's result; the gradient of the memory is the next memory."""
+        """The function's result; the gradient of the memory is the next memory.
+
+        Raises:
+          ValueError: a memory of another number of iterations, experts or devices.
+        """
+        for site in self.reached:
+            if site.name in memory:
+                site.check_runs(memory[site.name])
         return self.result.with_arrays(self.program.run(memory, key, *self.inputs))
 
     @property
@@ -111,8 +118,10 @@ def split_arrays(tree: Any) -> tuple[list[chex.Array], Rest]:
 
 
 def is_array(leaf: object) -> bool:
-    """Whether a leaf is an array, or the shape of one."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
+    """Whether a leaf is an array of numbers or keys, or the shape of one."""
+    if isinstance(leaf, type) or not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        return False
+    return getattr(leaf.dtype, "kind", "") not in tuple("OSUMm")  # objects, texts, dates
 
 
 def path_string(keys: Sequence) -> str:

@@ -247,6 +247,12 @@ REACHED = {
         X,
         {"params": (4, 3)},
     ),
+    "no features": (
+        lambda p, x: mlp(p, x) + x[:, :0] @ p["none"],
+        PARAMS | {"none": jnp.zeros((0, FEATURES), jnp.float32)},
+        X,
+        None,
+    ),
     "tensor parallel": (tensor_parallel, TP, X, {"hidden": (2, 2), "out": (2, 2)}),
     "sharding constraint": (
         lambda p, x: mlp(p, over_the_mesh(x)),
@@ -299,7 +305,7 @@ def test_it_is_reached_and_exact_with_all_rows(name):
         assert {site: own.uses.shape for site, own in memory.items()} == stacks
     reach = aop.approximate(fun, ALL_ROWS).reach(params, x)
     assert reach.share == 1
-    assert {site.path for site in reach.sites} == set(memory)
+    assert {site.path for site in reach.sites if site.flops} == set(memory)
 
 
 @pytest.mark.usefixtures("standard_promotion", "without_x64")
@@ -449,6 +455,33 @@ def test_steps_are_those_of_dense(policy):
         chex.assert_trees_all_close((grads, ours), (expected, theirs), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_devices_iterations_and_experts_draw_rows_of_their_own():
+    """Each for the same kernel and the same rows: their gradients would be equal."""
+    config = aop.MemAOP(k=2, policy="uniform")
+    stacked = jnp.stack([SQUARE] * 4)
+
+    def scanned(kernels, x):
+        return jax.lax.scan(lambda total, kernel: (total + x @ kernel, None), x, kernels)[0]
+
+    def experts(kernels, x):
+        return jnp.einsum("ebi,eio->ebo", jnp.stack([x] * 4), kernels)
+
+    def devices(kernels, x):
+        def device(kernel, x):
+            return (x @ kernel[0])[None]
+
+        return jax.shard_map(
+            device, mesh=mesh(data=4), in_specs=(DATA, EVERYWHERE), out_specs=DATA
+        )(kernels, x)
+
+    for fun in (scanned, experts, devices):
+        approx = aop.approximate(lambda p, x, fun=fun: jnp.sum(fun(p, x)), config)
+        gradient = jax.jit(jax.grad(approx))(stacked, {}, jax.random.key(0), X)
+        norms = {float(jnp.linalg.norm(g)) for g in gradient}
+        assert len(norms) > 1, fun.__name__
+
+
 # ---- arguments and results
 
 
@@ -476,7 +509,7 @@ def test_arguments_with_any_name_and_types_among_them():
         return (x.astype(dtype) @ weights) * memory * params * key
 
     approx = aop.approximate(fun, ALL_ROWS)
-    args, kwargs = (X, np.float32), {"memory": 2, "params": 3.0, "key": jnp.ones(())}
+    args, kwargs = (X, np.str_("float32")), {"memory": 2, "params": 3.0, "key": jnp.ones(())}
     memory = approx.init(SQUARE, *args, **kwargs)
     assert len(approx.layers(SQUARE, *args, **kwargs)) == 1
     assert approx.reach(SQUARE, *args, **kwargs).share == 1
@@ -514,6 +547,13 @@ def test_evaluation_is_exact_at_any_batch_size_and_training_needs_the_memory():
         jax.grad(lambda p: squares(approx(p, None, None, X)))(PARAMS)
     with pytest.raises(ValueError, match=r"hidden: memory.inputs has .* 3 rows"):
         approx(PARAMS, memory, None, X[:3])
+    for no_memory in (memory["out"], [memory["out"]], X, jax.random.key(0)):
+        with pytest.raises(TypeError, match=r"memory is of type \w+; it must be what init returns"):
+            approx(PARAMS, no_memory, None, X)
+    xs, params = numbers(7, ROWS, FEATURES), {"recurrent": numbers(HIDDEN, HIDDEN), **PARAMS}
+    recurrent = aop.approximate(rnn, CONFIG)
+    with pytest.raises(ValueError, match=r"recurrent: its memory is for \(7,\) .* they are \(5,\)"):
+        recurrent(params, recurrent.init(params, xs), None, xs[:5])
     random = aop.approximate(mlp, aop.MemAOP(k=4, policy="randk"))
     with pytest.raises(ValueError, match=r"(hidden|out): policy 'randk' .* got no key"):
         jax.grad(lambda p: squares(random(p, memory, None, X)))(PARAMS)
