@@ -1,6 +1,7 @@
 """plan, diagnostics, allocate, Controller and advise on functions: as on the same Linen model."""
 
 import functools
+import itertools
 import re
 
 import chex
@@ -12,6 +13,7 @@ import language_training
 import numpy as np
 import optax
 import pytest
+import small_models
 from flax import nnx
 
 import mem_aop_jax as aop
@@ -257,53 +259,84 @@ BATCHES = [batch(i) for i in range(3)]
 SITES = ["in", "stack", "twice", "twice#1", "experts", "out"]
 
 
+class Network(nnx.Module):
+    """Layers of different widths and spectra."""
+
+    def __init__(self, rngs):
+        widths = [small_models.FEATURES, 96, 128, small_models.CLASSES]
+        self.layers = nnx.List(nnx.Linear(*pair, rngs=rngs) for pair in itertools.pairwise(widths))
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = nnx.relu(layer(x)) if layer is not self.layers[-1] else layer(x)
+        return x
+
+
+NETWORK, NETWORK_PARAMS = nnx.split(Network(nnx.Rngs(0)))
+
+
+def network_loss(params, x, labels):
+    logits = nnx.merge(NETWORK, params)(x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), None
+
+
+MODELS = {  # name: loss, parameters, batches by number, how often each site runs
+    "experts": (loss, PARAMS, batch, {"stack": 3, "experts": 4}),
+    "NNX": (network_loss, NETWORK_PARAMS, small_models.batch_of, {}),
+}
+
+
 def flat(tree):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def measured(rules, draws=100):
+def measured(model, rules, draws=100):
     """v of the gradient of all parameters, with directions from other batches."""
+    loss, params, batch, _ = MODELS[model]
     approx = aop.approximate(lambda *args: loss(*args)[0], rules)
-    memory = approx.init(PARAMS, *BATCHES[0])
+    memory = approx.init(params, *batch(0))
     gradient = jax.jit(
-        lambda memory, key, x, y: jax.grad(approx, (0, 1))(PARAMS, memory, key, x, y, "tanh")
+        lambda memory, key, x, y: jax.grad(approx, (0, 1))(params, memory, key, x, y)
     )
     for i in range(5 if memory else 0):
         _, memory = gradient(memory, jax.random.key(i), *batch(10 + i)[:2])
     found = []
-    for x, y, _ in BATCHES[1:]:
-        exact = flat(jax.grad(lambda p, x=x, y=y: loss(p, x, y)[0])(PARAMS))
+    for i in (1, 2):
+        x, y, *_ = batch(i)
+        exact = flat(jax.grad(lambda p, x=x, y=y: loss(p, x, y)[0])(params))
         keys = [jax.random.key(100 + i) for i in range(draws)]
         off = [np.sum((flat(gradient(memory, key, x, y)[0]) - exact) ** 2) for key in keys]
         found.append(np.mean(off) / np.sum(exact**2))
     return np.mean(found)
 
 
-@pytest.mark.parametrize("memory", ["subspace", None])
-def test_what_is_predicted_is_measured_and_better_than_uniform(memory):
+@pytest.mark.parametrize(
+    ("model", "memory"),
+    [("experts", "subspace"), ("experts", None), pytest.param("NNX", None, marks=pytest.mark.slow)],
+)
+def test_what_is_predicted_is_measured_and_better_than_uniform(model, memory):
+    loss, params, batch, _ = MODELS[model]
     config = CONFIG if memory else aop.MemAOP(ratio=0.25, policy="priority")
-    budget = 0.85
-    found = aop.allocate(aop.approximate(loss, config), PARAMS, BATCHES, KEY, budget=budget)
-    assert [choice.path for choice in found.layers] == SITES
-    assert found.c <= budget
-    v = measured(found.rules)
+    approx, batches = aop.approximate(loss, config), [batch(i) for i in range(3)]
+    found = aop.allocate(approx, params, batches, KEY, budget=0.85)
+    assert len(found.layers) == len(approx.layers(params, *batch(0)))
+    assert found.c <= 0.85
+    v = measured(model, found.rules)
     assert v == pytest.approx(found.v, rel=0.25)
     if memory is None:
         ratios = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # the best that is alike everywhere
-        uniform = max(ratio for ratio in ratios if _cost(ratio) <= found.c)
-        assert v < measured(aop.MemAOP(ratio=uniform, policy="priority"))
+        uniform = max(ratio for ratio in ratios if cost_of(model, ratio) <= found.c)
+        assert v < measured(model, aop.MemAOP(ratio=uniform, policy="priority"))
 
 
-def _cost(ratio):
+def cost_of(model, ratio):
     """FLOPs of the steps of all contractions with a ratio, relative to exact ones."""
-    config = aop.MemAOP(ratio=ratio, policy="priority")
-    found = aop.plan(aop.approximate(loss, config), PARAMS, *BATCHES[0], rates=RATES)
-    runs = {"stack": 3, "experts": 4}
-    pairs = [
-        (runs.get(layer.path, 1) * cost.flops, runs.get(layer.path, 1) * cost.exact_flops)
-        for layer, cost, _ in found.layers
-    ]
-    return sum(a for a, _ in pairs) / sum(b for _, b in pairs)
+    loss, params, batch, runs = MODELS[model]
+    approx = aop.approximate(loss, aop.MemAOP(ratio=ratio, policy="priority"))
+    plan = aop.plan(approx, params, *batch(0), rates=RATES)
+    costs = [(runs.get(layer.path, 1), cost) for layer, cost, _ in plan.layers]
+    exact = sum(n * cost.exact_flops for n, cost in costs)
+    return sum(n * cost.flops for n, cost in costs) / exact
 
 
 def test_diagnostics_of_each_run_and_expert():
@@ -365,7 +398,7 @@ def test_advice_measures_the_error_and_the_time():
     config = aop.MemAOP(ratio=0.125, policy="priority")
     found = aop.advise(aop.approximate(loss, config), PARAMS, BATCHES, KEY, rates=fast)
     assert found.gaining == len(SITES)
-    assert found.v == pytest.approx(measured(config), rel=0.4)
+    assert found.v == pytest.approx(measured("experts", config), rel=0.4)
     assert min(found.seconds) > 0
     assert found.c == found.seconds[1] / found.seconds[0]
 
