@@ -48,6 +48,9 @@ def as_rules(caller: str, config_or_rules: MemAOP | Sequence[tuple[str, MemAOP |
         "an aop.MemAOP, or a list of rules (regular expression on the path, aop.MemAOP or None), "
         'for instance [(r"mlp/.*", config), (r".*", None)]'
     )
+    if hasattr(config_or_rules, "rules"):  # what `plan`, `allocate` or `advise` returned
+        name = type(config_or_rules).__name__
+        raise TypeError(f"{caller}: got an aop.{name}; pass its rules, .rules.")
     if isinstance(config_or_rules, str) or not isinstance(config_or_rules, Sequence):
         raise TypeError(f"{caller}: got {config_or_rules!r}; it must be {wanted}.")
     for rule in config_or_rules:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.memory import (
     LayerMemory,
     Memory,
@@ -83,7 +84,10 @@ def carry_memory(
       >>> updates, opt_state = tx.update(grad, opt_state, kernel, memory=memory)
     """
 
-    for leaf in jax.tree.leaves(memory, is_leaf=is_memory):
+    def is_leaf(node):
+        return is_memory(node) or isinstance(node, MemAOP)
+
+    for leaf in jax.tree.leaves(memory, is_leaf=is_leaf):
         if not isinstance(leaf, LayerMemory):
             raise TypeError(
                 f"carry_memory: memory has a leaf of type {type(leaf).__name__}; it must be a "

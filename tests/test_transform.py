@@ -281,7 +281,7 @@ def test_a_memory_of_another_kind():
 
 def test_a_leaf_that_is_no_memory():
     _, _, memory = setup()
-    for other in (memory._asdict(), {"a": memory, "kernel": jnp.ones(3)}, 3):
+    for other in (memory._asdict(), {"a": memory, "kernel": jnp.ones(3)}, 3, aop.MemAOP(k=2)):
         with pytest.raises(
             TypeError, match=r"carry_memory: memory has a leaf of type \w+; .*COLLECTION"
         ):

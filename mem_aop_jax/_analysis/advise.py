@@ -60,17 +60,25 @@ class Advice:
         return self.gaining > 0 and self.verdict() < 1 - MARGIN
 
     def __str__(self) -> str:
-        device, exact, ours = jax.default_backend(), *(1e3 * s for s in self.seconds)
+        exact, ours = (f"{1e3 * seconds:.3g} ms" for seconds in self.seconds)
+        speed = f"the exact gradient takes {exact} on this {jax.default_backend()}"
+        error, verdict = "not measured", "no contraction is predicted to get faster"
+        if self.gaining:
+            speed = f"{speed}, with the rules {ours}: c = {self.c:.2f}"
+            error = (
+                f"v = {self.v:.2g} of the gradient's square is added; the batch's own noise is "
+                f"{self.noise:.2g} of it"
+            )
+            steps = 1 + self.noise * self.v
+            verdict = f"{self.c:.2f} of the time for each of 1 + noise v = {steps:.2f} times as "
+            verdict += f"many steps: {self.verdict():.2f}"
         return "\n".join(
             (
                 f"reached: {self.share:.0%} of the FLOPs of contractions with parameters; "
                 f"{self.gaining} of {self.contractions} get faster",
-                f"speed:   a gradient takes {ours:.3g} ms on this {device}, the exact one "
-                f"{exact:.3g} ms: c = {self.c:.2f}",
-                f"error:   v = {self.v:.2g} of the gradient's square, {self.noise:.0%} of which is "
-                "the batch's noise",
-                f"verdict: (1 + noise v) c = {self.verdict():.2f}, "
-                + ("below 1: it pays" if self.pays else "it does not pay"),
+                f"speed:   {speed}",
+                f"error:   {error}",
+                f"verdict: {verdict}: it {'pays' if self.pays else 'does not pay'}",
                 f"type:    {self._line()}",
             )
         )

@@ -82,7 +82,7 @@ class Controller:
       *args: the further arguments of the function, of the training size.
       costs: for each name the cost of a step, in any unit, for instance measured times; None counts
         the FLOPs of the loss's gradient as the compiler does, without the refreshes that most steps
-        leave out.
+        leave out. On narrow layers fewer FLOPs may take longer: `aop.advise` measures times.
       margin: training is exact unless a choice saves so much, (1 + noise v) c < 1 - margin: a
         measurement on a few batches is uncertain, and costs FLOPs itself. Between choices the
         margin does not count.
@@ -92,7 +92,7 @@ class Controller:
       log: list of `Decision`; `str` of the controller is a table of them.
 
     Raises:
-      TypeError: a choice that is neither a configuration nor rules.
+      TypeError: choices that are no dict; a choice that is neither a configuration nor rules.
       ValueError: a choice with a memory of rows, which belong to one batch and one choice; costs or
         a log with other names than the choices; a margin outside of [0, 1); a rule that decides
         about nothing.
@@ -118,6 +118,11 @@ class Controller:
         margin: float = 0.03,
         log: Sequence[Decision | Mapping[str, Any]] = (),
     ):
+        if not isinstance(choices, Mapping):
+            raise TypeError(
+                f"Controller: choices are of type {type(choices).__name__}; they must be a dict of "
+                'configurations or rules by name: {"a quarter": config}.'
+            )
         if EXACT in choices:
             raise ValueError(
                 f"Controller: {EXACT!r} is training without approximation, which is always among "

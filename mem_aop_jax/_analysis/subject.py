@@ -56,8 +56,9 @@ class Subject(NamedTuple):
         """Of what `aop.approximate` returns."""
         if not isinstance(approx, Approximated):
             raise TypeError(
-                f"{caller}: got {approx!r}, of type {type(approx).__name__}; it must be what "
-                "aop.approximate returns, or a Linen model."
+                f"{caller}: got an object of type {type(approx).__name__}; it must be what "
+                "aop.approximate returns for a loss, aop.approximate(loss, config), where "
+                "loss(params, *batch) calls the model."
             )
         return cls(approx)
 
@@ -153,12 +154,18 @@ def check_batches(caller: str, subject: Subject, batches: Sequence[Any]) -> None
     """Batches to measure on.
 
     Raises:
-      TypeError: a batch of a function that is no tuple of arguments.
+      TypeError: no list of them; a batch of a function that is no tuple of arguments.
       ValueError: fewer than two batches.
     """
-    if len(batches) < 2:
+    try:
+        number = len(batches)
+    except TypeError:
+        raise TypeError(
+            f"{caller}: batches are of type {type(batches).__name__}; they must be a list."
+        ) from None
+    if number < 2:
         raise ValueError(
-            f"{caller}: got {len(batches)} batches; at least 2 are needed, since directions come "
+            f"{caller}: got {number} of batches; at least 2 are needed, since directions come "
             "from other batches than the rows."
         )
     for batch in batches:

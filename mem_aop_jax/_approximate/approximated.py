@@ -13,6 +13,7 @@ from mem_aop_jax._approximate.program import LayerParameter, Parameter, Site
 from mem_aop_jax._approximate.reach import Reach, ReachedSite
 from mem_aop_jax._approximate.settings import Settings
 from mem_aop_jax._approximate.tracing import Traced, parameter_path, trace
+from mem_aop_jax._core import validation
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.memory import LayerMemory
 from mem_aop_jax._models import Layer, Rules
@@ -72,7 +73,7 @@ class Approximated:
           **kwargs: as `args`.
 
         Raises:
-          TypeError: a memory that is no mapping.
+          TypeError: a memory that is no mapping, or a key that is none.
           ValueError: a memory that does not fit the batch; a rule that decides about none of the
             contractions; while differentiating: no memory, or no key.
         """
@@ -81,6 +82,7 @@ class Approximated:
                 f"approximate: memory is of type {type(memory).__name__}; it must be what init "
                 "returns, or its gradient. Call approx(params, memory, key, *args)."
             )
+        validation.key("approximate: approx(params, memory, key, *args)", key)
         if memory is None:
             return self._traced((), params, args, kwargs).run({}, key)
         traced = self._traced(memory, params, args, kwargs)
@@ -158,7 +160,8 @@ def approximate(
     Args:
       fun: `fun(params, *args, **kwargs)`, any JAX function. params is any pytree of arrays;
         what `fun` returns is any pytree.
-      config_or_rules: a configuration for all contractions with parameters, or rules: pairs of a
+      config_or_rules: a configuration for all contractions with parameters (one with fewer rows
+        than k stays exact, and `reach` says so), or rules: pairs of a
         regular expression on the whole path of a parameter ("params/block_0/qkv/kernel", "0/w"),
         and a configuration or None for exact ones. The first match wins; what no rule matches is
         exact. A kernel that is computed from several parameters has the path of the largest.

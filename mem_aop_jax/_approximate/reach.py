@@ -67,4 +67,5 @@ class Reach(NamedTuple):
             )
             for site in self.sites
         ]
-        return f"{markdown(header, rows)}\n\n{self.share:.3f} of their FLOPs are reached."
+        table = markdown(header, rows)
+        return f"{table}\n\n{self.share:.1%} of these FLOPs, of forward products, are approximate."

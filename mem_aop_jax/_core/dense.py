@@ -147,6 +147,7 @@ def _check_config(name, config, memory):
 
 
 def _approximate(x, kernel, dimension_numbers, precision, memory, config, key, name, **options):
+    validation.key(name, key)
     """The product of inputs that are checked first."""
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     validation.floating(name, x, kernel)

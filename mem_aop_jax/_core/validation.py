@@ -6,6 +6,7 @@ The first argument is the layer's name, or its call.
 import numbers
 
 import jax.numpy as jnp
+from jax import dtypes
 
 from mem_aop_jax._core.config import MEMORIES, MemAOP
 from mem_aop_jax._core.policies import Selection
@@ -53,6 +54,19 @@ def floating(name, x, kernel):
                 f"{name}: {argument} has dtype {array.dtype}; Mem-AOP needs a floating dtype. "
                 f"Convert it, for instance with {argument}.astype(jnp.float32)."
             )
+
+
+def key(name, key):
+    """A PRNG key, of either kind, or None."""
+    dtype = getattr(key, "dtype", None)
+    is_legacy = dtype == jnp.uint32 and key.ndim > 0
+    if key is None or is_legacy or (dtype is not None and jnp.issubdtype(dtype, dtypes.prng_key)):
+        return
+    given = type(key).__name__ if dtype is None else f"{dtype}{list(key.shape)}"
+    raise TypeError(
+        f"{name}: key is {given}; it must be a key of jax.random, such as jax.random.key(0), or "
+        "None."
+    )
 
 
 def differentiable(call, memory, key):

@@ -24,7 +24,8 @@ from mem_aop_jax._approximate.program import LayerParameter
 from mem_aop_jax._approximate.settings import Settings
 from mem_aop_jax._approximate.tracing import Traced, path_string, trace
 from mem_aop_jax._core.config import MemAOP
-from mem_aop_jax._core.probe import Probe, is_memory
+from mem_aop_jax._core.memory import Memory
+from mem_aop_jax._core.probe import Probe
 from mem_aop_jax._models import subclass
 from mem_aop_jax.linen._layers import (
     COLLECTION,
@@ -252,6 +253,11 @@ class _LinenParameter(LayerParameter):
     scope: int
     inside: tuple[str, ...]
 
+    @property
+    def names(self):
+        """Also its path among all variables: rules of a function of them fit."""
+        return *super().names, f"params/{self.relative}"
+
 
 def _parameter_or_origin(module, paths, path, leaf):
     """What a leaf of (variables, rngs, args, kwargs) is, by its path in ((these), {})."""
@@ -287,7 +293,7 @@ def _split(path, collection):
     """
     memory, others = {}, {}
     for name, node in collection.items():
-        if isinstance(node, Mapping) and not is_memory(node):
+        if isinstance(node, Mapping) and set(node) != set(Memory._fields):  # a restored memory
             own, below = _split((*path, name), node)
             memory |= own
             others |= {name: below} if below else {}

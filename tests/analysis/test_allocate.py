@@ -390,7 +390,7 @@ def with_nan(i):
         ({"config": aop.MemAOP(k=2)}, ValueError, r"policy='topk'.*policy='priority'"),
         ({"budget": 1.5}, ValueError, r"budget=1.5.*in \(0, 1\]"),
         ({"budget": 0.2}, ValueError, r"budget=0.2; the cheapest choice .* costs 0\.\d+ of exact"),
-        ({"batches": []}, ValueError, r"got 0 batches; at least 2"),
+        ({"batches": []}, ValueError, r"got 0 of batches; at least 2"),
         ({"batches": [batch_of(1), with_nan(2)]}, ValueError, r"batch 1 has the norm nan"),
         (
             {"batches": [batch_of(i, rows=64) for i in (1, 2)]},

@@ -383,7 +383,8 @@ def test_a_plan_of_two_uses_of_a_parameter():
 
 def test_advice_of_what_never_gains(capsys):
     slow = RATES._replace(layer=10.0)
-    found = aop.advise(aop.approximate(loss, CONFIG), PARAMS, BATCHES, KEY, rates=slow)
+    new = aop.approximate(lambda *args: loss(*args), CONFIG)  # which is not compiled yet
+    found = aop.advise(new, PARAMS, BATCHES, KEY, rates=slow)
     assert (found.share, found.gaining, found.contractions) == (1, 0, len(SITES))
     assert not found.pays
     assert found.rules == ()
@@ -431,7 +432,27 @@ def test_the_verdict(seconds, v, line):
         (
             lambda: aop.Controller(loss, {"a": CONFIG}, PARAMS, *BATCHES[0]),
             TypeError,
-            "Controller: got <function loss",
+            "Controller: got an object of type function",
+        ),
+        (
+            lambda: aop.Controller(aop.approximate(loss, CONFIG), CONFIG, PARAMS, *BATCHES[0]),
+            TypeError,
+            "Controller: choices are of type MemAOP; they must be a dict",
+        ),
+        (
+            lambda: aop.advise(LINEN, PARAMS, BATCHES, KEY),
+            TypeError,
+            "of type Transformer; it must",
+        ),
+        (
+            lambda: aop.advise(aop.approximate(loss, CONFIG), PARAMS, KEY, BATCHES),
+            TypeError,
+            "advise: batches are of type PRNGKeyArray; they must be a list",
+        ),
+        (
+            lambda: aop.approximate(loss, linen_allocation()),
+            TypeError,
+            r"approximate: got an aop.Allocation; pass its rules, .rules",
         ),
         (
             lambda: aop.allocate(aop.approximate(loss, CONFIG), PARAMS, jnp.ones((2, 3)), KEY),
@@ -441,7 +462,7 @@ def test_the_verdict(seconds, v, line):
         (
             lambda: aop.allocate(aop.approximate(loss, CONFIG), PARAMS, BATCHES[:1], KEY),
             ValueError,
-            "allocate: got 1 batches",
+            "allocate: got 1 of batches",
         ),
         (
             lambda: aop.allocate(

@@ -550,6 +550,11 @@ def test_evaluation_is_exact_at_any_batch_size_and_training_needs_the_memory():
     for no_memory in (memory["out"], [memory["out"]], X, jax.random.key(0)):
         with pytest.raises(TypeError, match=r"memory is of type \w+; it must be what init returns"):
             approx(PARAMS, no_memory, None, X)
+    for no_key in (X, 0):  # as if there were no key
+        with pytest.raises(
+            TypeError, match=r"key is (float32\[8, 6\]|int); it must be a key of jax"
+        ):
+            approx(PARAMS, memory, no_key, X)
     xs, params = numbers(7, ROWS, FEATURES), {"recurrent": numbers(HIDDEN, HIDDEN), **PARAMS}
     recurrent = aop.approximate(rnn, CONFIG)
     with pytest.raises(ValueError, match=r"recurrent: its memory is for \(7,\) .* they are \(5,\)"):

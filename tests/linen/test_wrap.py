@@ -550,6 +550,25 @@ def test_what_else_flax_does_with_a_module():
     close(frozen, flax.core.freeze(ours))
 
 
+def test_rules_of_a_function_of_all_variables_fit():
+    model = nn.Dense(3)
+    params = model.init(KEY, X)
+    approx = aop.approximate(lambda params, x: jnp.mean(model.apply(params, x) ** 2), CONFIG)
+    rules = aop.plan(approx, params, X, min_speedup=None, rates=aop.Rates("a", 1, 1, 1)).rules
+    assert rules[0][0] == "params/kernel"
+    assert len(aop.linen.layers(aop.linen.wrap(model, rules), KEY, X)) == 1
+
+
+def test_a_memory_restored_without_a_target_is_told_how_to_become_one():
+    wrapped = aop.linen.wrap(nn.Dense(3), CONFIG)
+    variables = wrapped.init(KEY, X)
+    restored = {"kernel": variables[COLLECTION]["kernel"]._asdict()}
+    with pytest.raises(
+        TypeError, match=r"Dense: memory is of type dict; .*aop.Memory\(\*\*memory\)"
+    ):
+        wrapped.apply({**variables, COLLECTION: restored}, X)
+
+
 def test_a_decoder_whose_next_calls_take_one_token():
     model = nn.MultiHeadDotProductAttention(num_heads=2, decode=True)
     wrapped, x = aop.linen.wrap(model, CONFIG), inputs(2, 5, 4)
