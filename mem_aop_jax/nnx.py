@@ -145,6 +145,7 @@ class Linear(nnx.Linear):
         **kwargs,
     ):
         validation.config("Linear", config)
+        calls = validation.whole_number("Linear", "calls", calls, smallest=1)
         if "dot_general" in kwargs:
             raise ValueError(
                 "Linear: aop.nnx.Linear has a dot_general of its own; leave it unset, or use "
@@ -213,6 +214,8 @@ def wrap(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"wrap: model is of type {type(model).__name__}, not an NNX module.")
+    if not isinstance(rngs, nnx.Rngs | None):
+        raise TypeError(f"wrap: rngs is of type {type(rngs).__name__}; it must be an nnx.Rngs.")
     settings = Settings.of("wrap", config_or_rules, min_speedup)
     if any(isinstance(node, Memories) for _, node in nnx.iter_graph(model)):
         raise ValueError(

@@ -396,6 +396,27 @@ def test_training_compiles_once():
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        ({"calls": 0}, ValueError, "Linear: calls is 0; it must be at least 1"),
+        ({"calls": 1.5}, TypeError, "Linear: calls is 1.5; it must be a whole number"),
+    ],
+)
+def test_bad_arguments_of_linear(call, error, message):
+    with pytest.raises(error, match=message):
+        aop.nnx.Linear(3, 5, rows=8, config=aop.MemAOP(k=2), rngs=nnx.Rngs(0), **call)
+
+
+@pytest.mark.parametrize("rngs", [0, jax.random.key(0)])
+def test_rngs_that_are_none(rngs):
+    model = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"wrap: rngs is of type \w+; it must be an nnx.Rngs"):
+        aop.nnx.wrap(model, aop.MemAOP(k=2, policy="priority"), inputs(8, 3), rngs=rngs)
+    with pytest.raises(TypeError, match="plan: example_input is 'x'; it must be what the model"):
+        aop.plan(model, aop.MemAOP(k=2), "x", rates=aop.Rates("some", 1, 1, 1))
+
+
 def test_errors():
     rngs, x, config = nnx.Rngs(0), inputs(3, 4, 8), aop.MemAOP(k=2)
     model = MODELS["attention"](rngs)

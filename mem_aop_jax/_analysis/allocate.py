@@ -160,7 +160,7 @@ def _allocate_model(
         raise TypeError(f"allocate: config is of type {type(config).__name__}, not aop.MemAOP.")
     rules = ((layers, dataclasses.replace(config, k=None, ratio=0.5)),)
     subject = Subject.of_model("allocate", model, loss, rules)
-    rows = check_example(model, rules, as_args(example_input))
+    rows = check_example(model, rules, as_args("allocate", example_input))
     return _allocate(subject, params, batches, key, budget, draws, metric, rows)
 
 

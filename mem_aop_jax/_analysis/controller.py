@@ -151,7 +151,7 @@ class Controller:
             self._trained = {name: approx for name in self._rules if not self._rules[name]}
             for name, choice_rules in rules.items():
                 self._trained[name] = linen.wrap(approx, choice_rules)
-                check_example(approx, choice_rules, as_args(params))
+                check_example(approx, choice_rules, as_args("Controller", params))
         else:
             self._subject = Subject.of_function("Controller", approx)
             self._trained = {

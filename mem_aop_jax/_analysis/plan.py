@@ -132,7 +132,7 @@ def _plan_linen(
 ) -> Plan:
     rules = as_rules("plan", config)
     wrapped = linen.wrap(model, rules)
-    listed = sized_layers(wrapped, jax.random.key(0), *as_args(example_input))
+    listed = sized_layers(wrapped, jax.random.key(0), *as_args("plan", example_input))
     sized = [(layer, dtype, config_for(rules, layer.path)) for layer, dtype, ours in listed if ours]
     return _plan(sized, min_speedup, rates)
 
@@ -147,7 +147,7 @@ def _plan_nnx(
     rates: Rates | None = None,
 ) -> Plan:
     rules = as_rules("plan", config)
-    listed = nnx.sized_layers("plan", model, rules, as_args(example_input))
+    listed = nnx.sized_layers("plan", model, rules, as_args("plan", example_input))
     sized = [(layer, dtype, config_for(rules, layer.path)) for layer, dtype in listed]
     return _plan(sized, min_speedup, rates)
 

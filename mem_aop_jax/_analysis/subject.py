@@ -206,8 +206,13 @@ def _compiled_flops(lowered: jax.stages.Lowered) -> float:
 # ---- Linen models
 
 
-def as_args(example_input: ExampleInput) -> tuple:
+def as_args(caller: str, example_input: ExampleInput) -> tuple:
     """The example input as a tuple of positional arguments."""
+    if isinstance(example_input, str):
+        raise TypeError(
+            f"{caller}: example_input is {example_input!r}; it must be what the model is called "
+            "with: arrays or jax.ShapeDtypeStructs, a tuple for several arguments."
+        )
     return example_input if isinstance(example_input, tuple) else (example_input,)
 
 

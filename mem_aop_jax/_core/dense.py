@@ -152,6 +152,8 @@ def _approximate(x, kernel, dimension_numbers, precision, memory, config, key, n
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     validation.floating(name, x, kernel)
     sizes = contraction_sizes(x, kernel, dimension_numbers)
+    if 0 in sizes[1:]:  # no features: there is nothing to approximate, and the memory stays
+        return lax.dot_general(x, kernel, dimension_numbers, precision=precision, **options)
     own_memory = without_probe(memory)
     if own_memory is not None:
         own_memory = check_memory(name, config, x, sizes, own_memory)

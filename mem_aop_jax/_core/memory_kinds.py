@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from mem_aop_jax._core import validation
 from mem_aop_jax._core.candidates import MemoryKind
 from mem_aop_jax._core.config import MEMORIES, MemAOP, floating_dtype
 from mem_aop_jax._core.memory import LayerMemory
@@ -39,13 +40,18 @@ def init_memory(
       configuration has none.
 
     Raises:
-      TypeError: `config` is no `MemAOP`, or `dtype` is not floating.
-      ValueError: `config.k` is larger than `rows`.
+      TypeError: `config` is no `MemAOP`, a size no whole number, or `dtype` not floating.
+      ValueError: a size below 0, or `config.k` is larger than `rows`.
     """
+    sizes = rows, in_features, out_features
     if config is None:
         return None
     if not isinstance(config, MemAOP):
         raise TypeError(f"init_memory: config is of type {type(config).__name__}, not aop.MemAOP.")
+    rows, in_features, out_features = (
+        validation.whole_number("init_memory", name, size)
+        for name, size in zip(("rows", "in_features", "out_features"), sizes, strict=True)
+    )
     config.selected_rows(rows, "init_memory")
     dtype = floating_dtype("dtype", dtype)
     kind = MEMORY_KINDS[config.memory_kind]

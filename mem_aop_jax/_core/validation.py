@@ -4,6 +4,7 @@ The first argument is the layer's name, or its call.
 """
 
 import numbers
+import operator
 
 import jax.numpy as jnp
 from jax import dtypes
@@ -54,6 +55,17 @@ def floating(name, x, kernel):
                 f"{name}: {argument} has dtype {array.dtype}; Mem-AOP needs a floating dtype. "
                 f"Convert it, for instance with {argument}.astype(jnp.float32)."
             )
+
+
+def whole_number(name, argument, value, smallest=0):
+    """A whole number, of Python or NumPy."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: {argument} is {value!r}; it must be a whole number.") from None
+    if number < smallest:
+        raise ValueError(f"{name}: {argument} is {number}; it must be at least {smallest}.")
+    return number
 
 
 def key(name, key):

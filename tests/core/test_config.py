@@ -126,6 +126,11 @@ def test_rows_that_the_configuration_does_not_fit():
 def test_bad_arguments_of_init_memory():
     with pytest.raises(TypeError, match=r"config is of type dict, not aop\.MemAOP"):
         aop.init_memory({"k": 1}, 8, 3, 2)
+    for rows in ("3", 32.0):
+        with pytest.raises(TypeError, match=rf"init_memory: rows is {rows!r}; .* a whole number"):
+            aop.init_memory(aop.MemAOP(k=1), rows, 8, 3)
+    with pytest.raises(ValueError, match="init_memory: in_features is -1; it must be at least 0"):
+        aop.init_memory(aop.MemAOP(k=1), 8, -1, 3)
     with pytest.raises(TypeError, match="dtype=int32; it must be a floating"):
         aop.init_memory(aop.MemAOP(k=1), 8, 3, 2, jnp.int32)
     with pytest.raises(ValueError, match="the batch has no rows"):

@@ -306,6 +306,31 @@ def memory_of(rows=M, n=N, p=P, dtype="float32"):
     return aop.init_memory(aop.MemAOP(k=1), rows, n, p, dtype)
 
 
+@pytest.mark.parametrize("shape", [(0, P), (N, 0)])
+@pytest.mark.parametrize(
+    "config",
+    [TOP_K, aop.MemAOP(ratio=0.5, policy="priority", memory="subspace", rank=2)],
+    ids=["rows", "subspace"],
+)
+def test_no_features_at_all(shape, config):
+    x, memory = jnp.ones((M, shape[0])), aop.init_memory(config, M, *shape, jnp.float64)
+
+    def loss(kernel, memory):
+        y = aop.dense(x, kernel, memory, config=config, key=jax.random.key(0))
+        return y.sum()
+
+    grads, memory_grads = jax.grad(loss, argnums=(0, 1))(jnp.ones(shape), memory)
+    assert grads.shape == shape
+    assert memory_grads.uses == 0  # it stays
+
+
+@pytest.mark.parametrize(("key", "given"), [(0, "int"), (np.ones((M, N)), r"float64\[12, 5\]")])
+def test_what_is_no_key(key, given):
+    x, kernel, _ = arrays((M, N), (N, P), (M, P))
+    with pytest.raises(TypeError, match=rf"dense: key is {given}; it must be a key of jax.random"):
+        aop.dense(x, kernel, config=aop.MemAOP(k=K, policy="priority"), key=key)
+
+
 def test_bad_arrays():
     x, kernel, g = arrays((M, N), (N, P), (M, P))
     ints = jnp.ones((M, N), jnp.int32)
