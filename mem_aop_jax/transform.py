@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from flax.core.meta import AxisMetadata, unbox
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mem_aop_jax._core.config import MemAOP
@@ -191,8 +192,9 @@ def state_shardings(
 
     Args:
       tx: the optimizer, with `carry_memory` in it.
-      params: the parameters, or their `jax.ShapeDtypeStruct`s.
-      params_sharding: the sharding of all parameters, or a tree of one for each.
+      params: the parameters, or their `jax.ShapeDtypeStruct`s; also in boxes (`nn.Partitioned`).
+      params_sharding: the sharding of all parameters, or a tree of one for each, for instance
+        `nn.get_sharding(params, mesh)`.
       batch_sharding: the sharding of the batch. Only its first axis counts, the rows.
 
     Returns:
@@ -214,7 +216,8 @@ def state_shardings(
     mesh = batch_sharding.mesh
     replicated = NamedSharding(mesh, PartitionSpec())
     if isinstance(params_sharding, NamedSharding):
-        params_sharding = jax.tree.map(lambda _: params_sharding, params)
+        params_sharding = jax.tree.map(lambda _: params_sharding, params, is_leaf=_is_box)
+    params_sharding = unbox(params_sharding)
 
     def rows_with_the_batch(node, sharding):
         if not isinstance(node, Memory):
@@ -226,7 +229,7 @@ def state_shardings(
     def as_the_parameter(leaf, param, sharding):
         if isinstance(leaf, optax.MaskedNode):
             return leaf
-        return sharding if jnp.shape(leaf) == jnp.shape(param) else replicated
+        return sharding if jnp.shape(unbox(leaf)) == jnp.shape(unbox(param)) else replicated
 
     state = jax.eval_shape(tx.init, params)
     shardings = optax.tree_utils.tree_map_params(
@@ -236,9 +239,15 @@ def state_shardings(
         params,
         params_sharding,
         transform_non_params=lambda _: replicated,
-        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode) or _is_box(node),
     )
-    return jax.tree.map(rows_with_the_batch, state, shardings, is_leaf=is_memory)
+    return jax.tree.map(
+        rows_with_the_batch, state, shardings, is_leaf=lambda node: is_memory(node) or _is_box(node)
+    )
+
+
+def _is_box(node):
+    return isinstance(node, AxisMetadata)
 
 
 def _find(kind, tree):

@@ -9,6 +9,7 @@ import sys
 import time
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -260,6 +261,28 @@ def test_state_shardings(optimizer, sharded_params, is_stacked):
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
     assert {kernel, inputs, cotangents} <= {leaf.shape for leaf in jax.tree.leaves(state)}
     assert_placed(state, jax.tree.map(lambda leaf: sharding(leaf.shape), state))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("one_for_all", [False, True])
+def test_state_shardings_of_boxed_parameters(one_for_all):
+    """As Flax's own shardings, for variables in boxes."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    model = aop.linen.wrap(nn.Dense(4, kernel_init=init), aop.MemAOP(ratio=0.5))
+    x = jnp.ones((8, 6), jnp.float32)
+    variables = model.init(jax.random.key(0), x)
+    params, memory = variables["params"], variables[aop.linen.COLLECTION]
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    given = NamedSharding(mesh, PartitionSpec()) if one_for_all else nn.get_sharding(params, mesh)
+    tx = optax.chain(aop.carry_memory(memory), optax.adam(1e-2))
+    state = jax.jit(tx.init, out_shardings=aop.state_shardings(tx, params, given, rows))(params)
+    spec = (None, "model") if not one_for_all else ()
+    wanted = NamedSharding(mesh, PartitionSpec(*spec))
+    kernel = nn.unbox(state[1][0].mu)["kernel"]
+    assert kernel.sharding.is_equivalent_to(wanted, 2)
+    inputs = aop.get_memory(state)["kernel"].inputs
+    assert inputs.sharding.is_equivalent_to(rows, 2)
 
 
 if __name__ == "__main__":

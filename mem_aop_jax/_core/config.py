@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mem_aop_jax._core.policies import POLICIES, RANDOM_POLICIES, UNBIASED_POLICIES, Policy
 
@@ -345,4 +346,6 @@ def floating_dtype(name: str, dtype: chex.ArrayDType) -> jnp.dtype:
             f"mem_aop_jax got {name}={getattr(resolved, 'name', dtype)}; it must be a floating "
             "dtype, for instance jnp.float32 or jnp.bfloat16."
         )
+    if np.any(np.array([0.0, -1.0]).astype(resolved).astype(np.float64) != (0, -1)):
+        raise TypeError(f"mem_aop_jax got {name}={resolved.name}, which has no zero or no sign.")
     return resolved

@@ -123,6 +123,14 @@ def test_rows_that_the_configuration_does_not_fit():
         aop.init_memory(aop.MemAOP(k=3, groups=3), 8, 3, 2)
 
 
+@pytest.mark.skipif(not hasattr(jnp, "float8_e8m0fnu"), reason="this jax has no such dtype")
+def test_a_memory_dtype_without_zero_and_sign():
+    with pytest.raises(
+        TypeError, match="memory_dtype=float8_e8m0fnu, which has no zero or no sign"
+    ):
+        aop.MemAOP(k=4, memory_dtype=jnp.float8_e8m0fnu)
+
+
 def test_bad_arguments_of_init_memory():
     with pytest.raises(TypeError, match=r"config is of type dict, not aop\.MemAOP"):
         aop.init_memory({"k": 1}, 8, 3, 2)
