@@ -14,7 +14,8 @@ def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:
 
     Cholesky-QR, three times, the first time shifted, on columns of unit length: after a few steps
     of subspace iteration they are nearly orthogonal, however different their lengths. If any
-    column is not finite, `old` is returned.
+    column is not finite, `old` is returned; if that is not finite either (a damaged checkpoint),
+    columns of the identity.
 
     Args:
       columns: `(features, q)` float32 or float64, of any rank and size.
@@ -33,6 +34,7 @@ def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:
             gram, cpu=inverse_in_blocks, cuda=inverse_by_elimination, default=inverse_factor
         )
         columns = jnp.matmul(columns, inverse.T, precision="highest")  # solving for N x q is slow
+    old = jnp.where(jnp.all(jnp.isfinite(old)), old, jnp.eye(*old.shape, dtype=dtype))
     return jnp.where(jnp.all(jnp.isfinite(columns)), columns, old)
 
 

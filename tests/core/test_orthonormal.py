@@ -83,3 +83,7 @@ def test_columns_that_are_not_finite_change_no_direction():
         columns = np.ones_like(old)
         columns[2, 1] = bad
         chex.assert_trees_all_equal(jax.jit(orthonormal)(columns, old), old)
+    damaged = old.copy()
+    damaged[0, 0] = np.nan
+    new = jax.jit(orthonormal)(np.full_like(old, np.nan), damaged)
+    chex.assert_trees_all_equal(new, np.eye(*old.shape, dtype=old.dtype))
