@@ -34,7 +34,9 @@ def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:
             gram, cpu=inverse_in_blocks, cuda=inverse_by_elimination, default=inverse_factor
         )
         columns = jnp.matmul(columns, inverse.T, precision="highest")  # solving for N x q is slow
-    old = jnp.where(jnp.all(jnp.isfinite(old)), old, jnp.eye(*old.shape, dtype=dtype))
+    old = jnp.where(
+        jnp.all(jnp.isfinite(old)), old, jnp.eye(old.shape[0], old.shape[1], dtype=dtype)
+    )
     return jnp.where(jnp.all(jnp.isfinite(columns)), columns, old)
 
 
