@@ -158,7 +158,8 @@ def linen_diagnostics():
     return aop.diagnostics(loss, params, memory, WINDOWS[0], KEY, count_flops=False)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", LOSSES)
 def test_the_same_diagnostics(form):
     approx, params = approximated(form), params_of(form)
     memory = approx.init(params, WINDOWS[0])
@@ -201,7 +202,8 @@ def linen_decision():
     return controller.log[0], memory
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", LOSSES)
 def test_the_same_decision(form):
     allocated = [(f"{path}/kernel", config) for path, config in linen_allocation().rules]
     choices = {"all": RULES_OF_PARAMETERS, "allocated": allocated}
@@ -312,7 +314,11 @@ def measured(model, rules, draws=100):
 
 @pytest.mark.parametrize(
     ("model", "memory"),
-    [("experts", "subspace"), ("experts", None), pytest.param("NNX", None, marks=pytest.mark.slow)],
+    [
+        ("experts", None),
+        pytest.param("experts", "subspace", marks=pytest.mark.slow),
+        pytest.param("NNX", None, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_predicted_is_measured_and_better_than_uniform(model, memory):
     loss, params, batch, _ = MODELS[model]
@@ -339,6 +345,7 @@ def cost_of(model, ratio):
     return sum(n * cost.flops for n, cost in costs) / exact
 
 
+@pytest.mark.slow
 def test_diagnostics_of_each_run_and_expert():
     approx = aop.approximate(loss, CONFIG)
     found = aop.diagnostics(approx, PARAMS, approx.init(PARAMS, *BATCHES[0]), KEY, *BATCHES[0])

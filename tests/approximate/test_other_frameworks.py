@@ -52,6 +52,7 @@ def train(approx, params, *args):
     return losses
 
 
+@pytest.mark.slow
 def test_haiku():
     hk = pytest.importorskip("haiku")
 
