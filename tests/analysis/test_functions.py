@@ -492,6 +492,7 @@ def test_errors(call, error, message):
         call()
 
 
+@pytest.mark.slow
 def test_a_controlled_training_of_a_function():
     approx = aop.approximate(loss, CONFIG)
     costs = {"exact": 1.0, "quarter": 0.5}

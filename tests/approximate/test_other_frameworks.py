@@ -117,6 +117,7 @@ def check_transformer(model, share=0.99, **inputs):
     check(loss, params, inputs, share=share)
 
 
+@pytest.mark.slow
 def test_gpt2_with_its_tied_head():
     transformers, config = language_model("GPT2", n_positions=16, n_embd=16, n_layer=2, n_head=2)
     model = transformers.FlaxGPT2LMHeadModel(config, _do_init=False)
