@@ -40,7 +40,28 @@ class Memory(nnx.Variable):
     """
 
 
-class DotGeneral(nnx.Module):
+class _Owner(nnx.Module):
+    """A module that holds memories, and a key for random policies or None."""
+
+    def __init__(self, key: chex.PRNGKey | None):
+        self.deterministic = False  # the name that eval(), train() and nnx.view set
+        self.key = nnx.data(None if key is None else nnx.RngKey(key, tag=RNG))
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """For `nnx.view(model, deterministic=True)`, which is as `model.eval()`."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def new_key(self) -> chex.PRNGKey | None:
+        """A key for this call, from the one that it holds; None if it holds none."""
+        if self.key is None:
+            return None
+        key, used = jax.random.split(get_value(self.key))
+        set_value(self.key, key)
+        return used
+
+
+class DotGeneral(_Owner):
     """The `dot_general` of an NNX layer, with a memory for each of its calls in a forward pass.
 
     `model.eval()` turns it off: the layer then is exact, at any batch size, and differentiating it
@@ -55,22 +76,16 @@ class DotGeneral(nnx.Module):
         key: chex.PRNGKey | None = None,
     ):
         """For one entry of `layers` per call, a memory of `dtype`."""
+        super().__init__(key)
         if config.memory_kind and "memory_dtype" in MEMORIES[config.memory_kind].options:
             config = dataclasses.replace(config, memory_dtype=config.stored_dtype(dtype))
         self.config = config
         self.layers = tuple(layers)
         self.call = 0  # the next one; after all calls of a forward pass it is 0 again
-        self.deterministic = False  # the name that eval() and train() set
         for call, layer in enumerate(self.layers):
             new = init_memory(config, *layer.sizes, dtype)
             if new is not None:
                 setattr(self, memory_name(call), Memory(new))
-        self.key = nnx.data(None if key is None else nnx.RngKey(key, tag=RNG))
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """For `nnx.view(model, deterministic=True)`, which is as `model.eval()`."""
-        if deterministic is not None:
-            self.deterministic = deterministic
 
     def __call__(self, lhs: chex.Array, rhs: chex.Array, *args, **options) -> chex.Array:
         """`jax.lax.dot_general`, with the same arguments."""
@@ -79,18 +94,9 @@ class DotGeneral(nnx.Module):
         memory = key = None
         if not self.deterministic:
             memory = None if variable is None else get_value(variable)
-            key = _new_key(self)
+            key = self.new_key()
         options |= {"memory": memory, "key": key, "config": self.config, "name": layer.path}
         return dot_general(lhs, rhs, *args, **options)
-
-
-def _new_key(node):
-    """A key for this call, from the one that a node of a model holds; None if it holds none."""
-    if node.key is None:
-        return None
-    key, used = jax.random.split(get_value(node.key))
-    set_value(node.key, key)
-    return used
 
 
 class Linear(nnx.Linear):
@@ -231,25 +237,19 @@ def wrap(
     return model
 
 
-class Memories(nnx.Module):
+class Memories(_Owner):
     """The memories of a wrapped model, each an attribute with the name of its site.
 
     `model.eval()` or `nnx.view(model, deterministic=True)` turns them off, as in `DotGeneral`.
     """
 
     def __init__(self, settings, wrt, sites, key):
+        super().__init__(key)
         self.settings, self.wrt = settings, wrt
         self.layers = tuple(site.layer for site in sites if site.config is not None)
-        self.deterministic = False  # the name that eval() and train() set
         for site in sites:
             if site.config is not None and (new := site.first_memory()) is not None:
                 setattr(self, site.name, Memory(new))
-        self.key = nnx.data(None if key is None else nnx.RngKey(key, tag=RNG))
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """For `nnx.view`, as in `DotGeneral`."""
-        if deterministic is not None:
-            self.deterministic = deterministic
 
     def held(self) -> dict[str, Any]:
         """The memories by the names of their sites; none in evaluation."""
@@ -267,7 +267,7 @@ def _wrapped_class(model_class):
     def call(self, *args, **kwargs):
         memories = getattr(self, MEMORIES_NAME)
         memory = memories.held()
-        key = None if memories.deterministic else _new_key(memories)
+        key = None if memories.deterministic else memories.new_key()
         object.__setattr__(self, "__class__", model_class)  # what is traced is not wrapped
         try:
             called = _Call.of(memories.settings, self, memories.wrt, args, kwargs, memory)

@@ -10,7 +10,7 @@ import chex
 import jax
 import numpy as np
 
-from mem_aop_jax._analysis.model_gradients import finite_norm, squared_norm
+from mem_aop_jax._analysis.model_gradients import finite_norm, noise_share, squared_norm
 from mem_aop_jax._analysis.plan import plan
 from mem_aop_jax._analysis.subject import BackwardPass, Subject, check_batches
 from mem_aop_jax._approximate.approximated import Approximated, with_rules
@@ -139,7 +139,7 @@ def advise(
     gradients = [exact.backward(params, {}, batch, key).gradient for batch in batches]
     squares = [finite_norm(CALLER, i, g, None) ** 2 for i, g in enumerate(gradients)]
     differences = [squared_norm(one, other) for one, other in itertools.pairwise(gradients)]
-    noise = min(1.0, float(np.mean(differences) / 2 / np.mean(squares)))
+    noise = noise_share(differences, squares)
     if not gaining:
         alone, _ = _timed(exact, params, {}, batches[0], key)
         return Advice(share, 0, contractions, (alone, alone), 0.0, noise, ())

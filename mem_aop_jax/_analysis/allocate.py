@@ -7,16 +7,12 @@ from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
+import jax
 import numpy as np
 
+from mem_aop_jax import linen
 from mem_aop_jax._analysis.layer_variance import LayerVariance, Measurement
-from mem_aop_jax._analysis.subject import (
-    ExampleInput,
-    Subject,
-    as_args,
-    check_batches,
-    check_example,
-)
+from mem_aop_jax._analysis.subject import ExampleInput, Subject, as_args, check_batches
 from mem_aop_jax._approximate.approximated import Approximated
 from mem_aop_jax._approximate.program import Site
 from mem_aop_jax._core.config import InputGrad, MemAOP
@@ -160,7 +156,9 @@ def _allocate_model(
         raise TypeError(f"allocate: config is of type {type(config).__name__}, not aop.MemAOP.")
     rules = ((layers, dataclasses.replace(config, k=None, ratio=0.5)),)
     subject = Subject.of_model("allocate", model, loss, rules)
-    rows = check_example(model, rules, as_args("allocate", example_input))
+    example = as_args("allocate", example_input)
+    listed = linen.layers(linen.wrap(model, rules), jax.random.key(0), *example)
+    rows = {path: layer.rows for path, layer in _layers_by_path(listed).items()}
     return _allocate(subject, params, batches, key, budget, draws, metric, rows)
 
 
@@ -181,41 +179,44 @@ def _allocate(
             "or None."
         )
     check_batches("allocate", subject, batches)
-    sites = _sites_by_path(subject.sites(params, batches[0], key))
-    configs: dict[str, MemAOP] = {}
-    for path, site in sites.items():
-        assert site.config is not None, "these are approximate"
-        _check_policy(site.config)
-        configs[path] = site.config
-        given = site.layer.rows
-        if rows is not None and rows.get(path) != given:
-            raise ValueError(
-                f"allocate: {path}: a batch with {given} rows, where the example input has "
-                f"{rows.get(path, 'no')}."
-            )
-    largest = {path: _largest(configs[path], site.layer) for path, site in sites.items()}
+    sites = subject.sites(params, batches[0], key)
+    layers = _layers_by_path([site.layer for site in sites])
+    if rows is not None:
+        _check_rows(layers, rows)
+    configs = {site.layer.path: _checked_config(site) for site in sites}
+    largest = {path: _largest(configs[path], layer) for path, layer in layers.items()}
     measurement = Measurement(subject, params, batches, key, metric)
     variances = measurement.layer_variances(largest, draws)
     options = {
-        path: _options(configs[path], site.layer, variances[path]) for path, site in sites.items()
+        path: _options(configs[path], layer, variances[path]) for path, layer in layers.items()
     }
     return Allocation(*_best(options, budget), measurement.spent)
 
 
-def _check_policy(config: MemAOP) -> None:
-    if config.policy != "priority":
+def _check_rows(layers: Mapping[str, Layer], rows: Mapping[str, int]) -> None:
+    for path, layer in reversed(list(layers.items())):
+        if rows.get(path) != layer.rows:
+            raise ValueError(
+                f"allocate: {path}: a batch with {layer.rows} rows, where the example input has "
+                f"{rows.get(path, 'no')}."
+            )
+
+
+def _checked_config(site: Site) -> MemAOP:
+    assert site.config is not None, "it is approximate"
+    if site.config.policy != "priority":
         raise ValueError(
-            f"allocate: got policy={config.policy!r}; what is known of the variance is that of "
-            "policy='priority'."
+            f"allocate: got policy={site.config.policy!r}; what is known of the variance is that "
+            "of policy='priority'."
         )
+    return site.config
 
 
-def _sites_by_path(sites: Sequence[Site]) -> dict[str, Site]:
-    """The first site of each layer."""
-    by_path: dict[str, Site] = {}
-    for site in sites:
-        layer = site.layer
-        sizes = by_path.setdefault(layer.path, site).layer.sizes
+def _layers_by_path(layers: Sequence[Layer]) -> dict[str, Layer]:
+    """The first call of each layer."""
+    by_path: dict[str, Layer] = {}
+    for layer in layers:
+        sizes = by_path.setdefault(layer.path, layer).sizes
         if sizes != layer.sizes:
             raise ValueError(
                 f"allocate: {layer.path} is called with {sizes} and {layer.sizes} as (rows, "

@@ -17,7 +17,6 @@ from mem_aop_jax._analysis.subject import (
     as_collection,
     by_site,
     check_batches,
-    check_example,
 )
 from mem_aop_jax._approximate.approximated import Approximated, first_memories, sites_of
 from mem_aop_jax._approximate.program import Site
@@ -142,16 +141,16 @@ class Controller:
         for name, choice_rules in rules.items():
             _check_memories(name, choice_rules)
 
-        self._trained: dict[str, Any]  # what to train with
         self._choices: dict[str, _Choice] = {}  # from the first decision on, as what follows
         self._widest: tuple[Subject, list[Site]] | None = None
         if isinstance(approx, nn.Module):
             (loss,) = args
             self._subject = Subject.of_model("Controller", approx, loss, ())
-            self._trained = {name: approx for name in self._rules if not self._rules[name]}
+            example = as_args("Controller", params)
+            self._trained: dict[str, Any] = {EXACT: approx}
             for name, choice_rules in rules.items():
                 self._trained[name] = linen.wrap(approx, choice_rules)
-                check_example(approx, choice_rules, as_args("Controller", params))
+                linen.layers(self._trained[name], jax.random.key(0), *example)  # as below
         else:
             self._subject = Subject.of_function("Controller", approx)
             self._trained = {
@@ -242,8 +241,8 @@ class Controller:
                 flops[name] = result.flops
             spent += sum(flops.values())
 
-        squares = np.square(norms)
-        noise = min(1.0, float(np.mean(differences) / 2 / np.mean(squares)))
+        squares = [norm**2 for norm in norms]
+        noise = model_gradients.noise_share(differences, squares)
         v = {name: error / float(np.sum(squares[1:])) for name, error in errors.items()}
         decision = Decision(step, EXACT, noise, v, self._relative_costs(flops), spent)
         scores = {name: decision.score(name) for name in self._rules}

@@ -122,12 +122,12 @@ def diagnostics(
     """
     if draws < 2:
         raise ValueError(f"diagnostics: got draws={draws}; a variance needs at least 2.")
-    name_of = _name_in_collection
+    name_of: Callable[[tuple], str] = _name_in_collection
     if isinstance(loss_fn, Approximated):
         key, *rest = args
         sites = sites_of(loss_fn, params, *rest)
         probes = {site.name: Probe.of(None, draws, site.all_runs) for site in sites}
-        memory, name_of, has_aux = probes | dict(memory or {}), _name_of_site, False
+        memory, name_of, has_aux = probes | dict(memory or {}), path_string, False
         loss_fn, args = _of_arrays(loss_fn, key, *rest)
     memory = jax.tree.map(
         lambda m: m if isinstance(m, Probe) else Probe.of(m, draws, jnp.shape(m.uses)),
@@ -180,13 +180,8 @@ def _of_arrays(approx: Approximated, *args: Any) -> tuple[Callable, tuple]:
     return loss_fn, tuple(arrays)
 
 
-def _name_of_site(path: tuple) -> str:
-    """The name of a layer whose memory has this path, of a function's memories."""
-    return path_string(path)
-
-
 def _name_in_collection(path: tuple) -> str:
-    """The same in a Linen collection, an NNX state or a tree of anybody's own."""
+    """The layer whose memory has this path, in a collection, an NNX state or anybody's tree."""
     if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
         path = path[:-1]  # the value of an NNX variable
     name = f"/{path_string(path)}".removesuffix("/memory").removesuffix("/kernel")

@@ -133,7 +133,11 @@ class Measurement:
             shapes = first_memories(sampled.sites(self.params, self.batches[0], self.key))
             fewer = model_gradients.truncate_directions(shapes, memory)
             estimate = self._pass(sampled, fewer, -1, self.key).gradient
-            weights = {site.layer.path: self._weight(site, estimate, exact) for site in sites}
+            trees = [leaves_by_path(tree) for tree in (estimate, exact, self.metric)]
+            weights = {
+                site.layer.path: _weight(*(leaves[site.parameter.path] for leaves in trees))
+                for site in sites
+            }
         rows = {site.layer.path: site.layer.rows for site in sites}
         variances = {
             path: norms[path][-1].input_variance(
@@ -181,14 +185,6 @@ class Measurement:
                 norms[path].append(BatchNorms(of_layer, norm))
         return norms, before, result.gradient
 
-    def _weight(self, site: Site, estimate: Any, exact: Any) -> float:
-        """The squared error of a kernel's gradient in the metric, relative to the plain one."""
-        ours, wanted, metric = (
-            leaves_by_path(tree)[site.parameter.path] for tree in (estimate, exact, self.metric)
-        )
-        plain = model_gradients.squared_norm(ours, wanted)
-        return model_gradients.squared_norm(ours, wanted, metric) / plain if plain else 0.0
-
     def _input_gains(
         self,
         subject: Subject,
@@ -208,6 +204,12 @@ class Measurement:
                     square = model_gradients.squared_norm(noisy, exact, self.metric)
                     gains[path] += square / variance / draws
         return gains
+
+
+def _weight(estimate: chex.Array, exact: chex.Array, metric: chex.Array) -> float:
+    """The squared error of a kernel's gradient in the metric, relative to the plain one."""
+    plain = model_gradients.squared_norm(estimate, exact)
+    return model_gradients.squared_norm(estimate, exact, metric) / plain if plain else 0.0
 
 
 def _cheaper(config: MemAOP) -> MemAOP:

@@ -58,6 +58,15 @@ def truncate_directions(shapes: Memories, memory: Memories) -> dict[str, Subspac
 # ---- norms of gradients
 
 
+def noise_share(differences: Sequence[float], squares: Sequence[float]) -> float:
+    """Share of the square of a batch's gradient that is noise of the batch, in [0, 1].
+
+    `squares` are the squared norms of the batches' gradients, `differences` those of the
+    differences of each from the next.
+    """
+    return min(1.0, float(np.mean(differences) / 2 / np.mean(squares)))
+
+
 def floating_leaves(tree: chex.ArrayTree) -> list:
     """The leaves of a gradient that belong to floating parameters."""
     return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]

@@ -121,33 +121,23 @@ def plan(
     return _plan(sized, min_speedup, rates)
 
 
-@plan.register(nn.Module)
-def _plan_linen(
-    model: nn.Module,
-    config: MemAOP | Sequence[tuple[str, MemAOP | None]],
-    example_input: ExampleInput,
-    *,
-    min_speedup: float | None = 1.05,
-    rates: Rates | None = None,
-) -> Plan:
-    rules = as_rules("plan", config)
-    wrapped = linen.wrap(model, rules)
-    listed = sized_layers(wrapped, jax.random.key(0), *as_args("plan", example_input))
-    sized = [(layer, dtype, config_for(rules, layer.path)) for layer, dtype, ours in listed if ours]
-    return _plan(sized, min_speedup, rates)
-
-
 @plan.register(flax_nnx.Module)
-def _plan_nnx(
-    model: flax_nnx.Module,
+@plan.register(nn.Module)
+def _plan_model(
+    model: nn.Module | flax_nnx.Module,
     config: MemAOP | Sequence[tuple[str, MemAOP | None]],
     example_input: ExampleInput,
     *,
     min_speedup: float | None = 1.05,
     rates: Rates | None = None,
 ) -> Plan:
-    rules = as_rules("plan", config)
-    listed = nnx.sized_layers("plan", model, rules, as_args("plan", example_input))
+    """The same for a Linen or NNX model."""
+    rules, args = as_rules("plan", config), as_args("plan", example_input)
+    if isinstance(model, flax_nnx.Module):
+        listed = nnx.sized_layers("plan", model, rules, args)
+    else:
+        found = sized_layers(linen.wrap(model, rules), jax.random.key(0), *args)
+        listed = [(layer, dtype) for layer, dtype, wrapped in found if wrapped]
     sized = [(layer, dtype, config_for(rules, layer.path)) for layer, dtype in listed]
     return _plan(sized, min_speedup, rates)
 

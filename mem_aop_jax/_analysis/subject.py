@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike
 
-from mem_aop_jax import linen
 from mem_aop_jax._approximate.approximated import Approximated, sites_of, with_rules
 from mem_aop_jax._approximate.program import Site
 from mem_aop_jax._approximate.settings import Settings
@@ -165,7 +164,7 @@ def check_batches(caller: str, subject: Subject, batches: Sequence[Any]) -> None
         ) from None
     if number < 2:
         raise ValueError(
-            f"{caller}: got {number} of batches; at least 2 are needed, since directions come "
+            f"{caller}: got {number} batches; at least 2 are needed, since directions come "
             "from other batches than the rows."
         )
     for batch in batches:
@@ -214,16 +213,6 @@ def as_args(caller: str, example_input: ExampleInput) -> tuple:
             "with: arrays or jax.ShapeDtypeStructs, a tuple for several arguments."
         )
     return example_input if isinstance(example_input, tuple) else (example_input,)
-
-
-def check_example(model: nn.Module, rules: Rules, args: tuple) -> dict[str, int]:
-    """The rows of a model's layers, by their paths, for an example input.
-
-    Raises:
-      ValueError: a rule that decides about no layer, or a configuration that does not fit one.
-    """
-    layers = linen.layers(linen.wrap(model, rules), jax.random.key(0), *args)
-    return {layer.path: layer.rows for layer in layers}
 
 
 def by_site(collection: chex.ArrayTree) -> dict[str, Any]:

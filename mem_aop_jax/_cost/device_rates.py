@@ -93,7 +93,7 @@ KNOWN = {
 def device_rates() -> Rates:
     """The rates of the default device: from a table, or from a file, or measured (see below)."""
     device = _default_device().device_kind
-    return KNOWN.get(device) or _measured_once(device)
+    return KNOWN.get(device) or measured_rates(device)
 
 
 def measure_rates() -> Rates:
@@ -103,7 +103,21 @@ def measure_rates() -> Rates:
     table, on this machine and with this version of JAX. The rates are kept in a file in
     `~/.cache/mem_aop_jax`, or in the folder that the environment variable MEM_AOP_JAX_CACHE names.
     """
-    device = _default_device().device_kind
+    rates = _measured_and_kept(_default_device().device_kind)
+    measured_rates.cache_clear()
+    return rates
+
+
+@functools.cache
+def measured_rates(device: str) -> Rates:
+    """The measured rates of the default device, from the file where they are kept."""
+    try:
+        return Rates(**json.loads(_rates_file(device).read_text()))
+    except (OSError, ValueError, TypeError):  # none, or of another version of this library
+        return _measured_and_kept(device)
+
+
+def _measured_and_kept(device: str) -> Rates:
     # also inside of `jit`
     with jax.ensure_compile_time_eval(), jax.disable_jit(False), jax.transfer_guard("allow"):
         rates = _measured(device)
@@ -115,16 +129,6 @@ def measure_rates() -> Rates:
         os.replace(file.name, path)
     except OSError as error:
         say(f"the rates cannot be kept for the next process: {error}")
-    _measured_once.cache_clear()
-    return rates
-
-
-@functools.cache
-def _measured_once(device: str) -> Rates:
-    try:
-        rates = Rates(**json.loads(_rates_file(device).read_text()))
-    except (OSError, ValueError, TypeError):  # none, or of another version of this library
-        return measure_rates()
     return rates
 
 

@@ -200,13 +200,16 @@ def _run_packed(settings, module, scope_function, scopes, *args, **kwargs):
         if module.is_initializing():
             y, (results,) = function(variables, rngs, args, kwargs)
             created = [{**old, **new} for old, new in zip(variables[0], results, strict=True)]
+
+            def sites_of(variables, *, initializing):
+                with recording(), _scopes(scopes, initializing=initializing):
+                    return traced((variables,), ()).sites
+
             try:
-                with recording(), _scopes(scopes, initializing=False):
-                    sites = traced((created,), ()).sites
+                sites = sites_of(created, initializing=False)
             except Exception:  # its next calls take other arguments (a decoder's: one token)
-                created = [{name: c[name] for name in c if name == "params"} for c in created]
-                with recording(), _scopes(scopes, initializing=True):
-                    sites = traced((created,), ()).sites
+                params = [{name: c[name] for name in c if name == "params"} for c in created]
+                sites = sites_of(params, initializing=True)
             settings.check_model(sites)
             for site in sites:
                 if site.config is not None:

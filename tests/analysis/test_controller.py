@@ -372,7 +372,7 @@ ERRORS = {
     "rules": (lambda: controller({"a": [("none", SUBSPACE)]}), "'none' matches no dense layer"),
     "one batch": (
         lambda: controller().decide(0, trained(SMALL), {}, BATCHES[:1], KEY),
-        "got 1 of batches; at least 2 are needed",
+        "got 1 batches; at least 2 are needed",
     ),
     "NaN": (
         lambda: controller().decide(

@@ -469,7 +469,7 @@ def test_the_verdict(seconds, v, line):
         (
             lambda: aop.allocate(aop.approximate(loss, CONFIG), PARAMS, BATCHES[:1], KEY),
             ValueError,
-            "allocate: got 1 of batches",
+            "allocate: got 1 batches",
         ),
         (
             lambda: aop.allocate(

@@ -161,7 +161,7 @@ def test_known_devices_are_not_measured(monkeypatch):
         device_kind = "TPU v5 lite"
 
     monkeypatch.setattr(jax, "devices", lambda *_: [Device()])
-    monkeypatch.setattr(device_rates, "measure_rates", None)
+    monkeypatch.setattr(device_rates, "measured_rates", None)
     assert aop.device_rates() is device_rates.KNOWN["TPU v5 lite"]
 
 
@@ -172,9 +172,9 @@ def measured_sizes(request, monkeypatch, tmp_path):
     monkeypatch.setenv("MEM_AOP_JAX_CACHE", str(tmp_path / "rates"))
     for name, size in zip(("ROWS", "FEATURES"), request.param, strict=True):
         monkeypatch.setattr(device_rates, name, size)
-    device_rates._measured_once.cache_clear()
+    device_rates.measured_rates.cache_clear()
     yield
-    device_rates._measured_once.cache_clear()
+    device_rates.measured_rates.cache_clear()
 
 
 @pytest.mark.usefixtures("measured_sizes")
@@ -185,17 +185,18 @@ def test_other_devices_are_measured_once_and_inside_of_jit(capsys, tmp_path, mon
     assert min(found.flops, found.half_flops, found.bytes) > 1e8
     assert 0 < found.kernel <= 1
     assert aop.device_rates() is found
+    assert device_rates.measured_rates.cache_info().misses == 1
     said = capsys.readouterr().err.splitlines()
     assert [line.split(":")[1] for line in said] == [
         f" measuring cpu, {i} of 5" for i in range(1, 6)
     ]
 
-    device_rates._measured_once.cache_clear()  # as another process
+    device_rates.measured_rates.cache_clear()  # as another process
     assert aop.device_rates() == found
     assert not capsys.readouterr().err
     (file,) = (tmp_path / "rates").iterdir()
     file.write_text('{"flops": 1}')  # of another version
-    device_rates._measured_once.cache_clear()
+    device_rates.measured_rates.cache_clear()
     assert aop.device_rates().device == "cpu"
     assert len(capsys.readouterr().err.splitlines()) == 5
     monkeypatch.setenv("MEM_AOP_JAX_CACHE", str(file))  # which is no folder
