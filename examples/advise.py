@@ -10,7 +10,6 @@ it pays, else with the configuration in all contractions, which the advice is ag
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +21,8 @@ import optax
 import mem_aop_jax as aop
 
 try:
+    import benchmark
+    import benchmark_steps as steps
     import runs
     from tqdm import tqdm
 except ImportError as error:
@@ -178,31 +179,29 @@ def trained(task: Task) -> Any:
     return params
 
 
+def training_step(task: Task, params: Any, rules: Any) -> steps.Step:
+    """A step with Adam; of so many calls as are timed together, one refreshes the subspaces."""
+    approx, batch = aop.approximate(task.loss, rules), task.batch(0)
+    optimizer = optax.chain(aop.carry_memory(approx.init(params, *batch)), optax.adam(1e-3))
+
+    def step(x, y, key, state):
+        params, opt_state = state
+        memory = aop.get_memory(opt_state)
+        value_and_grad = jax.value_and_grad(approx, argnums=(0, 1))
+        value, (grads, memory) = value_and_grad(params, memory, key, x, y)
+        updates, opt_state = optimizer.update(grads, opt_state, params, memory=memory)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    return steps.Step(step, batch, (params, optimizer.init(params)), CONFIG.refresh)
+
+
 def step_seconds(task: Task, params: Any, rules: Any, rounds: int) -> np.ndarray:
     """Seconds of training steps, exact and with the rules, in turn: `(rounds, 2)`."""
-    batch = task.batch(0)
-    runs_of_steps = []
-    for approx in (aop.approximate(task.loss, r) for r in ((), rules)):
-        memory = approx.init(params, *batch) if approx.settings.rules else {}
-        optimizer = optax.chain(aop.carry_memory(memory), optax.adam(1e-3))
-
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(params, state, key, x, y, approx=approx, optimizer=optimizer):
-            memory = aop.get_memory(state)
-            grads, memory = jax.grad(approx, argnums=(0, 1))(params, memory, key, x, y)
-            updates, state = optimizer.update(grads, state, params, memory=memory)
-            return optax.apply_updates(params, updates), state
-
-        runs_of_steps.append([step, jax.tree.map(jnp.copy, params), optimizer.init(params)])
-    seconds = []
-    for i in range(-2, rounds):
-        seconds.append([])
-        for run in runs_of_steps:
-            step, *state = run
-            start = time.perf_counter()
-            run[1:] = jax.block_until_ready(step(*state, jax.random.key(i + 2), *batch))
-            seconds[-1].append(time.perf_counter() - start)
-    return np.array(seconds[2:])
+    ways = {"exact": (), "approximate": rules}
+    built = {name: training_step(task, params, rules) for name, rules in ways.items()}
+    functions, _ = benchmark.compile_all(built)
+    seconds = benchmark.interleaved_seconds(functions, rounds, tqdm(disable=True))
+    return np.stack(list(seconds.values()), axis=1)
 
 
 def main(arguments=None) -> None:
@@ -210,7 +209,9 @@ def main(arguments=None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="*", help=f"some of {', '.join(MODELS)} (all)")
-    parser.add_argument("--rounds", type=runs.count, default=16, help="steps that are timed (16)")
+    parser.add_argument(
+        "--rounds", type=runs.count, default=3, help="of timing, of 8 steps each (3)"
+    )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.model if name not in MODELS]
     if unknown:
@@ -223,7 +224,7 @@ def main(arguments=None) -> None:
         advice = aop.advise(approx, params, batches, jax.random.key(1))
         rules = advice.rules if advice.pays else CONFIG
         seconds = step_seconds(task, params, rules, options.rounds)
-        measured = float(np.median(seconds[:, 1] / seconds[:, 0]))
+        measured = 1 / benchmark.speed(*seconds.T)
         texts.append(f"{name}\n{advice}\n")
         figures = (advice.share, advice.c, advice.v, advice.noise, advice.verdict(), measured)
         verdict = "pays" if advice.pays else "exact"
