@@ -260,7 +260,7 @@ def _live_memory(memory):
     """Arrays; a first memory where there are only shapes."""
     first = first_directions if isinstance(memory, Subspace) else jnp.zeros
     matrices = [_live_array(leaf, first) for leaf in memory[:-1]]
-    return type(memory)(*matrices, _live_array(memory.uses, jnp.zeros))
+    return type(memory)(*matrices, _live_array(memory[-1], jnp.zeros))
 
 
 def _live_array(leaf, first):

@@ -26,11 +26,13 @@ import chex
 import jax.numpy as jnp
 from jax import lax
 
+from mem_aop_jax._core import validation
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.projection import Projection, project
+from mem_aop_jax._numerics import widened
 
 # What a layer's key is folded with, one number for each use, beside those of the groups.
-SIGNS_KEY, REFRESH_KEY, INPUTS_KEY = range(2**31, 2**31 + 3)
+SIGNS_KEY, REFRESH_KEY, INPUTS_KEY, NESTED_KEY = range(2**31, 2**31 + 4)
 
 Factors = tuple[chex.Array, chex.Array]  # of outer products: X and G, or their norms
 
@@ -125,6 +127,16 @@ class Candidates(abc.ABC):
         return project(self.g, None, self.call.precision)
 
 
+def sum_of_chosen(x: chex.Array, g: chex.Array, chosen: Chosen, precision) -> chex.Array:
+    """The weighted sum of the chosen rows' outer products, `(in_features, out_features)`."""
+    indices = chosen.indices[..., None]
+    xs, gs = weighted(
+        tuple(jnp.take_along_axis(widened(rows), indices, axis=1, mode="fill") for rows in (x, g)),
+        chosen,
+    )
+    return jnp.einsum("gkn,gkp->np", xs, gs, precision=precision)
+
+
 def weighted(factors: Factors, chosen: Chosen) -> Factors:
     """The gathered rows of inputs and cotangents times the weights; NaN if the gradient is void."""
     weights = chosen.side_weights(*factors)
@@ -170,6 +182,18 @@ class MemoryKind(abc.ABC):
 
         `differentiates_inputs` says whether the gradient of the inputs is approximate, too.
         """
+
+    def fixed_estimate(
+        self, call: Call, x: chex.Array, g: chex.Array, memory: Any, chosen: Chosen
+    ) -> chex.Array:
+        """dW `(in_features, out_features)` of other rows, for the derivative of a gradient.
+
+        What was chosen, its weights and the memory are fixed: it is linear in x and in g.
+
+        Raises:
+          ValueError: rows of other steps are in dW.
+        """
+        validation.not_differentiable(call, f"memory={call.config.memory_kind!r}")
 
     def tpu_candidates(
         self, call: Call, x: chex.Array, g: chex.Array, memory: Any

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mem_aop_jax._core.candidates import Candidates, MemoryKind, weighted
+from mem_aop_jax._core.candidates import Candidates, MemoryKind, sum_of_chosen, weighted
 from mem_aop_jax._kernels.row_access import gather_rows, grouped_row_norms
 from mem_aop_jax._numerics import widened
 
@@ -22,6 +22,10 @@ class NoMemory(MemoryKind):
     def candidates(self, call, x, g, memory, key, differentiates_inputs):
         """The rows of the batch."""
         return Rows(call, x, g, memory, key)
+
+    def fixed_estimate(self, call, x, g, memory, chosen):
+        """The sum over the chosen rows."""
+        return sum_of_chosen(x, g, chosen, call.precision)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,10 @@ The output is a sum of two terms, one for each gradient of the product. The seco
 XLA drops the zeros. A caller that differentiates X alone meets only the first term: it selects
 nothing and needs no memory. Where dX is approximate, X is stopped in the first term and goes into
 the second, whose rule then returns dX, too.
+
+What is stopped is stopped for one derivative. dX = G W^T is exact, and so are its derivatives. The
+derivative of dW is the estimate's own, with the selection, its weights and the directions held
+fixed: unbiased if dW is. Where dX is approximate, or rows wait from other steps, it is an error.
 """
 
 import dataclasses
@@ -40,9 +44,11 @@ from jax.sharding import AxisType
 
 from mem_aop_jax._compat import axes_of, vary, varying_axes
 from mem_aop_jax._core import validation
-from mem_aop_jax._core.candidates import Call, Candidates, Chosen, Factors
+from mem_aop_jax._core.candidates import NESTED_KEY, Call, Candidates, Chosen, Factors
 from mem_aop_jax._core.input_gradient import input_gradient
 from mem_aop_jax._core.layout import as_inputs, as_kernel, as_matrix, as_rows
+from mem_aop_jax._core.memory import Memory, mark_of
+from mem_aop_jax._core.memory import is_void as memory_is_void
 from mem_aop_jax._core.memory_kinds import MEMORY_KINDS
 from mem_aop_jax._core.policies import POLICIES, map_groups, row_scores
 from mem_aop_jax._core.probe import without_probe
@@ -71,18 +77,49 @@ def product(
     """
     # In shard_map: one kernel on all devices, whose transpose sums dW.
     kernel = vary(kernel, axes_of(x, memory, key))
-    constant = lax.stop_gradient(x)
-    y = lax.dot_general(
-        x if exact_inputs else constant,
-        lax.stop_gradient(kernel),
-        call.dimension_numbers,
+    multiply = functools.partial(
+        lax.dot_general,
+        dimension_numbers=call.dimension_numbers,
         precision=call.precision,
         **options,
     )
-    term, term_x = _kernel_term, constant
+    y = _inputs_term(multiply, x if exact_inputs else lax.stop_gradient(x), kernel)
+    term, term_x = _kernel_term, _constant_beside(kernel, x)
     if differentiates_inputs:
         term, term_x = _kernel_and_inputs_term, vary(x, axes_of(x, kernel))
     return y + term(call, rule, lax.stop_gradient(y), term_x, kernel, memory, key)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _inputs_term(multiply, x, kernel):
+    """X W, whose derivative is that of X alone; the derivative's own has both."""
+    return multiply(x, lax.stop_gradient(kernel))
+
+
+def _inputs_tangent(multiply, primals, tangents):
+    dx, _ = tangents
+    y, kernel = _inputs_term(multiply, *primals), primals[1]
+    return y, SymbolicZero.from_primal_value(y) if _is_zero(dx) else multiply(dx, kernel)
+
+
+@jax.custom_jvp
+def _constant_beside(kernel, x):
+    """X, constant up to the first derivative by the kernel; to those around it X is what it is."""
+    return x
+
+
+def _constant_tangent(primals, tangents):
+    kernel, x = primals
+    x = _constant_beside(kernel, x) if _is_zero(tangents[0]) else x
+    return x, SymbolicZero.from_primal_value(x)
+
+
+def _is_zero(tangent):
+    return isinstance(tangent, SymbolicZero)
+
+
+_inputs_term.defjvp(_inputs_tangent, symbolic_zeros=True)
+_constant_beside.defjvp(_constant_tangent, symbolic_zeros=True)
 
 
 def _zeros(call, rule, y, x, kernel, memory, key):
@@ -123,8 +160,10 @@ class _Residuals:
 
 
 def _forward(call, rule, y, x, kernel, memory, key):
+    """To a derivative around this one, the zeros are the term again."""
     validation.differentiable(call, without_probe(memory), key)
-    zeros = _zeros(call, rule, y, x, kernel, memory, key)
+    inputs = _constant_beside(kernel, x)
+    zeros = _kernel_term(call, _redrawn(rule), y, inputs, kernel, memory, key)
     return zeros, _Residuals(x, kernel, memory, key, differentiates_inputs=False)
 
 
@@ -139,8 +178,19 @@ def _forward_with_inputs(call, rule, *primals):
     _, x_perturbed, *kernel_and_memory_perturbed, _ = each("perturbed")
     if any(jax.tree.leaves(kernel_and_memory_perturbed)):
         validation.differentiable(call, without_probe(memory), key)
-    zeros = _zeros(call, rule, y, x, kernel, memory, key)
+    zeros = _kernel_and_inputs_term(call, _redrawn(rule), y, x, kernel, memory, key)
     return zeros, _Residuals(x, kernel, memory, key, x_perturbed)
+
+
+def _redrawn(rule):
+    """The rule with a key of its own, so that draws of nested derivatives are independent."""
+
+    def with_another_key(call, differentiates_inputs, x, g, kernel, memory, key):
+        if call.config.needs_key:
+            key = jax.random.fold_in(key, NESTED_KEY)
+        return rule(call, differentiates_inputs, x, g, kernel, memory, key)
+
+    return with_another_key
 
 
 def _backward(call, rule, residuals, g):
@@ -181,6 +231,7 @@ class Estimate(NamedTuple):
     memory: chex.ArrayTree  # the next one
     norms: Factors  # of the candidates, `(groups, candidates)` each
     unchosen: chex.Array  # `(groups, candidates)` bool
+    chosen: Chosen
 
 
 def estimate(
@@ -224,9 +275,48 @@ def estimate(
     return Estimate(dx, as_kernel(call.dimension_numbers, dw, kernel.shape), *rest)
 
 
-def estimated(*args) -> tuple[chex.Array | None, chex.Array, chex.ArrayTree]:
+def estimated(
+    call: Call,
+    differentiates_inputs: bool,
+    x: chex.Array,
+    g: chex.Array,
+    kernel: chex.Array,
+    memory,
+    key: chex.PRNGKey | None,
+) -> tuple[chex.Array | None, chex.Array, chex.ArrayTree]:
     """The rule of training: dX, dW and the next memory of `estimate`, for its arguments."""
-    return estimate(*args)[:3]
+    fixed = lax.stop_gradient((x, g, kernel, memory))
+    dx, dw, next_memory, *_, chosen = estimate(call, differentiates_inputs, *fixed, key)
+    dx, dw = _differentiable(call, (dx, dw), (x, g, kernel), memory, chosen)
+    return dx, dw, next_memory
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable(call, gradients, factors, memory, chosen):
+    """The gradients (dX or None, dW) of the factors X, G and W, with derivatives of their own."""
+    return gradients
+
+
+def _second_derivative(call, primals, tangents):
+    gradients, (x, g, kernel), memory, chosen = primals
+    _, (x_tangent, g_tangent, _), *_ = tangents
+    if gradients[0] is not None:
+        validation.not_differentiable(call, f"input_grad={call.config.input_grad}")
+    kind = MEMORY_KINDS[None if memory is None else call.config.memory_kind]
+
+    def linear(x, g):
+        rows = as_rows(call.dimension_numbers, call.config.groups, x, g)
+        dw = kind.fixed_estimate(call, *rows, memory, chosen).astype(kernel.dtype)
+        return as_kernel(call.dimension_numbers, dw, kernel.shape)
+
+    terms = [
+        linear(*pair) for pair in ((x_tangent, g), (x, g_tangent)) if not any(map(_is_zero, pair))
+    ]
+    tangent = sum(terms[1:], terms[0]) if terms else SymbolicZero.from_primal_value(gradients[1])
+    return _differentiable(call, *primals), (None, tangent)
+
+
+_differentiable.defjvp(_second_derivative, symbolic_zeros=True)
 
 
 def _kernel_gradient(candidates, dtype):
@@ -235,7 +325,7 @@ def _kernel_gradient(candidates, dtype):
     unchosen, chosen = _select(candidates, norms)
     factors, candidates = candidates.gather(chosen)
     dw = _multiply(candidates, chosen, factors).astype(dtype)
-    return dw, _store(candidates, chosen, dw), norms, unchosen
+    return dw, _store(candidates, chosen, dw), norms, unchosen, chosen
 
 
 def _select(candidates: Candidates, norms: Factors) -> tuple[chex.Array, Chosen]:
@@ -257,8 +347,7 @@ def _select(candidates: Candidates, norms: Factors) -> tuple[chex.Array, Chosen]
     unchosen = jax.vmap(lambda group, indices: group.at[indices].set(False))(
         jnp.ones_like(storable), indices
     )
-    # A memory that was added up or scaled since the last step is meaningless.
-    is_void = False if memory is None else (memory.uses != 0) & (memory.uses != 1)
+    is_void = False if memory is None else memory_is_void(memory)
     if not candidates.shows_lost_rows:
         is_void |= jnp.any(~storable & unchosen)
     if weights is not None:
@@ -294,8 +383,10 @@ def _store(candidates: Candidates, chosen: Chosen, dw):
     memory = candidates.next_memory(chosen, dw)
     if memory is None:
         return None
-    uses = candidates.memory.uses
-    once = vary(jnp.ones_like(uses), varying_axes(uses))
+    uses = candidates.memory[-1]
+    # Devices that share it, but not the rows, share no mark: there an average differs by its axes.
+    marked = isinstance(memory, Memory) and varying_axes(dw) <= varying_axes(uses)
+    once = vary(mark_of(dw) if marked else jnp.ones_like(uses), varying_axes(uses))
     first = jax.tree.leaves(memory)[0]
     if varying_axes(first) == varying_axes(once):  # under vmap: one for each batch,
         once = jnp.where(jnp.any(first), once, once)  # so that a sum of memories shows

@@ -80,10 +80,6 @@ class RowMemory(MemoryKind):
     def candidates(self, call, x, g, memory, key, differentiates_inputs):
         """The sums of the rows and the memory; with slots, the rows and the slots."""
         del differentiates_inputs
-        memory = memory._replace(
-            inputs=memory.inputs.reshape(len(x), -1, x.shape[-1]),
-            cotangents=memory.cotangents.reshape(len(g), -1, g.shape[-1]),
-        )
         of_config = RowsWithMemory if call.config.memory_slots is None else RowsAndSlots
         return of_config(call, x, g, memory, key)
 
@@ -128,8 +124,7 @@ class RowsWithMemory(Candidates):
 
     def next_memory(self, chosen, dw):
         """Adds the rows anew, and sets the chosen ones to 0."""
-        memory = flat_memory(self.memory)
-        arrays = flat_rows(self.x), flat_rows(self.g), memory
+        arrays = flat_rows(self.x), flat_rows(self.g), self.memory
         (x, g, memory), waiting = after_gradient(dw, arrays, chosen.waiting.reshape(-1))
         signs = row_signs(self)
         signs = None if signs is None else signs.reshape(-1)
@@ -141,7 +136,7 @@ class RowsWithMemory(Candidates):
         """Xh and Gh, or a selection of their rows."""
 
         def add(kept, fresh):
-            dtype = accumulation_dtype(fresh.dtype)
+            dtype, kept = accumulation_dtype(fresh.dtype), kept.reshape(fresh.shape)
             return select(kept).astype(dtype) + select(fresh).astype(dtype)
 
         return add(self.memory.inputs, self.x), add(self.memory.cotangents, self.g)
@@ -228,10 +223,11 @@ class RowsAndSlots(Candidates):
 
     def next_memory(self, chosen, dw):
         """Adds the rows that wait to the slots that wait."""
-        groups, slots, _ = self.memory.inputs.shape
-        arrays = self.x, self.g, flat_memory(self.memory)
+        arrays = self.x, self.g, self.memory
         (x, g, memory), waiting = after_gradient(dw, arrays, chosen.waiting)
-        rows, decay, signs = self.x.shape[1], self.call.config.decay, row_signs(self)
+        groups, rows, _ = self.x.shape
+        slots = len(memory.inputs) // groups
+        decay, signs = self.call.config.decay, row_signs(self)
 
         def add(fresh, kept):
             fresh = kept_rows(widened(fresh), waiting[:, :rows], decay, signs)
@@ -242,7 +238,10 @@ class RowsAndSlots(Candidates):
         return stored_memory(memory, add(x, memory.inputs), add(g, memory.cotangents))
 
     def _sides(self):
-        return (self.x, self.memory.inputs), (self.g, self.memory.cotangents)
+        return tuple(
+            (fresh, kept.reshape(len(fresh), -1, fresh.shape[-1]))
+            for fresh, kept in zip((self.x, self.g), self.memory[:2], strict=True)
+        )
 
 
 def _sum_block_rows(rows):
@@ -257,11 +256,6 @@ def row_signs(candidates):
         return None
     key = jax.random.fold_in(candidates.key, SIGNS_KEY)
     return jax.random.rademacher(key, candidates.x.shape[:2], jnp.float32)
-
-
-def flat_memory(memory):
-    """The memory in the shape that layers hold: XLA does not write over a reshaped one."""
-    return memory._replace(inputs=flat_rows(memory.inputs), cotangents=flat_rows(memory.cotangents))
 
 
 def after_gradient(first, arrays, waiting):

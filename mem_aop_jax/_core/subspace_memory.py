@@ -13,6 +13,7 @@ Gr only the chosen rows.
 """
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -20,12 +21,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from mem_aop_jax._compat import varying_axes
-from mem_aop_jax._core.candidates import REFRESH_KEY, Candidates, MemoryKind
+from mem_aop_jax._core.candidates import REFRESH_KEY, Candidates, MemoryKind, sum_of_chosen
 from mem_aop_jax._core.memory import Subspace, first_directions
 from mem_aop_jax._core.orthonormal import orthonormal
 from mem_aop_jax._core.projection import Projection, project_both
 from mem_aop_jax._kernels.subspace_products import contract_rows, max_abs, psum_own_products
-from mem_aop_jax._numerics import accumulation_dtype, widest_dtype
+from mem_aop_jax._numerics import accumulation_dtype, widened, widest_dtype
 
 
 class SubspaceMemory(MemoryKind):
@@ -75,6 +76,23 @@ class SubspaceMemory(MemoryKind):
         bases = memory.inputs, directions
         projections = project_both(x, g, bases, rank, due, call.precision)
         return Residuals(call, x, g, memory, key, *projections, rank, due)
+
+    def fixed_estimate(self, call, x, g, memory, chosen):
+        """This module's dW."""
+        product = functools.partial(jnp.einsum, precision=call.precision)
+        x, g = map(widened, (x, g))
+        v, u = (
+            jnp.zeros((rows.shape[-1], 0), rows.dtype) if basis is None else basis
+            for rows, basis in ((x, memory.inputs), (g, memory.cotangents))
+        )
+        u = u[:, : call.config.ranks(x.shape[-1], g.shape[-1])[1]]
+        a, b = product("gmn,nq->gmq", x, v), product("gmp,pq->gmq", g, u)
+        xr, gr = x - product("gmq,nq->gmn", a, v), g - product("gmq,pq->gmp", b, u)
+        return (
+            product("nq,gmq,gmp->np", v, a, g)
+            + product("gmn,gmq,pq->np", xr, b, u)
+            + sum_of_chosen(xr, gr, chosen, call.precision)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

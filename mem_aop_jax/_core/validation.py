@@ -5,6 +5,7 @@ The first argument is the layer's name, or its call.
 
 import numbers
 import operator
+from typing import NoReturn
 
 import jax.numpy as jnp
 from jax import dtypes
@@ -99,6 +100,15 @@ def differentiable(call, memory, key):
             "layers inside nn.scan or nn.vmap split_rngs={aop.linen.RNG: True})."
         )
     config.selected_rows(call.sizes[0], name)
+
+
+def not_differentiable(call, option) -> NoReturn:
+    """An approximate gradient that is differentiated has derivatives with most options alone."""
+    raise ValueError(
+        f"{call.name}: its approximate gradient is differentiated once more, and with {option} it "
+        "has no derivative. Use MemAOP(memory=None), or memory='subspace', without input_grad; or "
+        "config=None, an exact layer, in what is differentiated twice (a Hessian, an inner step)."
+    )
 
 
 def selection(name, config, returned, k):
