@@ -1,6 +1,6 @@
 """Optax: the transform that carries the memory in the optimizer state."""
 
-import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import chex
@@ -56,7 +56,8 @@ def carry_memory(
     Args:
       memory: any pytree of `Memory` and `Subspace`, for instance the collection
         `aop.linen.COLLECTION`; None and an empty one are fine. The state starts from it, without a
-        copy: a training step that donates its state takes the buffers with it.
+        copy: a training step that donates its state takes the buffers with it. Other arrays of that
+        collection, such as the scales of Flax's fp8 layers, are overwritten by their gradients.
         `jax.ShapeDtypeStruct`s in place of arrays stand for a first memory, so that
         `jax.jit(tx.init, out_shardings=...)` makes it where it belongs.
       learning_rate: the optimizer's schedule, if it has one, as a function of the number of
@@ -67,7 +68,7 @@ def carry_memory(
       A transformation to chain in front of any optimizer.
 
     Raises:
-      TypeError: a leaf of `memory` that is neither; from `update`, without `memory=`.
+      TypeError: no memory among the leaves of `memory`; from `update`, without `memory=`.
       ValueError: from `update`, for a memory of another structure, shape or dtype, or one that
         was added up or scaled (found where values are known, that is, outside `jit`; inside, the
         layer's next weight gradient is NaN), or averaged over devices (found in `shard_map`, not
@@ -85,17 +86,7 @@ def carry_memory(
       >>> updates, opt_state = tx.update(grad, opt_state, kernel, memory=memory)
     """
 
-    def is_leaf(node):
-        return is_memory(node) or isinstance(node, MemAOP)
-
-    for leaf in jax.tree.leaves(memory, is_leaf=is_leaf):
-        if not isinstance(leaf, LayerMemory):
-            raise TypeError(
-                f"carry_memory: memory has a leaf of type {type(leaf).__name__}; it must be a "
-                "pytree of aop.Memory or aop.Subspace alone, such as variables[aop.linen."
-                "COLLECTION] (a restored dict becomes a memory again with aop.Memory(**memory) or "
-                "aop.Subspace(**memory))."
-            )
+    _check_leaves(memory)
 
     def init(params):
         del params
@@ -112,7 +103,10 @@ def carry_memory(
             )
         _check_same_kind(state.memory, memory)
         factor = rate_factor(learning_rate, state.count)
-        carry = functools.partial(carried, "carry_memory", factor=factor)
+
+        def carry(old, new):
+            return carried("carry_memory", old, new, factor) if is_memory(old) else new
+
         memory = jax.tree.map(carry, state.memory, memory, is_leaf=is_memory)
         return updates, CarryMemoryState(memory, optax.safe_increment(state.count))
 
@@ -256,8 +250,29 @@ def _find(kind, tree):
     return [node for node in nodes if isinstance(node, kind)]
 
 
+def _check_leaves(memory):
+    """Memories, and what else there is beside them in a collection of Flax."""
+
+    def is_leaf(node):
+        restored = isinstance(node, Mapping) and {"inputs", "cotangents"} <= set(node)
+        return is_memory(node) or isinstance(node, MemAOP) or restored
+
+    leaves = jax.tree.leaves(memory, is_leaf=is_leaf)
+    some = any(isinstance(leaf, LayerMemory) for leaf in leaves)
+    for leaf in leaves:
+        if not isinstance(leaf, LayerMemory) and not (some and hasattr(leaf, "shape")):
+            raise TypeError(
+                f"carry_memory: memory has a leaf of type {type(leaf).__name__}; it must be a "
+                "pytree of aop.Memory or aop.Subspace alone, such as variables[aop.linen."
+                "COLLECTION] (a restored dict becomes a memory again with aop.Memory(**memory) or "
+                "aop.Subspace(**memory))."
+            )
+
+
 def _live_memory(memory):
     """Arrays; a first memory where there are only shapes."""
+    if not is_memory(memory):
+        return _live_array(memory, jnp.zeros)
     first = first_directions if isinstance(memory, Subspace) else jnp.zeros
     matrices = [_live_array(leaf, first) for leaf in memory[:-1]]
     return type(memory)(*matrices, _live_array(memory[-1], jnp.zeros))

@@ -53,7 +53,7 @@ class Chosen(NamedTuple):
     Attributes:
       indices: `(groups, k)` int32; not below the number of candidates for one that is missing.
       weights: `(groups, k)` floating, NaN where the gradient is void; None is all ones.
-      waiting: `(groups, candidates)` bool: not chosen, and finite in the memory.
+      waiting: `(groups, candidates)` bool: not chosen, and finite.
       is_void: `()` bool, whether the gradient must be NaN: the memory was misused, or a lost
         candidate would not show in it.
     """
@@ -96,9 +96,10 @@ class Candidates(abc.ABC):
         """Euclidean norms of both factors, `(groups, candidates)` each, as `row_norms` has them."""
 
     def storable(self) -> chex.Array | bool:
-        """`(groups, candidates)` bool: False for one that would overflow the memory's dtype.
+        """`(groups, candidates)` bool: False for one that is too large for the memory's dtype.
 
-        It is then chosen first, as one with a NaN or an infinity is.
+        It is then chosen first, as one with a NaN or an infinity is; if there are too many of them,
+        `next_memory` keeps what fits.
         """
         return True
 

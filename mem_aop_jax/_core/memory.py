@@ -115,7 +115,7 @@ def carried(
     return type(new)._make([*kept, uses])
 
 
-# By how much a mark is less than 1, in units of 2^-24. In neither half is one the mean of two others,
+# By how much a mark is less than 1, in 2^-24. In neither half is one the mean of two others,
 # and between the halves is a gap, where the mean of many lies.
 MARKS = 0, 2, 6, 8, 24, 26, 30, 32
 MARK_ENTRIES = 256  # at most so many entries of a gradient decide about its mark

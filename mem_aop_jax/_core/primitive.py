@@ -285,8 +285,10 @@ def estimated(
     key: chex.PRNGKey | None,
 ) -> tuple[chex.Array | None, chex.Array, chex.ArrayTree]:
     """The rule of training: dX, dW and the next memory of `estimate`, for its arguments."""
-    fixed = lax.stop_gradient((x, g, kernel, memory))
-    dx, dw, next_memory, *_, chosen = estimate(call, differentiates_inputs, *fixed, key)
+    fixed_x, *fixed = lax.stop_gradient((x, g, kernel, memory))
+    # XLA would compute the norms of a batch that jit closes over as it compiles, in minutes.
+    fixed_x = lax.optimization_barrier(fixed_x)
+    dx, dw, next_memory, *_, chosen = estimate(call, differentiates_inputs, fixed_x, *fixed, key)
     dx, dw = _differentiable(call, (dx, dw), (x, g, kernel), memory, chosen)
     return dx, dw, next_memory
 
@@ -342,17 +344,18 @@ def _select(candidates: Candidates, norms: Factors) -> tuple[chex.Array, Chosen]
         missing = jnp.where(indices < 0, scores.size, indices)
         return selection._replace(indices=missing.astype(jnp.int32))
 
-    scores, storable = row_scores(*norms, candidates.storable())
+    scores, _ = row_scores(*norms, candidates.storable())
+    finite = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
     indices, weights = map_groups(select, candidates.key, scores)
     unchosen = jax.vmap(lambda group, indices: group.at[indices].set(False))(
-        jnp.ones_like(storable), indices
+        jnp.ones_like(finite), indices
     )
     is_void = False if memory is None else memory_is_void(memory)
     if not candidates.shows_lost_rows:
-        is_void |= jnp.any(~storable & unchosen)
+        is_void |= jnp.any(~finite & unchosen)
     if weights is not None:
         weights = jnp.where(is_void, jnp.nan, weights)
-    return unchosen, Chosen(indices, weights, storable & unchosen, is_void)
+    return unchosen, Chosen(indices, weights, finite & unchosen, is_void)
 
 
 def _multiply(candidates: Candidates, chosen: Chosen, factors) -> chex.Array:

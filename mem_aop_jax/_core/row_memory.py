@@ -114,7 +114,10 @@ class RowsWithMemory(Candidates):
 
     def storable(self):
         """All but those that a narrower dtype of the memory cannot hold."""
-        x, g = (fit_dtype(rows, self.memory.inputs.dtype) for rows in self._sums())
+        dtype = self.memory.inputs.dtype
+        if not is_narrower(dtype, accumulation_dtype(self.x.dtype)):
+            return True
+        x, g = (jnp.all(rows == saturated(rows, dtype), axis=-1) for rows in self._sums())
         return x & g
 
     def gather(self, chosen):
@@ -130,7 +133,7 @@ class RowsWithMemory(Candidates):
         signs = None if signs is None else signs.reshape(-1)
         sums = dataclasses.replace(self, x=x, g=g, memory=memory)._sums()
         kept = (kept_rows(rows, waiting, self.call.config.decay, signs) for rows in sums)
-        return stored_memory(memory, *kept)
+        return stored_memory(memory, *(saturated(rows, memory.inputs.dtype) for rows in kept))
 
     def _sums(self, select=lambda rows: rows):
         """Xh and Gh, or a selection of their rows."""
@@ -298,8 +301,14 @@ def stored_memory(memory, inputs, cotangents):
     )
 
 
-def fit_dtype(rows, dtype):
-    """Which finite rows stay finite in a dtype: all, unless its range is narrower."""
-    if jnp.finfo(dtype).maxexp >= jnp.finfo(rows.dtype).maxexp:
-        return True
-    return jnp.all(jnp.abs(rows) <= float(jnp.finfo(dtype).max), axis=-1)
+def saturated(rows, dtype):
+    """Rows, with the largest finite number in place of what is larger in a dtype."""
+    if not is_narrower(dtype, rows.dtype):
+        return rows
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(rows, -largest, largest)
+
+
+def is_narrower(dtype, other):
+    """Whether the range of a dtype is narrower than another's."""
+    return jnp.finfo(dtype).maxexp < jnp.finfo(other).maxexp

@@ -25,7 +25,7 @@ from mem_aop_jax._approximate.settings import Settings
 from mem_aop_jax._approximate.tracing import Traced, path_string, trace
 from mem_aop_jax._core.config import MemAOP
 from mem_aop_jax._core.memory import Memory
-from mem_aop_jax._core.probe import Probe
+from mem_aop_jax._core.probe import Probe, is_memory
 from mem_aop_jax._models import subclass
 from mem_aop_jax.linen._layers import (
     COLLECTION,
@@ -290,20 +290,21 @@ def _name(key):
 
 
 def _split(path, collection):
-    """The memories of sites in a collection, by the sites' names; and those of layers in it.
+    """The memories of sites in a collection, by the sites' names; and what else is in it.
 
     `path` is that of the collection's scope.
     """
     memory, others = {}, {}
     for name, node in collection.items():
-        if isinstance(node, Mapping) and set(node) != set(Memory._fields):  # a restored memory
+        restored = isinstance(node, Mapping) and set(node) == set(Memory._fields)
+        if not LAYERS_MEMORY.fullmatch(name) and (restored or is_memory(node)):
+            memory["/".join((*path, name))] = node
+        elif isinstance(node, Mapping) and not restored:
             own, below = _split((*path, name), node)
             memory |= own
             others |= {name: below} if below else {}
-        elif LAYERS_MEMORY.fullmatch(name):
-            others[name] = node
         else:
-            memory["/".join((*path, name))] = node
+            others[name] = node
     return memory, others
 
 

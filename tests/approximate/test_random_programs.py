@@ -8,18 +8,20 @@ import functools
 import os
 import textwrap
 import time
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import mem_aop_jax as aop
 
 pytestmark = pytest.mark.slow
+PHASES = [Phase.explicit, Phase.generate]
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
@@ -28,23 +30,26 @@ def examples(number):
         max_examples=number,
         derandomize=True,
         deadline=None,
+        phases=PHASES,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_files():
-    """Thousands of small programs, none of which comes a second time, go into no cache on disk."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    """Thousands of small programs go into no cache on disk."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1000)
     yield
-    jax.config.update("jax_enable_compilation_cache", before)
+    jax.config.update(name, before)
 
 
 @pytest.fixture(autouse=True)
 def _seconds(request):
     start = time.perf_counter()
     yield
+    print(RATIO)
     print(f"\n{request.node.name}: {time.perf_counter() - start:.0f} s")
 
 
@@ -402,7 +407,7 @@ def programs(draw, dtypes=("float32", "float64")):
     writer = Writer(draw)
     lead = draw(st.sampled_from([(8,), (2, 4), (6,), (4, 2), (2, 2, 2), (3, 4)]))
     x_shape = (*lead, draw(st.sampled_from([3, 4, 2])))
-    lines, shape = writer.steps(x_shape, draw(st.integers(2, 5)), 0)
+    lines, shape = writer.steps(x_shape, draw(st.sampled_from([2, 3, 2, 4, 3, 5])), 0)
     if not writer.products:
         lines += writer.product(shape, 0)[0]
     dtype = draw(st.sampled_from(dtypes))
@@ -418,7 +423,7 @@ def programs(draw, dtypes=("float32", "float64")):
 
 
 # ---- configurations
-N1, N2, N3 = map(int, os.environ.get('NS', '30,30,30').split(','))
+N1, N2, N3 = map(int, os.environ.get("NS", "30,30,30").split(","))
 
 PAPER, UNBIASED = ("topk", "weightedk", "randk"), ("priority", "crs", "uniform")
 
@@ -432,24 +437,20 @@ def configs(draw, ratios, kinds=("rows", "subspace", None), policies=PAPER + UNB
 
     kind, ratio = one_of(*kinds), one_of(*ratios)
     fitting = {"rows": PAPER, "subspace": UNBIASED, None: PAPER + UNBIASED}[kind]
+    policy = one_of(*(policy for policy in policies if policy in fitting))
     options = {}
     if kind == "rows":
-        options = one_of(
-            *({}, {}, {"decay": 0.5}, {"signed": True}, {"memory_slots": 4}),
-            {"memory_dtype": jnp.dtype("bfloat16")},
-        )
+        some = [{}, {}, {"decay": 0.5}, {"signed": True}, {"memory_dtype": jnp.dtype("bfloat16")}]
+        if policy != "randk":  # of as many rows and the empty slots it draws not all rows
+            some.append({"memory_slots": 4})
+        options = one_of(*some)
     if kind == "subspace":
         options = {"rank": one_of(1, 2, 16, (2, 0), (1, 2)), "refresh": one_of(1, 1, 2)}
     if one_of(False, False, False, True):
         rank = one_of(0, 2) if kind == "subspace" else 0
-        options["input_grad"] = aop.InputGrad(min(1.0, 2 * ratio) if ratio < 1 else 1.0, rank)
-    return aop.MemAOP(
-        ratio=ratio,
-        memory=kind,
-        policy=one_of(*(policy for policy in policies if policy in fitting)),
-        groups=one_of(1, 1, 2),
-        **options,
-    )
+        options["input_grad"] = aop.InputGrad(min(1.0, 2 * ratio), rank)
+    groups = one_of(1, 1, 2)
+    return aop.MemAOP(ratio=ratio, memory=kind, policy=policy, groups=groups, **options)
 
 
 # ---- steps
@@ -512,10 +513,16 @@ def assert_close(ours, exact, eps):
     )
     sizes = [np.abs(leaf).max() for leaf in exact]
     for one, wanted, size in zip(ours, exact, sizes, strict=True):
-        atol = 100 * eps * (size + 0.1 * max(sizes))
+        atol = 30 * eps * (size + 0.1 * max(sizes))
         RATIO[eps] = max(RATIO.get(eps, 0), np.abs(one - wanted).max() / (atol + 1e-300))
         np.testing.assert_allclose(one, wanted, rtol=0, atol=atol)
 
+
+def is_finite(tree):
+    return all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+# ---- properties
 
 RATIO = {}
 
@@ -551,58 +558,78 @@ def test_all_rows_with_a_subspace_or_without_memory(program, config):
 
 
 DRAWS = 256
-Z = []
 
 
-@examples(N2)
-@given(
-    programs(),
-    configs([0.25, 0.5, 0.75], kinds=(None, "subspace"), policies=UNBIASED),
-    st.booleans(),
-)
-def test_unbiased(program, config, followed):
-    """Whether the directions followed another batch or not.
+class Off(NamedTuple):
+    """The mean of many draws, less the exact gradient.
 
-    One number for each parameter: the gradient on the exact one. It is sampled, so a correct
-    library leaves 4 standard errors once in some thousands of times, and more often where rare
-    draws are large: with few draws none of them may be seen, and the error is too small. So what
-    is off by 4 is drawn anew, 16 times as often: then it may be off by 5. A bias that shows in the
-    first draws is four times as many standard errors off in these.
+    Attributes:
+      by: how much, beyond what rounding explains, in standard errors.
+      raw: the same without an allowance for rounding; None where the draws are as good as equal.
     """
-    step = Step(program, config)
-    memory, x = step.first_memory, program.x()
-    if followed:
-        keys = jax.random.split(jax.random.key(1), DRAWS)
-        _, memories = step.draws(memory, keys, program.x(1))
-        memory = jax.tree.map(lambda leaf: leaf[0], memories)
-    exact = {name: np.asarray(g, np.float64) for name, g in step.exact(x)[0].items()}
 
-    def off(seeds):
-        """How many standard errors each parameter's mean is off."""
-        draws = [
-            step.draws(memory, jax.random.split(jax.random.key(seed), DRAWS), x)[0]
-            for seed in seeds
-        ]
-        result = {}
-        for name, wanted in exact.items():
-            norm = np.linalg.norm(wanted)
-            sums = np.concatenate([np.float64(grads[name]) for grads in draws])
-            ratios = np.tensordot(sums, wanted / (norm or 1), wanted.ndim)
-            sizes = np.linalg.norm(sums.reshape(len(sums), -1), axis=1)
-            tolerance = 100 * program.eps * sizes.mean()
-            error = ratios.std() / len(sums) ** 0.5
-            difference = ratios.mean() - norm
-            if error > tolerance:
-                Z.append(difference / error)
-            result[name] = np.sign(difference) * max(0, abs(difference) - tolerance) / (error+1e-300)
-        return result
+    by: float
+    raw: float | None
 
-    worst = {name: z for name, z in off([2]).items() if abs(z) > 4}
-    if worst:
-        print(program, config, worst)
-        again = off(range(3, 19))
-        print(again)
-        assert all(abs(again[name]) < 5 for name in worst), (worst, again)
+
+def off(draws, exact, eps):
+    """Of a parameter's gradients, one number each: the component along the exact one."""
+    draws, exact = np.asarray(draws, np.float64), np.asarray(exact, np.float64)
+    norm = np.linalg.norm(exact)
+    components = np.tensordot(draws, exact / (norm or 1), exact.ndim)
+    rounding = 4 * eps * np.linalg.norm(draws.reshape(len(draws), -1), axis=1).mean()
+    error = components.std() / len(draws) ** 0.5
+    difference = components.mean() - norm
+    beyond = abs(difference) - rounding
+    return Off(
+        0.0 if beyond <= 0 else beyond / error, difference / error if error > rounding else None
+    )
+
+
+def test_unbiased():
+    """Also together: biases that are too small to show in one program.
+
+    One number is tested for each parameter of each program, some 800, and the programs are always
+    the same. 4 standard errors are rare then, but not for numbers with heavy tails: where rare
+    draws are large, 256 may hold none, and the error is too small. So what is off by 4 is drawn
+    anew, 16 times as often, and may be off by 5 then: a bias of 4 in the first draws is one of 16
+    in these.
+    """
+    found = []
+
+    @examples(N2)
+    @given(
+        programs(),
+        configs([0.25, 0.5, 0.75], kinds=(None, "subspace"), policies=UNBIASED),
+        st.booleans(),
+    )
+    def check(program, config, followed):
+        """Whether the directions followed another batch or not."""
+        step = Step(program, config)
+        memory, x = step.first_memory, program.x()
+
+        def draws(seed, x):
+            return step.draws(memory, jax.random.split(jax.random.key(seed), DRAWS), x)
+
+        if followed:
+            memory = jax.tree.map(lambda leaf: leaf[0], draws(0, program.x(1))[1])
+        exact, _ = step.exact(x)
+        first = draws(1, x)[0]
+        offs = {name: off(first[name], exact[name], program.eps) for name in exact}
+        found.extend(offs.values())
+        suspects = [name for name in exact if not offs[name].by <= 4]
+        more = [draws(seed, x)[0] for seed in range(2, 18)] if suspects else []
+        for name in suspects:
+            again = off(np.concatenate([one[name] for one in more]), exact[name], program.eps)
+            print("again", offs[name], again)
+            assert again.by <= 5, (name, offs[name], again)
+
+    check()
+    raw = np.array([one.raw for one in found if one.raw is not None])
+    print(len(found), len(raw), raw.std(), raw.mean(), raw.min(), raw.max())
+    assert len(raw) > len(found) / 2
+    assert abs(raw.mean()) < 0.3
+    assert 0.8 < raw.std() < 1.25
 
 
 @examples(N3)
@@ -613,7 +640,7 @@ def test_unbiased(program, config, followed):
     st.sampled_from([np.nan, np.inf, -np.inf]),
 )
 def test_what_is_not_finite_shows_and_enters_no_memory(program, config, places, bad):
-    """Wherever it shows in the exact gradient; and the next step is as if it had not been."""
+    """Wherever it shows in the exact gradient; the step after it is finite again."""
     step = Step(program, config)
     keys, clean = jax.random.split(jax.random.key(0), 3), program.x()
     rows = np.array(program.x(1)).reshape(-1, clean.shape[-1])
@@ -624,12 +651,7 @@ def test_what_is_not_finite_shows_and_enters_no_memory(program, config, places, 
     grads, _, memory = step.approximate(memory, keys[1], x)
     exact, _ = step.exact(x)
     for name in exact:
-        shown = np.isfinite(exact[name]) | ~np.isfinite(grads[name])
-        assert np.all(shown), name
+        assert np.all(np.isfinite(exact[name]) | ~np.isfinite(grads[name])), name
     assert is_finite(memory)
     grads, _, memory = step.approximate(memory, keys[2], clean)
     assert is_finite((grads, memory))
-
-
-def is_finite(tree):
-    return all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
