@@ -3,24 +3,28 @@
 import dataclasses
 import functools
 import inspect
+import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 
 from mem_aop_jax._approximate.origins import CONSTANT, DATA
 from mem_aop_jax._approximate.program import LayerParameter
 from mem_aop_jax._approximate.settings import Settings
-from mem_aop_jax._approximate.tracing import Traced, is_array, path_string, trace
+from mem_aop_jax._approximate.tracing import Traced, is_array, leaves_with_path, path_string, trace
 from mem_aop_jax._compat import get_value, set_value
 from mem_aop_jax._core import validation
 from mem_aop_jax._core.config import MEMORIES, MemAOP
 from mem_aop_jax._core.dense import dot_general
+from mem_aop_jax._core.layout import warn_once
 from mem_aop_jax._core.memory import carried, memory_name, rate_factor
 from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._core.probe import is_memory
@@ -46,11 +50,39 @@ class _Owner(nnx.Module):
     def __init__(self, key: chex.PRNGKey | None):
         self.deterministic = False  # the name that eval(), train() and nnx.view set
         self.key = nnx.data(None if key is None else nnx.RngKey(key, tag=RNG))
+        self.differentiated: _Differentiated | None = None  # since the last `update_memory`
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """For `nnx.view(model, deterministic=True)`, which is as `model.eval()`."""
         if deterministic is not None:
             self.deterministic = deterministic
+
+    def watched(self, kernels: dict[str, Any], memory: dict[str, Any]) -> dict[str, Any]:
+        """The memories; training that forgets one of them is then noticed."""
+        return _watched(self._check_derivative, kernels, memory)
+
+    def _check_derivative(self, kernels, memories):
+        """A derivative with respect to these kernels and the memories of these names."""
+        known = self.differentiated.kernels if self.differentiated else {}
+        for name, kernel in kernels.items():
+            if name not in memories:
+                warn_once(
+                    f"{name}: differentiated with respect to its kernel, but not to its memory, "
+                    "which then never moves: the rows that were not chosen are lost. Differentiate "
+                    "with respect to both, nnx.grad(loss_fn, argnums=nnx.DiffState(0, (nnx.Param, "
+                    "aop.nnx.Memory))), and hand the gradients to aop.nnx.update_memory; or "
+                    "configure MemAOP(memory=None)."
+                )
+            elif name in known and known[name] != _Seen(kernel):
+                raise ValueError(
+                    f"{name}: its kernel was trained, but its memory stayed, since "
+                    "aop.nnx.update_memory was not called. optimizer.update(model, "
+                    "aop.nnx.update_memory(model, grads)) does both. For gradients that train "
+                    "nothing, differentiate nnx.clone(model)."
+                )
+        trained = {name: _Seen(kernel) for name, kernel in kernels.items() if name in memories}
+        if trained:  # not by setattr, which NNX allows only outside of the derivative
+            vars(self)["differentiated"] = _Differentiated(known | trained)
 
     def new_key(self) -> chex.PRNGKey | None:
         """A key for this call, from the one that it holds; None if it holds none."""
@@ -59,6 +91,54 @@ class _Owner(nnx.Module):
         key, used = jax.random.split(get_value(self.key))
         set_value(self.key, key)
         return used
+
+
+class _Differentiated:
+    """What a model was differentiated with respect to: kernels, by the names of their memories."""
+
+    def __init__(self, kernels: dict[str, "_Seen"] | None = None):
+        self.kernels = kernels or {}
+
+    def __reduce__(self):  # a copy was not differentiated
+        return _Differentiated, ()
+
+
+class _Seen:
+    """Tells whether a kernel is still what it was: by some of its values, where they are known."""
+
+    def __init__(self, kernel: chex.Array):
+        traced = isinstance(kernel, jax.core.Tracer)
+        self.tracer = weakref.ref(kernel) if traced else None  # one object for each tracer
+        some = [] if traced else kernel.reshape(-1)[:: kernel.size // 256 + 1]
+        self.values = np.asarray(some).tobytes()
+
+    def __eq__(self, other):
+        return self.tracer is other.tracer and self.values == other.values
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _watched(check: Callable, kernels: dict[str, Any], memory: dict[str, Any]):
+    """The memories; `check` sees which of them, and of the kernels, somebody differentiates."""
+    return memory
+
+
+def _see_derivative(check, primals, tangents):
+    kernels, memory = primals
+    kernels_seen, memory_seen = (
+        {
+            name
+            for name, tree in side.items()
+            if not all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(tree))
+        }
+        for side in tangents
+    )
+    check({name: k for name, k in kernels.items() if name in kernels_seen}, memory_seen)
+    return memory, tangents[1]
+
+
+_watched.defjvp(_see_derivative, symbolic_zeros=True)
 
 
 class DotGeneral(_Owner):
@@ -89,12 +169,15 @@ class DotGeneral(_Owner):
 
     def __call__(self, lhs: chex.Array, rhs: chex.Array, *args, **options) -> chex.Array:
         """`jax.lax.dot_general`, with the same arguments."""
-        layer, variable = self.layers[self.call], getattr(self, memory_name(self.call), None)
-        self.call = (self.call + 1) % len(self.layers)
+        layer, name = self.layers[self.call], memory_name(self.call)
         memory = key = None
         if not self.deterministic:
-            memory = None if variable is None else get_value(variable)
-            key = self.new_key()
+            variable, key = getattr(self, name, None), self.new_key()
+            if variable is not None:
+                place = f"{layer.path}, call {self.call}" if self.layers[1:] else layer.path
+                memory = self.watched({place: rhs}, {place: get_value(variable)})[place]
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((memory, rhs))):
+            self.call = (self.call + 1) % len(self.layers)  # a derivative may be taken
         options |= {"memory": memory, "key": key, "config": self.config, "name": layer.path}
         return dot_general(lhs, rhs, *args, **options)
 
@@ -273,7 +356,7 @@ def _wrapped_class(model_class):
             called = _Call.of(memories.settings, self, memories.wrt, args, kwargs, memory)
         finally:
             object.__setattr__(self, "__class__", _wrapped_class(model_class))
-        y, changed = called.traced.run(memory, key)
+        y, changed = called.traced.run(memories.watched(called.kernels(memory), memory), key)
         called.update(changed)
         return y
 
@@ -290,11 +373,13 @@ class _Call(NamedTuple):
 
     Attributes:
       traced: the program; with what it returns, the state of the variables that it changes.
+      params: the state of the model's trained variables.
       nodes: the model, and the modules and variables among the arguments, by number.
       static: what the call changes of the modules' other attributes: path, name, value.
     """
 
     traced: Traced
+    params: nnx.State
     nodes: tuple[nnx.Module, dict[int, Any]]
     static: list[tuple[tuple, str, Any]]
 
@@ -341,7 +426,13 @@ class _Call(NamedTuple):
 
         decide = functools.partial(settings.decide, memory)
         traced = trace(call, (*states, others), {}, parameter_or_origin, decide)
-        return cls(traced, nodes, static)
+        return cls(traced, states[0], nodes, static)
+
+    def kernels(self, names: Iterable[str]) -> dict[str, Any]:
+        """The parameters of these sites."""
+        params = {path_string(path[1:]): value for path, value in leaves_with_path(self.params)}
+        sites = {site.name: site.parameter.path for site in self.traced.sites}
+        return {name: params[sites[name]] for name in names}
 
     def update(self, changed: nnx.State) -> None:
         """Makes the changes in the model and in the arguments."""
@@ -436,6 +527,8 @@ def update_memory(
             "gradients on unchanged."
         )
     for path, node in nnx.iter_graph(model):
+        if isinstance(node, _Owner):
+            node.differentiated = None
         if isinstance(node, DotGeneral) and node.call != 0:
             name, node.call = "/".join(map(str, path[:-1])), 0
             raise ValueError(

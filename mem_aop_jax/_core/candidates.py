@@ -130,11 +130,11 @@ class Candidates(abc.ABC):
 
 def sum_of_chosen(x: chex.Array, g: chex.Array, chosen: Chosen, precision) -> chex.Array:
     """The weighted sum of the chosen rows' outer products, `(in_features, out_features)`."""
-    indices = chosen.indices[..., None]
-    xs, gs = weighted(
-        tuple(jnp.take_along_axis(widened(rows), indices, axis=1, mode="fill") for rows in (x, g)),
-        chosen,
-    )
+
+    def take(rows):
+        return jnp.take_along_axis(widened(rows), chosen.indices[..., None], axis=1, mode="fill")
+
+    xs, gs = weighted((take(x), take(g)), chosen)
     return jnp.einsum("gkn,gkp->np", xs, gs, precision=precision)
 
 

@@ -285,12 +285,13 @@ def estimated(
     key: chex.PRNGKey | None,
 ) -> tuple[chex.Array | None, chex.Array, chex.ArrayTree]:
     """The rule of training: dX, dW and the next memory of `estimate`, for its arguments."""
-    fixed_x, *fixed = lax.stop_gradient((x, g, kernel, memory))
+    factors = x, g, kernel
+    x, g, kernel, memory = lax.stop_gradient((x, g, kernel, memory))
     # XLA would compute the norms of a batch that jit closes over as it compiles, in minutes.
-    fixed_x = lax.optimization_barrier(fixed_x)
-    dx, dw, next_memory, *_, chosen = estimate(call, differentiates_inputs, fixed_x, *fixed, key)
-    dx, dw = _differentiable(call, (dx, dw), (x, g, kernel), memory, chosen)
-    return dx, dw, next_memory
+    x = lax.optimization_barrier(x)
+    found = estimate(call, differentiates_inputs, x, g, kernel, memory, key)
+    dx, dw = _differentiable(call, found[:2], factors, memory, found.chosen)
+    return dx, dw, found.memory
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
