@@ -25,7 +25,7 @@ from mem_aop_jax._core import validation
 from mem_aop_jax._core.config import MEMORIES, MemAOP
 from mem_aop_jax._core.dense import dot_general
 from mem_aop_jax._core.layout import warn_once
-from mem_aop_jax._core.memory import carried, memory_name, rate_factor
+from mem_aop_jax._core.memory import carried, check_learning_rate, memory_name, rate_factor
 from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._core.probe import is_memory
 from mem_aop_jax._models import Layer, Rules, subclass
@@ -517,6 +517,11 @@ def update_memory(
       ValueError: no gradient for a memory of the model; a layer with several memories that was not
         called as often; a memory that was added up, scaled or averaged, as in `aop.carry_memory`.
     """
+    check_learning_rate("update_memory", learning_rate)
+    if not isinstance(grads, nnx.State):
+        raise TypeError(
+            f"update_memory: grads are of type {type(grads).__name__}; pass what nnx.grad returned."
+        )
     new, param_grads = nnx.split_state(grads, Memory, ...)
     old = nnx.state(model, Memory)
     if len({jax.tree.structure(memories) for memories in (old, new)}) > 1:

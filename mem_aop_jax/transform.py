@@ -16,6 +16,7 @@ from mem_aop_jax._core.memory import (
     Memory,
     Subspace,
     carried,
+    check_learning_rate,
     first_directions,
     rate_factor,
 )
@@ -68,7 +69,8 @@ def carry_memory(
       A transformation to chain in front of any optimizer.
 
     Raises:
-      TypeError: no memory among the leaves of `memory`; from `update`, without `memory=`.
+      TypeError: no memory among the leaves of `memory`; a learning rate that is neither a number
+        nor a schedule; from `update`, without `memory=`.
       ValueError: from `update`, for a memory of another structure, shape or dtype, or one that
         was added up or scaled (found where values are known, that is, outside `jit`; inside, the
         layer's next weight gradient is NaN), or averaged over devices (found in `shard_map`, not
@@ -87,6 +89,7 @@ def carry_memory(
     """
 
     _check_leaves(memory)
+    check_learning_rate("carry_memory", learning_rate)
 
     def init(params):
         del params

@@ -122,6 +122,11 @@ class Controller:
                 f"Controller: choices are of type {type(choices).__name__}; they must be a dict of "
                 'configurations or rules by name: {"a quarter": config}.'
             )
+        if not choices:
+            raise ValueError(
+                'Controller: no choices; give at least one beside "exact", by name: '
+                '{"a quarter": config}.'
+            )
         if EXACT in choices:
             raise ValueError(
                 f"Controller: {EXACT!r} is training without approximation, which is always among "
@@ -134,7 +139,7 @@ class Controller:
         self._costs, self._margin = costs and dict(costs), margin
         if costs and set(costs) != set(self._rules):
             raise self._wrong_names("costs", costs)
-        self.log = [entry if isinstance(entry, Decision) else Decision(**entry) for entry in log]
+        self.log = [_logged(entry) for entry in log]
         for entry in self.log:
             if entry.choice not in self._rules:
                 raise self._wrong_names("the log", [entry.choice])
@@ -339,6 +344,18 @@ def _figures(decision: Decision, name: str) -> str:
 
 def _subspace_config(rank: tuple[int, int]) -> MemAOP:
     return MemAOP(ratio=1.0, policy="priority", memory="subspace", rank=rank)
+
+
+def _logged(entry):
+    """A decision of a log, also from JSON."""
+    if isinstance(entry, Decision):
+        return entry
+    if not isinstance(entry, Mapping) or set(entry) != set(Decision._fields):
+        raise TypeError(
+            f"Controller: the log has an entry {entry!r}; each must be an aop.Decision, or its "
+            f"dict, decision._asdict(), with the keys {', '.join(Decision._fields)}."
+        )
+    return Decision(**entry)
 
 
 def _check_memories(name: str, rules: Rules) -> None:

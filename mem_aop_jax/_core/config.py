@@ -1,6 +1,7 @@
 """The static configuration of an approximate dense layer."""
 
 import dataclasses
+import difflib
 import numbers
 import operator
 from collections.abc import Hashable, Iterable
@@ -30,9 +31,23 @@ MEMORIES = {
 }
 
 
+class _KnownOptions:
+    """Refuses options that a configuration does not have, and names the nearest that it has."""
+
+    def __new__(cls, *args, **options):
+        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in options:
+            if name not in names:
+                raise TypeError(
+                    f"{cls.__name__} got an unexpected keyword argument {name!r}; its options are "
+                    f"{', '.join(names)}.{nearest(name, names)}"
+                )
+        return super().__new__(cls)
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class InputGrad:
+class InputGrad(_KnownOptions):
     """How the gradient of a layer's inputs is estimated, without bias (not the paper's: exact).
 
     The product of the cotangents with the kernel is computed for some of the rows, drawn by
@@ -62,7 +77,7 @@ class InputGrad:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MemAOP:
+class MemAOP(_KnownOptions):
     """What a dense layer keeps of its weight gradient, and where the rest waits.
 
     Frozen and hashable, hence static under `jit`: two equal configurations compile once.
@@ -145,7 +160,7 @@ class MemAOP:
             raise ValueError(
                 f"MemAOP got policy={self.policy!r}; the known ones are "
                 f"{', '.join(map(repr, POLICIES))}, or give a callable "
-                "policy(key, scores, k) -> Selection."
+                f"policy(key, scores, k) -> Selection.{nearest(self.policy, POLICIES)}"
             )
         if not isinstance(self.policy, Hashable):
             raise TypeError(
@@ -157,6 +172,7 @@ class MemAOP:
             raise ValueError(
                 f"MemAOP got memory={self.memory!r}; it is one of {names}, None: 'rows' keeps the "
                 "rows that were not chosen, 'subspace' keeps directions, None keeps nothing."
+                f"{nearest(self.memory, get_args(MemoryName))}"
             )
         self._check_policy_and_memory()
         object.__setattr__(self, "decay", _fraction("decay", self.decay, include_zero=True))
@@ -298,6 +314,12 @@ class MemAOP:
         return self.groups * max(1, round(ratio * rows / self.groups))
 
 
+def nearest(name: object, known: Iterable[str]) -> str:
+    """A question whether the nearest of the known names was meant, to end an error message."""
+    found = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
 def _is_one_of(value: object, names: Iterable[str]) -> bool:
     return isinstance(value, str) and value in names
 
@@ -323,7 +345,12 @@ def _rank(rank: int | tuple[int, int]) -> int | tuple[int, int]:
         raise ValueError(
             f"MemAOP got rank={rank}; it must be an integer, or two: for inputs and cotangents."
         )
-    return _count("rank", rank[0]), _count("rank", rank[1], least=0)
+    if rank[0] == 0:
+        raise ValueError(
+            f"MemAOP got rank={rank}; only the second, the number of directions of the cotangents, "
+            "may be 0. Give the inputs at least one, or use memory=None, which keeps none."
+        )
+    return _count("rank[0]", rank[0]), _count("rank[1]", rank[1], least=0)
 
 
 def _fraction(name: str, value: float, *, include_zero: bool, owner: str = "MemAOP") -> float:

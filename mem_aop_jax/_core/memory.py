@@ -91,8 +91,25 @@ def rate_factor(
     if not callable(learning_rate):
         return None
     rate, next_rate = (jnp.asarray(learning_rate(step)) for step in (count, count + 1))
+    for value in (rate, next_rate):
+        if not isinstance(value, jax.core.Tracer) and not 0 <= value < np.inf:  # NaN fails too
+            raise ValueError(
+                f"learning_rate: the schedule's value after {count} updates or one more is "
+                f"{value}; it must be 0 or more, and finite."
+            )
     divisor = jnp.where(next_rate == 0, 1, next_rate)
     return jnp.where(next_rate == 0, jnp.ones_like(next_rate), jnp.sqrt(rate / divisor))
+
+
+def check_learning_rate(caller: str, learning_rate: optax.ScalarOrSchedule | None) -> None:
+    """Raises a `TypeError` for what is neither a number nor a schedule."""
+    number = jnp.isscalar(learning_rate) and not isinstance(learning_rate, str)
+    if learning_rate is None or callable(learning_rate) or number:
+        return
+    raise TypeError(
+        f"{caller}: learning_rate is {learning_rate!r}; it must be a number, or a schedule: a "
+        "function of the number of updates, such as optax.cosine_decay_schedule(0.1, 1000)."
+    )
 
 
 def carried(
