@@ -1,6 +1,5 @@
 """Optax: the transform that carries the memory in the optimizer state."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import chex
@@ -57,8 +56,8 @@ def carry_memory(
     Args:
       memory: any pytree of `Memory` and `Subspace`, for instance the collection
         `aop.linen.COLLECTION`; None and an empty one are fine. The state starts from it, without a
-        copy: a training step that donates its state takes the buffers with it. Other arrays of that
-        collection, such as the scales of Flax's fp8 layers, are overwritten by their gradients.
+        copy: a training step that donates its state takes the buffers with it. What Flax's fp8
+        layers keep in that collection is overwritten by its gradient, as Flax does.
         `jax.ShapeDtypeStruct`s in place of arrays stand for a first memory, so that
         `jax.jit(tx.init, out_shardings=...)` makes it where it belongs.
       learning_rate: the optimizer's schedule, if it has one, as a function of the number of
@@ -69,8 +68,8 @@ def carry_memory(
       A transformation to chain in front of any optimizer.
 
     Raises:
-      TypeError: no memory among the leaves of `memory`; a learning rate that is neither a number
-        nor a schedule; from `update`, without `memory=`.
+      TypeError: a leaf of `memory` that is neither; a learning rate that is neither a number nor a
+        schedule; from `update`, without `memory=`.
       ValueError: from `update`, for a memory of another structure, shape or dtype, or one that
         was added up or scaled (found where values are known, that is, outside `jit`; inside, the
         layer's next weight gradient is NaN), or averaged over devices (found in `shard_map`, not
@@ -253,17 +252,18 @@ def _find(kind, tree):
     return [node for node in nodes if isinstance(node, kind)]
 
 
+FP8_NAMES = "_scale", "_amax_history"  # how those of Flax's fp8 layers end
+
+
 def _check_leaves(memory):
-    """Memories, and what else there is beside them in a collection of Flax."""
+    """Memories; and beside them in a collection of Flax, what its fp8 layers keep there."""
 
     def is_leaf(node):
-        restored = isinstance(node, Mapping) and {"inputs", "cotangents"} <= set(node)
-        return is_memory(node) or isinstance(node, MemAOP) or restored
+        return is_memory(node) or isinstance(node, MemAOP)
 
-    leaves = jax.tree.leaves(memory, is_leaf=is_leaf)
-    some = any(isinstance(leaf, LayerMemory) for leaf in leaves)
-    for leaf in leaves:
-        if not isinstance(leaf, LayerMemory) and not (some and hasattr(leaf, "shape")):
+    for path, leaf in jax.tree.leaves_with_path(memory, is_leaf=is_leaf):
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        if not isinstance(leaf, LayerMemory) and not name.endswith(FP8_NAMES):
             raise TypeError(
                 f"carry_memory: memory has a leaf of type {type(leaf).__name__}; it must be a "
                 "pytree of aop.Memory or aop.Subspace alone, such as variables[aop.linen."

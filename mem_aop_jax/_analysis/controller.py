@@ -122,11 +122,6 @@ class Controller:
                 f"Controller: choices are of type {type(choices).__name__}; they must be a dict of "
                 'configurations or rules by name: {"a quarter": config}.'
             )
-        if not choices:
-            raise ValueError(
-                'Controller: no choices; give at least one beside "exact", by name: '
-                '{"a quarter": config}.'
-            )
         if EXACT in choices:
             raise ValueError(
                 f"Controller: {EXACT!r} is training without approximation, which is always among "

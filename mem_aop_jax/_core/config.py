@@ -347,8 +347,8 @@ def _rank(rank: int | tuple[int, int]) -> int | tuple[int, int]:
         )
     if rank[0] == 0:
         raise ValueError(
-            f"MemAOP got rank={rank}; only the second, the number of directions of the cotangents, "
-            "may be 0. Give the inputs at least one, or use memory=None, which keeps none."
+            f"MemAOP got rank={rank}, for the inputs rank=0; it must be at least 1. Only that of "
+            "the cotangents may be 0; memory=None keeps no directions."
         )
     return _count("rank[0]", rank[0]), _count("rank[1]", rank[1], least=0)
 
