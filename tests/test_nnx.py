@@ -13,6 +13,7 @@ from flax import nnx
 
 import mem_aop_jax as aop
 from mem_aop_jax._compat import get_value, set_value
+from mem_aop_jax._core.layout import warn_once
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -457,3 +458,78 @@ def test_gradients_that_do_not_fit_the_memories():
     once = nnx.jit(nnx.grad(loss_fn, argnums=TRAINED))(layer, x)
     with pytest.raises(ValueError, match=r"memories for 2 calls in a forward pass, and was called"):
         aop.nnx.update_memory(layer, once)
+
+
+def two_layers(kind):
+    rngs = nnx.Rngs(0)
+    if kind == "wrap":
+        model = nnx.Sequential(nnx.Linear(8, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs))
+        return aop.nnx.wrap(model, aop.MemAOP(ratio=0.25), inputs(16, 8))
+    options = {"rows": 16, "config": aop.MemAOP(ratio=0.25), "rngs": rngs}
+    return nnx.Sequential(aop.nnx.Linear(8, 4, **options), aop.nnx.Linear(4, 2, **options))
+
+
+@pytest.mark.parametrize("jit", [nnx.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("kind", ["wrap", "layer"])
+def test_training_that_forgets_the_memory(kind, jit):
+    """Whoever trains parameters alone is warned; whoever drops the next memories gets an error."""
+    x = inputs(16, 8)
+
+    def trained(step, steps=2):
+        model = two_layers(kind)
+        optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+        for _ in range(steps):
+            step(model, optimizer)
+        return model
+
+    def parameters_alone(model, optimizer):
+        optimizer.update(model, nnx.grad(loss_fn)(model, x))
+
+    def memories_dropped(model, optimizer):
+        optimizer.update(model, nnx.grad(loss_fn, argnums=TRAINED)(model, x))
+
+    def both(model, optimizer):
+        nnx.grad(loss_fn, argnums=TRAINED)(model, x)  # twice before a step is fine
+        optimizer.update(
+            model, aop.nnx.update_memory(model, nnx.grad(loss_fn, argnums=TRAINED)(model, x))
+        )
+
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"not to its memory, .*never moves.*nnx.DiffState"):
+        trained(jit(parameters_alone))
+    with pytest.raises(ValueError, match=r"kernel was trained, but its memory stayed.*update_mem"):
+        trained(jit(memories_dropped))
+    assert all(memory.uses == 1 for memory in memories_of(trained(jit(both))).values())
+
+
+@pytest.mark.parametrize("kind", ["wrap", "layer"])
+def test_gradients_of_a_copy_train_nothing_and_are_no_error(kind):
+    x = inputs(16, 8)
+    model = two_layers(kind)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    look = nnx.jit(lambda model: nnx.grad(loss_fn, argnums=TRAINED)(nnx.clone(model), x))
+    for _ in range(2):
+        look(model)
+        train_step(model, optimizer, x)
+
+
+def test_an_exception_between_two_calls_of_a_layer():
+    class Twice(nnx.Module):
+        def __init__(self):
+            config = aop.MemAOP(k=2)
+            self.layer = aop.nnx.Linear(4, 4, rows=8, config=config, calls=2, rngs=nnx.Rngs(0))
+
+        def __call__(self, x, *, fails=False):
+            y = self.layer(x)
+            if fails:
+                raise RuntimeError
+            return self.layer(y)
+
+    model, x = Twice(), inputs(8, 4)
+    aop.nnx.update_memory(model, nnx.grad(loss_fn, argnums=TRAINED)(model, x))
+    before = nnx.grad(loss_fn, argnums=TRAINED)(model, x)
+    with pytest.raises(RuntimeError):
+        model(x, fails=True)
+    after = nnx.grad(loss_fn, argnums=TRAINED)(model, x)
+    chex.assert_trees_all_equal(*(jax.tree.leaves(grads) for grads in (before, after)))
+    aop.nnx.update_memory(model, after)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax.training.train_state import TrainState
 
 import mem_aop_jax as aop
 
@@ -405,3 +407,74 @@ def test_a_memory_that_was_added_up_does_not_pass_unnoticed(misuse):
 def test_a_probe_is_no_memory_to_carry():
     with pytest.raises(TypeError, match=r"carry_memory: .* leaf of type Probe"):
         aop.carry_memory({"layer": aop.Probe.of(None, draws=2)})
+
+
+def test_what_flax_keeps_for_fp8_layers_goes_along():
+    """In one collection with the memories, and overwritten by its gradient, as Flax does."""
+    model = aop.linen.wrap(
+        nn.Sequential([nn.Dense(16), nn.Dense(16, dot_general_cls=nn.Fp8DirectDotGeneralOp)]),
+        aop.MemAOP(ratio=0.5),
+    )
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 16)), jnp.float32)
+    variables = model.init(jax.random.key(0), x)
+    collection = variables[aop.linen.COLLECTION]
+    tx = optax.chain(aop.carry_memory(collection), optax.sgd(0.1))
+    grad_fn = jax.jit(jax.grad(lambda variables: jnp.mean((model.apply(variables, x) - 1) ** 2)))
+    params, state = variables["params"], tx.init(variables["params"])
+    trained = TrainState.create(apply_fn=model.apply, params=variables, tx=optax.sgd(0.1))
+    for _ in range(3):
+        grads = grad_fn({"params": params, aop.linen.COLLECTION: aop.get_memory(state)})
+        memory = grads[aop.linen.COLLECTION]
+        updates, state = tx.update(grads["params"], state, params, memory=memory)
+        params = optax.apply_updates(params, updates)
+        trained = trained.apply_gradients(grads=grad_fn(trained.params))
+    chex.assert_trees_all_close(params, trained.params["params"])
+    chex.assert_trees_all_close(aop.get_memory(state), trained.params[aop.linen.COLLECTION])
+    scales = [leaf for leaf in jax.tree.leaves(aop.get_memory(state)) if leaf.shape == (1024,)]
+    assert len(scales) == 3
+    assert all(leaf.any() for leaf in scales)
+
+
+def test_optimizers_that_refuse_the_memory():
+    """As the guide has them: SAM without further arguments, L-BFGS with a loss that ignores it."""
+    x, kernel, memory = setup(config=aop.MemAOP(ratio=1))
+    exact = lambda kernel: jnp.mean((x @ kernel) ** 2)  # noqa: E731
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    sam = optax.contrib.sam(optax.sgd(0.1), ascent)
+    for optimizer, further in (
+        (optax.GradientTransformation(*sam), {}),
+        (optax.lbfgs(), {"value_fn": lambda kernel, memory: exact(kernel)}),
+    ):
+        tx = optax.chain(aop.carry_memory(memory), optimizer)
+        params, state = kernel, tx.init(kernel)
+        for _ in range(4):
+
+            def loss_fn(params, memory):
+                y = aop.dense(x, params, memory, config=aop.MemAOP(ratio=1))
+                return jnp.mean(y**2)
+
+            value, (grads, new) = jax.value_and_grad(loss_fn, argnums=(0, 1))(
+                params, aop.get_memory(state)
+            )
+            if further:
+                further |= {"value": value, "grad": grads}
+            updates, state = tx.update(grads, state, params, memory=new, **further)
+            params = optax.apply_updates(params, updates)
+        assert exact(params) < exact(kernel)
+
+
+@pytest.mark.parametrize("rate", ["0.1", b"0.1", [0.1]])
+def test_a_learning_rate_that_is_none(rate):
+    _, _, memory = setup()
+    with pytest.raises(
+        TypeError, match=r"carry_memory: learning_rate is .*a number, or a schedule"
+    ):
+        aop.carry_memory(memory, rate)
+
+
+@pytest.mark.parametrize("value", [-0.1, np.nan, np.inf])
+def test_a_schedule_below_zero_or_of_no_number(value):
+    _, kernel, memory = setup()
+    tx = aop.carry_memory(memory, lambda count: jnp.where(count < 1, 0.1, value))
+    with pytest.raises(ValueError, match=r"learning_rate: the schedule's value after 0 updates"):
+        tx.update(kernel, tx.init(kernel), memory=memory)

@@ -103,7 +103,7 @@ def rate_factor(
 
 def check_learning_rate(caller: str, learning_rate: optax.ScalarOrSchedule | None) -> None:
     """Raises a `TypeError` for what is neither a number nor a schedule."""
-    number = jnp.isscalar(learning_rate) and not isinstance(learning_rate, str)
+    number = jnp.isscalar(learning_rate) and not isinstance(learning_rate, str | bytes)
     if learning_rate is None or callable(learning_rate) or number:
         return
     raise TypeError(

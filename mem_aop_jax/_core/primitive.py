@@ -164,7 +164,7 @@ def _forward(call, rule, y, x, kernel, memory, key):
     validation.differentiable(call, without_probe(memory), key)
     inputs = _constant_beside(kernel, x)
     zeros = _kernel_term(call, _redrawn(rule), y, inputs, kernel, memory, key)
-    return zeros, _Residuals(x, kernel, memory, key, differentiates_inputs=False)
+    return zeros, _Residuals(*_stored(x, kernel, memory, key), differentiates_inputs=False)
 
 
 def _forward_with_inputs(call, rule, *primals):
@@ -179,7 +179,22 @@ def _forward_with_inputs(call, rule, *primals):
     if any(jax.tree.leaves(kernel_and_memory_perturbed)):
         validation.differentiable(call, without_probe(memory), key)
     zeros = _kernel_and_inputs_term(call, _redrawn(rule), y, x, kernel, memory, key)
-    return zeros, _Residuals(x, kernel, memory, key, x_perturbed)
+    return zeros, _Residuals(*_stored(x, kernel, memory, key), x_perturbed)
+
+
+def _stored(*residuals):
+    """The residuals, which a program stores anyway, behind a barrier.
+
+    Without it XLA computes the norms of a batch that jit closes over as it compiles, for minutes;
+    and where a scan is differentiated twice, JAX mixes up residuals that are inputs of the rule.
+    """
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(residuals)):
+        return residuals  # of no program
+
+    def store(leaf):  # each alone: together they would differ over the mesh axes of all
+        return lax.optimization_barrier(leaf) if hasattr(leaf, "dtype") else leaf
+
+    return jax.tree.map(store, residuals)
 
 
 def _redrawn(rule):
@@ -287,8 +302,6 @@ def estimated(
     """The rule of training: dX, dW and the next memory of `estimate`, for its arguments."""
     factors = x, g, kernel
     x, g, kernel, memory = lax.stop_gradient((x, g, kernel, memory))
-    # XLA would compute the norms of a batch that jit closes over as it compiles, in minutes.
-    x = lax.optimization_barrier(x)
     found = estimate(call, differentiates_inputs, x, g, kernel, memory, key)
     dx, dw = _differentiable(call, found[:2], factors, memory, found.chosen)
     return dx, dw, found.memory

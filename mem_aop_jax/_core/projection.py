@@ -50,7 +50,9 @@ class Projection(NamedTuple):
     def residuals(self, chosen: chex.Array, weights: chex.Array | None, **options) -> chex.Array:
         """As `gather_residuals`, of these rows."""
         side = self.coordinates, self.basis
-        return gather_residuals(self.rows, chosen, weights, *side, **options)
+        products = self.coordinates, self.other
+        stored = all(columns is not None and columns.shape[-1] for columns in products)
+        return gather_residuals(self.rows, chosen, weights, *side, stored=stored, **options)
 
 
 def project(rows: chex.Array, basis: chex.Array | None, precision: lax.PrecisionLike) -> Projection:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mem_aop_jax._compat import axes_of, vary
 from mem_aop_jax._kernels import row_access_tpu, row_sums_tpu, subspace_products_tpu
 from mem_aop_jax._kernels.dispatch import kernel_or_xla
 from mem_aop_jax._numerics import accumulation_dtype, row_norms
@@ -50,7 +51,7 @@ def gather_rows(rows: chex.Array, chosen: chex.Array) -> chex.Array:
     return kernel_or_xla(kernel, xla, rows, chosen) if block_rows else xla(rows, chosen)
 
 
-@functools.partial(jax.jit, static_argnames=("precision", "add_projection", "dtype"))
+@functools.partial(jax.jit, static_argnames=("precision", "stored", "add_projection", "dtype"))
 def gather_residuals(
     rows: chex.Array,
     chosen: chex.Array,
@@ -59,6 +60,7 @@ def gather_residuals(
     basis: chex.Array,
     precision: lax.PrecisionLike,
     *,
+    stored: bool = False,
     add_projection: bool = False,
     dtype,
 ) -> chex.Array:
@@ -71,6 +73,7 @@ def gather_residuals(
       coordinates: `(groups, rows, q)`, of all rows.
       basis: `(features, q)`.
       precision: of the product, the projection of the rows.
+      stored: whether another product of all rows keeps them until they are gathered.
       add_projection: whether it is added to the result, without weights.
       dtype: of the result, `(groups, k, features)`; inside it is float32 (float64 for float64).
     """
@@ -87,7 +90,8 @@ def gather_residuals(
     def xla(rows, chosen, weights, coordinates, basis):
         coordinates, basis = coordinates.astype(inner_dtype), basis.astype(inner_dtype)
         projections = jnp.matmul(coordinates, basis.T, precision=precision)
-        return combine(gather_rows(rows, chosen), weights[..., None], projections)
+        gather = _gather_stored_rows if stored else gather_rows
+        return combine(gather(rows, chosen), weights[..., None], projections)
 
     def kernel(rows, chosen, weights, coordinates, basis):
         def combine_block(rows, _, weights, coordinates, directions):
@@ -103,6 +107,27 @@ def gather_residuals(
     if not basis.shape[1] or block_rows is None or kernel_precision is None:
         return xla(*arrays)
     return kernel_or_xla(kernel, xla, *arrays)
+
+
+def _gather_stored_rows(rows, chosen):
+    """As `gather_rows`, of rows that are stored for another product, too.
+
+    XLA for CPUs would compute the chosen ones anew, and keep for that what the rows came from. What
+    goes into a branch is stored, once with the other uses of the same shape.
+    """
+
+    def on_cpu(rows, chosen):
+        def gathered(stored):
+            return gather_rows(stored.reshape(rows.shape), chosen)
+
+        def missing(stored):
+            result = jnp.full((*chosen.shape, stored.shape[1]), jnp.nan, stored.dtype)
+            return vary(result, axes_of(stored, chosen))
+
+        stored = lax.optimization_barrier(flat_rows(rows))  # else the branch gets the other shape
+        return lax.cond(jnp.any(_exists(rows, chosen)), gathered, missing, stored)
+
+    return lax.platform_dependent(rows, chosen, cpu=on_cpu, default=gather_rows)
 
 
 def replace_product_rows(

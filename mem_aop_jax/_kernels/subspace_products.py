@@ -102,7 +102,8 @@ def _by_xla(x, g, v, u, due, *, rank, precision):
         )
         return [[x_a, x_b], [g_b, g_a]]
 
-    args = x, g, own, other
+    # In the shape of other products, or XLA for CPUs stores the rows again for the branch.
+    args = flat_rows(x), flat_rows(g), own, other
     if due is None:
         x_products, g_products = in_one_pass(*args)
     else:

@@ -5,7 +5,6 @@ A program that fails is printed as a function to paste.
 
 import dataclasses
 import functools
-import os
 import textwrap
 import time
 from typing import NamedTuple
@@ -15,22 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import mem_aop_jax as aop
 
 pytestmark = pytest.mark.slow
-PHASES = [Phase.explicit, Phase.generate]
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 def examples(number):
+    """The same ones in each run."""
     return settings(
         max_examples=number,
         derandomize=True,
         deadline=None,
-        phases=PHASES,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 
@@ -49,7 +47,6 @@ def _no_files():
 def _seconds(request):
     start = time.perf_counter()
     yield
-    print({k: round(float(v), 3) for k, v in RATIO.items()})
     print(f"\n{request.node.name}: {time.perf_counter() - start:.0f} s")
 
 
@@ -423,7 +420,6 @@ def programs(draw, dtypes=("float32", "float64")):
 
 
 # ---- configurations
-N1, N2, N3 = map(int, os.environ.get("NS", "30,30,30").split(","))
 
 PAPER, UNBIASED = ("topk", "weightedk", "randk"), ("priority", "crs", "uniform")
 
@@ -457,7 +453,7 @@ def configs(draw, ratios, kinds=("rows", "subspace", None), policies=PAPER + UNB
 
 
 class Step:
-    """Compiled gradients of a program: the sum of squares of its results is the loss."""
+    """Compiled gradients of a program: the sum of squares of its results, weighed, is the loss."""
 
     def __init__(self, program, config, jit=True):
         self.program, self.config = program, config
@@ -468,17 +464,17 @@ class Step:
 
     @functools.cached_property
     def exact(self):
-        """x -> gradients, result."""
+        """x, weights -> gradients, result."""
 
-        def loss(params, x):
+        def loss(params, x, weights=1.0):
             y = self._fun(params, x)
-            return jnp.sum(y**2), y
+            return jnp.sum(weights * y**2), y
 
         return functools.partial(self._jit(jax.grad(loss, has_aux=True)), self._params)
 
     @functools.cached_property
     def approximate(self):
-        """memory, key, x -> gradients, result, next memory."""
+        """memory, key, x, weights -> gradients, result, next memory."""
         return self._jit(self._approximate)
 
     @functools.cached_property
@@ -491,10 +487,10 @@ class Step:
 
         return self._jit(jax.vmap(draw, (None, 0, None)))
 
-    def _approximate(self, memory, key, x):
+    def _approximate(self, memory, key, x, weights=1.0):
         def loss(params, memory):
             y = self._approx(params, memory, key, x)
-            return jnp.sum(y**2), y
+            return jnp.sum(weights * y**2), y
 
         (grads, after), y = jax.grad(loss, (0, 1), has_aux=True)(self._params, memory)
         carry = aop.carry_memory(memory)
@@ -514,7 +510,6 @@ def assert_close(ours, exact, eps):
     sizes = [np.abs(leaf).max() for leaf in exact]
     for one, wanted, size in zip(ours, exact, sizes, strict=True):
         atol = 30 * eps * (size + 0.1 * max(sizes))
-        RATIO[eps] = max(RATIO.get(eps, 0), np.abs(one - wanted).max() / (atol + 1e-300))
         np.testing.assert_allclose(one, wanted, rtol=0, atol=atol)
 
 
@@ -524,15 +519,18 @@ def is_finite(tree):
 
 # ---- properties
 
-RATIO = {}
+N1, N2, N3 = 300, 200, 200  # programs: twice N1, 1,000 together
+DRAWS = 256
 
 
 def check_all_rows(program, config, jit=True):
     """The gradient of the parameters is exact for two steps, and the result. All is reached."""
     step = Step(program, config, jit)
-    assert all(why is None or "groups" in why for why in step.why_exact())
+    for why in step.why_exact():  # a convolution under vmap is one in groups
+        assert why is None or "groups" in why or ("conv_" in program.source and "convol" in why)
     memory, x = step.first_memory, program.x()
     grads, y = step.exact(x)
+    assume(is_finite((grads, y)))  # float16 may overflow
     for number in range(2):
         before = memory
         ours, our_y, memory = step.approximate(memory, jax.random.key(number), x)
@@ -555,9 +553,6 @@ def test_all_rows_with_a_memory_of_rows(program, config, jit):
 @given(programs(), configs([1.0], ["subspace", None]))
 def test_all_rows_with_a_subspace_or_without_memory(program, config):
     check_all_rows(program, config)
-
-
-DRAWS = 256
 
 
 class Off(NamedTuple):
@@ -589,7 +584,7 @@ def off(draws, exact, eps):
 def test_unbiased():
     """Also together: biases that are too small to show in one program.
 
-    One number is tested for each parameter of each program, some 800, and the programs are always
+    One number is tested for each parameter of each program, some 500, and the programs are always
     the same. 4 standard errors are rare then, but not for numbers with heavy tails: where rare
     draws are large, 256 may hold none, and the error is too small. So what is off by 4 is drawn
     anew, 16 times as often, and may be off by 5 then: a bias of 4 in the first draws is one of 16
@@ -638,20 +633,35 @@ def test_unbiased():
     configs([0.25, 0.5, 1.0]),
     st.lists(st.tuples(st.integers(0, 31), st.integers(0, 3)), min_size=1, max_size=4),
     st.sampled_from([np.nan, np.inf, -np.inf]),
+    st.sampled_from(["inputs", "weights of the loss", "both"]),
 )
-def test_what_is_not_finite_shows_and_enters_no_memory(program, config, places, bad):
-    """Wherever it shows in the exact gradient; the step after it is finite again."""
+def test_what_is_not_finite_shows_and_enters_no_memory(program, config, places, bad, side):
+    """Wherever it shows in the exact gradient; the step after it is finite again.
+
+    As the weights of the loss it is in cotangents alone.
+    """
     step = Step(program, config)
-    keys, clean = jax.random.split(jax.random.key(0), 3), program.x()
-    rows = np.array(program.x(1)).reshape(-1, clean.shape[-1])
-    for row, feature in places:
-        rows[row % len(rows), feature % rows.shape[1]] = bad
-    x = jnp.asarray(rows.reshape(clean.shape))
-    _, _, memory = step.approximate(step.first_memory, keys[0], clean)
-    grads, _, memory = step.approximate(memory, keys[1], x)
-    exact, _ = step.exact(x)
+    keys, x = jax.random.split(jax.random.key(0), 3), program.x()
+    _, y = step.exact(x)
+    weights = jnp.ones_like(y)
+    bad_x, bad_weights = program.x(1), weights
+    if side != "weights of the loss":
+        bad_x = with_entries(bad_x, places, bad)
+    if side != "inputs":
+        bad_weights = with_entries(weights, places, bad)
+    *_, memory = step.approximate(step.first_memory, keys[0], x, weights)
+    grads, _, memory = step.approximate(memory, keys[1], bad_x, bad_weights)
+    exact, _ = step.exact(bad_x, bad_weights)
     for name in exact:
         assert np.all(np.isfinite(exact[name]) | ~np.isfinite(grads[name])), name
     assert is_finite(memory)
-    grads, _, memory = step.approximate(memory, keys[2], clean)
+    grads, _, memory = step.approximate(memory, keys[2], x, weights)
     assert is_finite((grads, memory))
+
+
+def with_entries(array, places, value):
+    """The array with this value in some places: rows and features, modulo their numbers."""
+    rows = np.array(array).reshape(-1, array.shape[-1])
+    for row, feature in places:
+        rows[row % len(rows), feature % rows.shape[1]] = value
+    return jnp.asarray(rows.reshape(array.shape))

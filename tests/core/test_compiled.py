@@ -194,3 +194,20 @@ def test_cpus_sort_no_rows(policy, memory, groups, without_x64):
     program = compiled_square(config, 256, 32, 32, argnums)[0].as_text()
     assert " sort(" not in program
     assert program.count('custom_call_target="TopK"') == (1 if policy == "crs" else 2)
+
+
+def test_a_batch_that_jit_closes_over_is_computed_with_when_it_runs():
+    """Not while XLA compiles, in seconds: no operation is folded away."""
+    config = aop.MemAOP(ratio=0.1, memory=None)
+    images = normal(512, 4, 8)
+
+    def loss_fn(kernel, images):
+        x = jnp.reshape(images, (512, 32))
+        return jnp.sum(aop.dense(x, kernel, config=config) ** 2)
+
+    def flops(function, *args):
+        return jax.jit(jax.grad(function)).lower(*args).compile().cost_analysis()["flops"]
+
+    kernel = jnp.ones((32, 4))
+    closed_over = flops(lambda kernel: loss_fn(kernel, images), kernel)
+    assert closed_over > 0.95 * flops(loss_fn, kernel, images)

@@ -208,3 +208,17 @@ def test_the_names_in_types_are_those_in_the_tables():
     assert typing.get_args(config.PolicyName) == tuple(policies.POLICIES)
     assert typing.get_args(config.MemoryName) == ("auto", *config.MEMORIES)
     assert {None, *config.MEMORIES} == set(memory_kinds.MEMORY_KINDS)
+
+
+@pytest.mark.parametrize(
+    ("make", "suggestion"),
+    [
+        (lambda: aop.MemAOP(ratoi=0.5), "'ratoi'.*Did you mean 'ratio'"),
+        (lambda: aop.InputGrad(rnk=4), "'rnk'.*Did you mean 'rank'"),
+        (lambda: aop.MemAOP(k=1, policy="prioritty"), "Did you mean 'priority'"),
+        (lambda: aop.MemAOP(k=1, memory="subspce"), "Did you mean 'subspace'"),
+    ],
+)
+def test_a_misspelt_option_suggests_the_nearest(make, suggestion):
+    with pytest.raises((TypeError, ValueError), match=suggestion):
+        make()

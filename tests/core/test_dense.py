@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_layer import gradients
+from one_layer import gradients, weight_gradient
 
 import mem_aop_jax as aop
 
@@ -463,3 +463,23 @@ def test_as_many_rows_as_are_chosen_show_each_in_its_own_entry(groups, jit):
     _, dw, _ = backward(config, jnp.asarray(x), jnp.asarray(kernel), None, jnp.asarray(g))
     np.testing.assert_array_equal(np.isnan(dw).all(axis=1), np.arange(features) < len(bad))
     np.testing.assert_array_equal(np.isnan(dw).any(axis=1), np.arange(features) < len(bad))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("float16", 2e4), ("float16", 8e3), ("float8_e4m3fn", 100.0)]
+)
+def test_more_rows_outgrow_a_narrow_memory_than_are_chosen(dtype, size):
+    """What fits is kept; the gradient is as finite as the rows."""
+    config = aop.MemAOP(ratio=0.125, memory_dtype=dtype)
+    rng = np.random.default_rng(0)
+    computed = "float16" if dtype == "float16" else "float32"
+    x = jnp.asarray(size * rng.choice([0.9, 1, 1.1], size=(64, 8)), computed)
+    memory = aop.init_memory(config, 64, 8, 4, computed)
+    for _ in range(16):
+        g = jnp.asarray(1e-4 * rng.normal(size=(64, 4)), computed)
+        dw, memory = weight_gradient(config, x, g, memory, None)
+        assert np.isfinite(dw).all()
+    largest = float(jnp.finfo(dtype).max)
+    kept = np.abs(np.asarray(memory.inputs, np.float32))
+    assert 0.9 * largest < kept.max() <= largest
+    assert memory.uses == 1
