@@ -59,6 +59,15 @@ def set_value(variable, value) -> None:
         variable.value = value
 
 
+def primitive_of(equation) -> tuple[str, dict]:
+    """The name of an equation's primitive and its parameters."""
+    hidden = equation.params.get("_prim")  # jax > 0.11: of a kind of its own, as its new remat is
+    if hidden is None:
+        return equation.primitive.name, equation.params
+    kind = type(hidden).__name__
+    return {"RematTraced": "checkpoint"}.get(kind, kind), hidden.params
+
+
 def scan_counts(equation) -> tuple[int, int]:
     """How many inputs of a scan's equation are constants, and how many its carry."""
     params = equation.params

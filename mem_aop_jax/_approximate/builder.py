@@ -28,7 +28,7 @@ from mem_aop_jax._approximate.program import (
     Site,
     Step,
 )
-from mem_aop_jax._compat import jaxpr_of, settings_of
+from mem_aop_jax._compat import jaxpr_of, primitive_of, settings_of
 from mem_aop_jax._core.config import MemAOP
 
 # (parameter, the site's name, contraction) -> the configuration, or None and why it is exact
@@ -72,7 +72,7 @@ class Builder:
 
     def _operation(self, equation, inputs, place) -> Operation | None:
         """What stands in for an equation, or None where it stays as it is."""
-        name = equation.primitive.name
+        name, _ = primitive_of(equation)
         if not (DATA in inputs and any(map(is_kernel, inputs))):
             return None
         if name in CONTRACTIONS:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec, Sharding
 from mem_aop_jax._approximate.origins import Origin
 from mem_aop_jax._approximate.program import Program, resharded
 from mem_aop_jax._compat import (
+    primitive_of,
     scan_counts,
     scan_options,
     shard_map_options,
@@ -99,8 +100,12 @@ class Rematerialized(NamedTuple):
 
     @classmethod
     def of(cls, builder: "Builder", equation: jex.JaxprEqn, inputs: list[Origin], place: Place):
-        program = builder.program(equation.params["jaxpr"], (), inputs, place)
-        return cls((program,), {name: equation.params[name] for name in ("policy", "prevent_cse")})
+        _, params = primitive_of(equation)
+        program = builder.program(params["jaxpr"], (), inputs, place)
+        options = {name: params[name] for name in ("policy", "prevent_cse")}
+        if isinstance(options["prevent_cse"], tuple):  # of each input; also of memory and key
+            options["prevent_cse"] = True, True, *options["prevent_cse"]
+        return cls((program,), options)
 
     def run(self, memory, key, *inputs):
         (program,) = self.programs

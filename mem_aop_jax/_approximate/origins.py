@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jax.extend import core as jex
 
-from mem_aop_jax._compat import scan_counts
+from mem_aop_jax._compat import primitive_of, scan_counts
 
 Origin = frozenset[int] | None  # the numbers of the parameters that a value depends on; DATA
 CONSTANT: Origin = frozenset()  # of no parameter, or of one that nobody differentiates here
@@ -32,7 +32,7 @@ def inner_jaxprs(equation: jex.JaxprEqn) -> list[jex.Jaxpr]:
     """The jaxprs among the parameters of an equation's primitive."""
     values = [
         value
-        for parameter in equation.params.values()
+        for parameter in primitive_of(equation)[1].values()
         for value in (parameter if isinstance(parameter, tuple | list) else (parameter,))
     ]
     closed = [value.jaxpr if isinstance(value, jex.ClosedJaxpr) else value for value in values]
