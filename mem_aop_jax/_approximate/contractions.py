@@ -100,14 +100,12 @@ def _convolution(equation: jex.JaxprEqn, kernel: int) -> Contraction:
     ]
     features, out_features = w.shape[rhs[1]], w.shape[rhs[0]]
     sizes = y.shape[out[0]] * math.prod(places), features * math.prod(windows), out_features
-    in_groups = {params["feature_group_count"], params["batch_group_count"]} != {1}
     is_product = (
         kernel == 1
-        and not in_groups
+        and params["feature_group_count"] == params["batch_group_count"] == 1
         and {*params["lhs_dilation"], *params["rhs_dilation"]} <= {1}
         and all(stride >= window for stride, window in zip(strides, windows, strict=True))
     )
-    why_exact = "a convolution in groups" if in_groups else "a convolution whose windows overlap"
     spatial = range(len(windows))
 
     def arrange(lhs_array, rhs_array):
@@ -136,7 +134,7 @@ def _convolution(equation: jex.JaxprEqn, kernel: int) -> Contraction:
         sizes,
         (x.dtype, w.dtype),
         2.0 * math.prod(sizes),
-        None if is_product else why_exact,
+        None if is_product else "a convolution whose windows overlap",
         (),
         (contracting, ((), ())),
         _options(equation),
