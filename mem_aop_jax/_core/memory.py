@@ -135,7 +135,7 @@ def carried(
 # By how much a mark is less than 1, in 2^-24. In neither half is one the mean of two others,
 # and between the halves is a gap, where the mean of many lies.
 MARKS = 0, 2, 6, 8, 24, 26, 30, 32
-MARK_ENTRIES = 256  # at most so many entries of a gradient decide about its mark
+MARK_SIDE = 16  # at most the entries of so many rows and columns of a gradient decide
 
 
 def mark_of(dw: chex.Array) -> chex.Array:
@@ -144,7 +144,8 @@ def mark_of(dw: chex.Array) -> chex.Array:
     Of the averages of up to 16 memories, of different steps or devices, at least four in five are
     none of these: averaging shows after a few steps of a few layers.
     """
-    entries = dw.reshape(-1)[:: -(-dw.size // MARK_ENTRIES)].astype(jnp.float32)
+    row_step, column_step = (-(-size // MARK_SIDE) for size in dw.shape)
+    entries = dw[::row_step, ::column_step].astype(jnp.float32)
     bits = lax.bitcast_convert_type(entries, jnp.uint32).sum(dtype=jnp.uint32)
     mark = jnp.array(MARKS, jnp.float32)[(bits * np.uint32(0x9E3779B1)) >> 29]
     return 1 - mark * 2.0**-24
