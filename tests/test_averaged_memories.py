@@ -45,7 +45,7 @@ def is_nan(params):
     return all(bool(jnp.isnan(leaf).any()) for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
 
 
-@pytest.mark.parametrize("number", [2, 3, 4])
+@pytest.mark.parametrize("number", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_accumulation_by_hand_in_a_train_state(number):
     variables = initial()
     state = TrainState.create(apply_fn=MODEL.apply, params=variables, tx=optax.sgd(0.1))

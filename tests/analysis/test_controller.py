@@ -392,3 +392,9 @@ def test_errors(call, message):
 def test_a_choice_of_the_wrong_type():
     with pytest.raises(TypeError, match=r"Controller: got 0\.25; it must be an aop\.MemAOP"):
         controller({"a": 0.25})
+
+
+@pytest.mark.parametrize("entry", [3, {"step": 1}, {"step": 1, "chosen": "exact"}])
+def test_a_log_that_is_none(entry):
+    with pytest.raises(TypeError, match=r"Controller: the log has an entry .*with the keys step, "):
+        controller(log=[entry])

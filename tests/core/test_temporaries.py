@@ -1,5 +1,7 @@
 """What a training step holds beside its state, relative to the exact step."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -49,14 +51,18 @@ def temporaries(config):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+REFRESH = SUBSPACE | {"rank": 4, "refresh": 8}
+
+
 @pytest.mark.parametrize(
     ("options", "limit"),
     [
-        ({"policy": "topk", "memory": None}, 0.97),
-        ({**SUBSPACE, "rank": 4}, LIMIT := 1.08),
-        ({**SUBSPACE, "rank": 4, "refresh": 8}, LIMIT),
-        ({**SUBSPACE, "rank": (4, 0), "refresh": 8}, 0.97),
-        ({**SUBSPACE, "rank": 4, "refresh": 8, "input_grad": aop.InputGrad(1 / 4, 4)}, 1.1),
+        slow({"policy": "topk", "memory": None}, 0.97),
+        slow(SUBSPACE | {"rank": 4}, 1.08),
+        (REFRESH, 1.08),
+        slow(REFRESH | {"rank": (4, 0)}, 0.97),
+        slow(REFRESH | {"input_grad": aop.InputGrad(1 / 4, 4)}, 1.1),
     ],
 )
 def test_a_step_holds_no_rows_twice(options, limit, without_x64):
