@@ -50,11 +50,11 @@ def temporaries(config):
     return program.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 REFRESH = SUBSPACE | {"rank": 4, "refresh": 8}
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
 @pytest.mark.parametrize(
     ("options", "limit"),
     [
