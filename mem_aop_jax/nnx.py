@@ -63,8 +63,8 @@ class _Owner(nnx.Module):
 
     def _check_derivative(self, kernels, memories):
         """A derivative with respect to these kernels and the memories of these names."""
-        known = self.differentiated.kernels if self.differentiated else {}
-        for name, kernel in kernels.items():
+        trained = {name: _Seen(kernel) for name, kernel in kernels.items() if name in memories}
+        for name in kernels:
             if name not in memories:
                 warn_once(
                     f"{name}: differentiated with respect to its kernel, but not to its memory, "
@@ -73,16 +73,20 @@ class _Owner(nnx.Module):
                     "aop.nnx.Memory))), and hand the gradients to aop.nnx.update_memory; or "
                     "configure MemAOP(memory=None)."
                 )
-            elif name in known and known[name] != _Seen(kernel):
-                raise ValueError(
-                    f"{name}: its kernel was trained, but its memory stayed, since "
-                    "aop.nnx.update_memory was not called. optimizer.update(model, "
-                    "aop.nnx.update_memory(model, grads)) does both. For gradients that train "
-                    "nothing, differentiate nnx.clone(model)."
-                )
-        trained = {name: _Seen(kernel) for name, kernel in kernels.items() if name in memories}
-        if trained:  # not by setattr, which NNX allows only outside of the derivative
-            vars(self)["differentiated"] = _Differentiated(known | trained)
+        if not trained:
+            return
+        before = self.differentiated or _Differentiated({}, 0)
+        known = before.kernels
+        moved = any(name in known and known[name] != seen for name, seen in trained.items())
+        if before.moves + moved > MOST_MOVES:
+            raise ValueError(
+                f"{', '.join(trained)}: trained {before.moves + moved} times, but the memory "
+                "stayed, since aop.nnx.update_memory was not called. optimizer.update(model, "
+                "aop.nnx.update_memory(model, grads)) does both. For gradients that train nothing, "
+                "differentiate nnx.clone(model)."
+            )
+        # Not by setattr, which NNX allows only outside of the derivative.
+        vars(self)["differentiated"] = _Differentiated(known | trained, before.moves + moved)
 
     def new_key(self) -> chex.PRNGKey | None:
         """A key for this call, from the one that it holds; None if it holds none."""
@@ -93,14 +97,20 @@ class _Owner(nnx.Module):
         return used
 
 
+MOST_MOVES = 2  # of a model's kernels without its memory: steps may be refused, gradients looked at
+
+
+@dataclasses.dataclass(frozen=True)
 class _Differentiated:
-    """What a model was differentiated with respect to: kernels, by the names of their memories."""
+    """What a model was differentiated with respect to since the last `update_memory`.
 
-    def __init__(self, kernels: dict[str, "_Seen"] | None = None):
-        self.kernels = kernels or {}
+    Attributes:
+      kernels: by the names of their memories.
+      moves: how often they were, or may have been, others at the next derivative.
+    """
 
-    def __reduce__(self):  # a copy was not differentiated
-        return _Differentiated, ()
+    kernels: dict[str, "_Seen"] = dataclasses.field(compare=False)
+    moves: int
 
 
 class _Seen:
@@ -116,6 +126,9 @@ class _Seen:
         return self.tracer is other.tracer and self.values == other.values
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self):  # a tracer belongs to its process
+        return _Seen, (np.zeros(0),)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
