@@ -138,6 +138,8 @@ def contract_rows(a: chex.Array, b: chex.Array, dtype, precision: lax.PrecisionL
         precision=precision,
         preferred_element_type=accumulation_dtype(dtype),
     )
+    if product.size < 32:  # XLA for CPUs, before jax 0.12, aborts on some of these under vmap
+        return product.T
     return lax.optimization_barrier(product).T  # else XLA undoes the transposition
 
 

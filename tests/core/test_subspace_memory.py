@@ -13,7 +13,16 @@ import pytest
 import trained_language_model
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from one_layer import M, N, P, exact_gradient, rows_near_a_subspace, stepped, weight_gradient
+from one_layer import (
+    M,
+    N,
+    P,
+    exact_gradient,
+    normal,
+    rows_near_a_subspace,
+    stepped,
+    weight_gradient,
+)
 
 import mem_aop_jax as aop
 from mem_aop_jax._core.projection import project
@@ -360,3 +369,18 @@ def test_a_kernel_on_the_left_runs_exact_and_says_so():
             config=config,
             name="on the left",
         )
+
+
+@pytest.mark.parametrize("rank", [(2, 0), (2, 2)])
+def test_few_features_under_an_eager_vmap(rank):
+    """XLA for CPUs aborted."""
+    config = aop.MemAOP(ratio=1.0, policy="priority", memory="subspace", rank=rank)
+    memory, key = aop.init_memory(config, 6, 4, 2), jax.random.key(0)
+    kernels, x = normal(3, 4, 2), normal(3, 6, 4, seed=1)
+
+    def loss_fn(kernel, x):
+        return jnp.sum(aop.dense(x, kernel, memory, config=config, key=key) ** 2)
+
+    ours = jax.vmap(jax.grad(loss_fn))(kernels, x)
+    wanted = [2 * x[i].T @ (x[i] @ kernels[i]) for i in range(3)]
+    np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-4)
