@@ -71,9 +71,9 @@ def carry_memory(
       TypeError: a leaf of `memory` that is neither; a learning rate that is neither a number nor a
         schedule; from `update`, without `memory=`.
       ValueError: from `update`, for a memory of another structure, shape or dtype, or one that
-        was added up or scaled (found where values are known, that is, outside `jit`; inside, the
-        layer's next weight gradient is NaN), or averaged over devices (found in `shard_map`, not
-        in `pmap`).
+        was added up, scaled or averaged (found where values are known, that is, outside `jit`, and
+        in `shard_map`; else the layer's next weight gradient is NaN); for a schedule that is
+        negative or not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mem_aop_jax as aop

@@ -64,7 +64,7 @@ def measured(
         drawn = estimate(call, draws_inputs, x, g, matrix, probe.memory, key)
         scores, finite = row_scores(*(norms.reshape(-1) for norms in drawn.norms))
         products = jnp.sqrt(jnp.where(finite, scores, 0))  # in units of the largest
-        chosen_products = jnp.where(drawn.unchosen.reshape(-1), 0, products)
+        chosen_products = jnp.where(drawn.chosen.waiting.reshape(-1), 0, products)
         chosen_share = chosen_products.sum() / jnp.maximum(products.sum(), 1)  # the largest is 1
         return drawn.kernel, drawn.inputs, chosen_share
 

@@ -245,7 +245,6 @@ class Estimate(NamedTuple):
     kernel: chex.Array
     memory: chex.ArrayTree  # the next one
     norms: Factors  # of the candidates, `(groups, candidates)` each
-    unchosen: chex.Array  # `(groups, candidates)` bool
     chosen: Chosen
 
 
@@ -291,19 +290,13 @@ def estimate(
 
 
 def estimated(
-    call: Call,
-    differentiates_inputs: bool,
-    x: chex.Array,
-    g: chex.Array,
-    kernel: chex.Array,
-    memory,
-    key: chex.PRNGKey | None,
+    call: Call, differentiates_inputs: bool, *args
 ) -> tuple[chex.Array | None, chex.Array, chex.ArrayTree]:
     """The rule of training: dX, dW and the next memory of `estimate`, for its arguments."""
-    factors = x, g, kernel
-    x, g, kernel, memory = lax.stop_gradient((x, g, kernel, memory))
-    found = estimate(call, differentiates_inputs, x, g, kernel, memory, key)
-    dx, dw = _differentiable(call, found[:2], factors, memory, found.chosen)
+    *factors, _, key = args
+    fixed = *lax.stop_gradient(args[:-1]), key
+    found = estimate(call, differentiates_inputs, *fixed)
+    dx, dw = _differentiable(call, found[:2], tuple(factors), fixed[-2], found.chosen)
     return dx, dw, found.memory
 
 
@@ -338,13 +331,13 @@ _differentiable.defjvp(_second_derivative, symbolic_zeros=True)
 def _kernel_gradient(candidates, dtype):
     """dW `(in_features, out_features)`, and what else an `Estimate` has."""
     norms = candidates.norms()
-    unchosen, chosen = _select(candidates, norms)
+    chosen = _select(candidates, norms)
     factors, candidates = candidates.gather(chosen)
     dw = _multiply(candidates, chosen, factors).astype(dtype)
-    return dw, _store(candidates, chosen, dw), norms, unchosen, chosen
+    return dw, _store(candidates, chosen, dw), norms, chosen
 
 
-def _select(candidates: Candidates, norms: Factors) -> tuple[chex.Array, Chosen]:
+def _select(candidates: Candidates, norms: Factors) -> Chosen:
     """S, the candidates that the policy chooses by their scores."""
     call, memory = candidates.call, candidates.memory
     groups, rows, _ = candidates.x.shape
@@ -369,7 +362,7 @@ def _select(candidates: Candidates, norms: Factors) -> tuple[chex.Array, Chosen]
         is_void |= jnp.any(~finite & unchosen)
     if weights is not None:
         weights = jnp.where(is_void, jnp.nan, weights)
-    return unchosen, Chosen(indices, weights, finite & unchosen, is_void)
+    return Chosen(indices, weights, finite & unchosen, is_void)
 
 
 def _multiply(candidates: Candidates, chosen: Chosen, factors) -> chex.Array:
