@@ -1,5 +1,7 @@
 """Flax NNX: layers that hold their memories, in models of their own or wrapped."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import inspect
@@ -29,6 +31,8 @@ from mem_aop_jax._core.memory import carried, check_learning_rate, memory_name, 
 from mem_aop_jax._core.memory_kinds import init_memory
 from mem_aop_jax._core.probe import is_memory
 from mem_aop_jax._models import Layer, Rules, subclass
+
+__all__ = ["Linear", "Memory", "layers", "update_memory", "wrap"]
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -109,7 +113,7 @@ class _Differentiated:
       moves: how often they were, or may have been, others at the next derivative.
     """
 
-    kernels: dict[str, "_Seen"] = dataclasses.field(compare=False)
+    kernels: dict[str, _Seen] = dataclasses.field(compare=False)
     moves: int
 
 
@@ -285,8 +289,8 @@ def wrap(
         the whole path of a layer ("encoder/mlp/linear") or of its parameter
         ("encoder/mlp/linear/kernel"), and a configuration or None for an exact layer. The first
         match wins; a layer without one is exact.
-      *example_inputs: inputs of the model, a batch of the training size, or its
-        `jax.ShapeDtypeStruct`s. Nothing is computed.
+      *example_inputs: inputs of the model, a batch of the training size, or a
+        `jax.ShapeDtypeStruct` for each array. Nothing is computed.
       rngs: where the random policies take their keys from, as in `Linear`. A model that has an
         argument `rngs` gets it as well.
       min_speedup: a layer stays exact, too, unless `aop.cost` predicts that a step of it is so many
@@ -397,7 +401,7 @@ class _Call(NamedTuple):
     static: list[tuple[tuple, str, Any]]
 
     @classmethod
-    def of(cls, settings, model, wrt, args, kwargs, memory) -> "_Call":
+    def of(cls, settings, model, wrt, args, kwargs, memory) -> _Call:
         """Of a model that is not wrapped."""
         leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
         numbered = dict(enumerate(leaves))

@@ -1,5 +1,7 @@
 """Optax: the transform that carries the memory in the optimizer state."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import chex
@@ -58,7 +60,7 @@ def carry_memory(
         `aop.linen.COLLECTION`; None and an empty one are fine. The state starts from it, without a
         copy: a training step that donates its state takes the buffers with it. What Flax's fp8
         layers keep in that collection is overwritten by its gradient, as Flax does.
-        `jax.ShapeDtypeStruct`s in place of arrays stand for a first memory, so that
+        `jax.ShapeDtypeStruct` in place of each array stands for a first memory, so that
         `jax.jit(tx.init, out_shardings=...)` makes it where it belongs.
       learning_rate: the optimizer's schedule, if it has one, as a function of the number of
         updates. A constant changes nothing, and what `optax.inject_hyperparams` hands to the
@@ -188,7 +190,7 @@ def state_shardings(
 
     Args:
       tx: the optimizer, with `carry_memory` in it.
-      params: the parameters, or their `jax.ShapeDtypeStruct`s; also in boxes (`nn.Partitioned`).
+      params: the parameters, or a `jax.ShapeDtypeStruct` for each; or boxes (`nn.Partitioned`).
       params_sharding: the sharding of all parameters, or a tree of one for each, for instance
         `nn.get_sharding(params, mesh)`.
       batch_sharding: the sharding of the batch. Only its first axis counts, the rows.

@@ -1,5 +1,7 @@
 """Does it help me? One call that measures a training step's gradient, and answers."""
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 import time

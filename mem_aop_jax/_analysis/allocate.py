@@ -1,5 +1,7 @@
 """Where in a model a budget of FLOPs does least harm: rows and ranks for each layer."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence

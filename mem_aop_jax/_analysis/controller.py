@@ -1,5 +1,7 @@
 """Chooses between exact training and a few configurations, again and again as a model trains."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -77,7 +79,7 @@ class Controller:
         configurations it has is of no account.
       choices: by name, a configuration or rules as in `aop.approximate`, for instance the rules of
         `aop.allocate`. "exact" is always among them, and comes first.
-      params: the parameters, or their `jax.ShapeDtypeStruct`s.
+      params: the parameters, or a `jax.ShapeDtypeStruct` for each.
       *args: the further arguments of the function, of the training size.
       costs: for each name the cost of a step, in any unit, for instance measured times; None counts
         the FLOPs of the loss's gradient as the compiler does, without the refreshes that most steps

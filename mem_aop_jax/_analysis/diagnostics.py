@@ -1,5 +1,7 @@
 """How good the approximate gradients of a model are on a batch, and whether they pay."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """Which layers of a model would gain, and how much: by their costs, before anything is trained."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -86,9 +88,9 @@ def plan(
 
     Args:
       approx: what `aop.approximate` returns.
-      params: the parameters, or their `jax.ShapeDtypeStruct`s.
-      *args: the function's further arguments, of the training size (on one device): arrays or
-        `jax.ShapeDtypeStruct`s.
+      params: the parameters, or a `jax.ShapeDtypeStruct` for each.
+      *args: the function's further arguments, of the training size (on one device): each an array
+        or a `jax.ShapeDtypeStruct`.
       min_speedup: a layer stays exact unless its step is predicted to be so many times faster; None
         leaves no layer exact.
       rates: of the device to train on, as in `aop.cost`.

@@ -1,5 +1,7 @@
 """The transformation: any JAX function, with approximate gradients of its parameters."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +46,7 @@ class Approximated:
         Args:
           params: as in the call.
           *args: as in the call, for a batch of the training size. The function itself is not
-            computed: arrays may be `jax.ShapeDtypeStruct`s, here and in `params`.
+            computed: an array may be a `jax.ShapeDtypeStruct`, here and in `params`.
           **kwargs: as in the call.
 
         Raises:

@@ -1,5 +1,7 @@
 """The static configuration of an approximate dense layer."""
 
+from __future__ import annotations
+
 import dataclasses
 import difflib
 import numbers

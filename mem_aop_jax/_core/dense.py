@@ -1,5 +1,7 @@
 """What users call: a layer that is checked, then computed by the primitive."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import chex

@@ -1,5 +1,7 @@
 """What a layer keeps from one batch for the next: rows, or directions."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import chex

@@ -1,5 +1,7 @@
 """The kinds of memory by their names in `MemAOP(memory=...)`."""
 
+from __future__ import annotations
+
 import chex
 import jax
 import jax.numpy as jnp

@@ -11,6 +11,8 @@ in `RANDOM_POLICIES` if it draws, and in `PolicyName` in `config.py`; then in te
 test_properties.py.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,5 +1,7 @@
 """What measures a layer, in place of its memory."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from typing import NamedTuple

@@ -1,5 +1,7 @@
 """What a dense layer's step costs, exact and approximate: FLOPs, bytes, memory, time."""
 
+from __future__ import annotations
+
 import math
 import operator
 from collections.abc import Sequence

@@ -40,16 +40,16 @@ class Rates(NamedTuple):
       device: its kind.
       flops: FLOPs per second, in products of float32.
       half_flops: FLOPs per second, in products of bfloat16 and float16.
-      bytes: bytes per second that it reads or writes, in arrays of `ARRAYS[1]` bytes and more.
+      bytes: bytes per second that it reads or writes, in arrays of 32 MiB (`ARRAYS[1]`) and more.
       kernel: speed of the kernel's gradient, which sums over rows, relative to the other products;
-        for `KERNELS[1]` FLOPs.
+        for 2^34 FLOPs (`KERNELS[1]`).
       row: seconds per row to select rows.
       step: constant seconds of any step.
       layer: further seconds of an approximate layer's step.
-      subspace: further seconds of a step with a subspace of `SUBSPACE` directions.
-      cached: as `bytes`, in arrays of no more than `ARRAYS[0]` bytes; None is the same.
-      small_kernel: as `kernel`, for `KERNELS[0]` FLOPs; None is the same.
-      narrow: speed of a product of the rows with `NARROW` columns, relative to other products.
+      subspace: further seconds of a step with a subspace of 32 directions (`SUBSPACE`).
+      cached: as `bytes`, in arrays of no more than 4 MiB (`ARRAYS[0]`); None is the same.
+      small_kernel: as `kernel`, for 2^30 FLOPs (`KERNELS[0]`); None is the same.
+      narrow: speed of a product of the rows with 32 columns (`NARROW`), relative to others.
       one_pass: whether one pass over all rows computes everything that is needed of them.
       sums: as `bytes`, in passes that only add up arrays; None is the same.
     """
@@ -91,7 +91,7 @@ KNOWN = {
 
 
 def device_rates() -> Rates:
-    """The rates of the default device: from a table, or from a file, or measured (see below)."""
+    """The rates of the default device: from a table, a file, or measured as by `measure_rates`."""
     device = _default_device().device_kind
     return KNOWN.get(device) or measured_rates(device)
 
@@ -100,8 +100,8 @@ def measure_rates() -> Rates:
     """Measures the default device now, in some 20 seconds, whatever the table says.
 
     `aop.plan` and `min_speedup` do it where they need it: once for a device that is not in the
-    table, on this machine and with this version of JAX. The rates are kept in a file in
-    `~/.cache/mem_aop_jax`, or in the folder that the environment variable MEM_AOP_JAX_CACHE names.
+    table, on this machine and with this version of JAX. The rates are kept in a file in the folder
+    ~/.cache/mem_aop_jax, or in the one that the environment variable MEM_AOP_JAX_CACHE names.
     """
     rates = _measured_and_kept(_default_device().device_kind)
     measured_rates.cache_clear()

@@ -1,5 +1,7 @@
 """Layers that keep their memories in a variable collection."""
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import contextvars
@@ -114,8 +116,8 @@ def layers(module: nn.Module, rngs: chex.ArrayTree, *args, **kwargs) -> list[Lay
     Args:
       module: a model with `Dense`, `DotGeneral` or `wrap` in it.
       rngs: as in `module.init`; nothing is computed.
-      *args: as in `module.init`, for a batch of the training size; arrays of it may be
-        `jax.ShapeDtypeStruct`s.
+      *args: as in `module.init`, for a batch of the training size; an array of it may be a
+        `jax.ShapeDtypeStruct`.
       **kwargs: as in `module.init`.
     """
     return [sized.layer for sized in sized_layers(module, rngs, *args, **kwargs)]
@@ -147,8 +149,8 @@ def probes(
       module: as in `layers`.
       memory: the collection `COLLECTION` of the model, empty where no layer has a memory.
       rngs: as in `module.init`; nothing is computed.
-      *args: as in `module.init`, for a batch of the training size; arrays of it may be
-        `jax.ShapeDtypeStruct`s.
+      *args: as in `module.init`, for a batch of the training size; an array of it may be a
+        `jax.ShapeDtypeStruct`.
       **kwargs: as in `module.init`.
     """
     token = _probing.set(True)

@@ -5,6 +5,8 @@ model's method becomes a function of variables, random numbers and arguments, an
 in its place. Nothing in the model knows of it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import contextvars
 import dataclasses
