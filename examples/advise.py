@@ -8,7 +8,6 @@ it pays, else with the configuration in all contractions, which the advice is ag
   python examples/advise.py wide-mlp ... some of them, with the whole advice
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,18 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import runs
+from training import first_state, train_step
 
 import mem_aop_jax as aop
 
-try:
-    import benchmark
-    import benchmark_steps as steps
-    import runs
+with runs.needs_packages():
+    import timing
     from tqdm import tqdm
-except ImportError as error:
-    raise SystemExit(
-        f"{error}. Install the examples' packages: pip install '.[examples]'"
-    ) from None
 
 CONFIG = aop.MemAOP(ratio=0.25, policy="priority", memory="subspace", rank=8, refresh=8)
 STEPS = 15  # of exact training, before the measurement
@@ -166,52 +161,32 @@ MODELS = {
 
 def trained(task: Task) -> Any:
     """Parameters after some exact steps."""
-    optimizer = optax.adam(1e-3)
-
-    @jax.jit
-    def step(params, state, x, y):
-        updates, state = optimizer.update(jax.grad(task.loss)(params, x, y), state)
-        return optax.apply_updates(params, updates), state
-
-    params, state = task.params, optimizer.init(task.params)
+    exact = aop.approximate(task.loss, ())
+    optimizer = optax.chain(aop.carry_memory({}), optax.adam(1e-3))
+    step = jax.jit(functools.partial(train_step, exact, optimizer))
+    state = first_state(exact, optimizer, task.params, *task.batch(0))
     for i in range(STEPS):
-        params, state = step(params, state, *task.batch(i))
-    return params
-
-
-def training_step(task: Task, params: Any, rules: Any) -> steps.Step:
-    """A step with Adam; of so many calls as are timed together, one refreshes the subspaces."""
-    approx, batch = aop.approximate(task.loss, rules), task.batch(0)
-    optimizer = optax.chain(aop.carry_memory(approx.init(params, *batch)), optax.adam(1e-3))
-
-    def step(x, y, key, state):
-        params, opt_state = state
-        memory = aop.get_memory(opt_state)
-        value_and_grad = jax.value_and_grad(approx, argnums=(0, 1))
-        value, (grads, memory) = value_and_grad(params, memory, key, x, y)
-        updates, opt_state = optimizer.update(grads, opt_state, params, memory=memory)
-        return (optax.apply_updates(params, updates), opt_state), value
-
-    return steps.Step(step, batch, (params, optimizer.init(params)), CONFIG.refresh)
+        state, _ = step(state, None, *task.batch(i))
+    return state[0]
 
 
 def step_seconds(task: Task, params: Any, rules: Any, rounds: int) -> np.ndarray:
     """Seconds of training steps, exact and with the rules, in turn: `(rounds, 2)`."""
-    ways = {"exact": (), "approximate": rules}
-    built = {name: training_step(task, params, rules) for name, rules in ways.items()}
-    functions, _ = benchmark.compile_all(built)
-    seconds = benchmark.interleaved_seconds(functions, rounds, tqdm(disable=True))
+    built = {
+        name: timing.training_step(
+            aop.approximate(task.loss, ours), params, task.batch(0), CONFIG.refresh
+        )
+        for name, ours in (("exact", ()), ("approximate", rules))
+    }
+    functions, _ = timing.compile_all(built)
+    seconds = timing.interleaved_seconds(functions, rounds, tqdm(disable=True))
     return np.stack(list(seconds.values()), axis=1)
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runs.argument_parser(__doc__)
     parser.add_argument("model", nargs="*", help=f"some of {', '.join(MODELS)} (all)")
-    parser.add_argument(
-        "--rounds", type=runs.count, default=3, help="of timing, of 8 steps each (3)"
-    )
+    runs.add_counts(parser, {"rounds": (3, "of timing, of 8 steps each")})
     options = parser.parse_args(arguments)
     unknown = [name for name in options.model if name not in MODELS]
     if unknown:
@@ -224,7 +199,7 @@ def main(arguments=None) -> None:
         advice = aop.advise(approx, params, batches, jax.random.key(1))
         rules = advice.rules if advice.pays else CONFIG
         seconds = step_seconds(task, params, rules, options.rounds)
-        measured = 1 / benchmark.speed(*seconds.T)
+        measured = 1 / timing.speed(*seconds.T)
         texts.append(f"{name}\n{advice}\n")
         figures = (advice.share, advice.c, advice.v, advice.noise, advice.verdict(), measured)
         verdict = "pays" if advice.pays else "exact"

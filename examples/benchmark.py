@@ -15,34 +15,28 @@ that aop.cost predicts for the device.
 
 import argparse
 import csv
+import functools
 import importlib.util
 import itertools
 import math
 import os
-import pathlib
 import platform
 import re
 import sys
-import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+import runs
 
 import mem_aop_jax as aop
 
-try:
+with runs.needs_packages():
     import benchmark_steps as steps
     import deep_mlp
     import language_training
-    import runs
+    import timing
     from benchmark_steps import Sizes
     from matplotlib.figure import Figure
     from tqdm import tqdm
-except ImportError as error:
-    raise SystemExit(
-        f"{error}. Install the examples' packages: pip install '.[examples]'"
-    ) from None
 
 LAYER_RUNS = (
     "topk:memory=none",
@@ -72,90 +66,6 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
 TOLERANCE = 0.15  # of a good prediction, relative to the measured speed
-SHORTEST = 0.02  # seconds of a measurement: as many steps in a row as take so long
-
-
-# ---- measuring
-
-
-def compile_step(step: steps.Step) -> tuple[jax.stages.Compiled, float]:
-    """The compiled step, and the seconds that compiling it took."""
-    start = time.perf_counter()
-    args = *step.args, jax.random.key(0), step.state
-    function = jax.jit(step.function, donate_argnums=len(args) - 1).lower(*args).compile()
-    return function, time.perf_counter() - start
-
-
-class Timed:
-    """A compiled step and its state; a call runs it once and does not wait for it."""
-
-    def __init__(self, function, step: steps.Step):
-        self.function, self.args, self.calls = function, step.args, step.calls
-        self.state = jax.tree.map(jnp.copy, step.state)
-        self.keys = itertools.cycle(list(jax.random.split(jax.random.key(1), 64)))
-
-    def __call__(self):
-        self.state, results = self.function(*self.args, next(self.keys), self.state)
-        return self.state, results
-
-
-def compile_all(built: dict[str, steps.Step]) -> tuple[dict, dict]:
-    """For each step a function to time, and columns of what the compiler says."""
-    functions, columns = {}, {}
-    for name, step in built.items():
-        function, seconds = compile_step(step)
-        functions[name] = Timed(function, step)
-        columns[name] = compiler_columns(function) | {"compile s": seconds}
-    return functions, columns
-
-
-def seconds_per_call(function, times: int) -> float:
-    """The mean of so many calls, one after the other."""
-    start = time.perf_counter()
-    for _ in range(times):
-        results = function()
-    jax.block_until_ready(results)
-    return (time.perf_counter() - start) / times
-
-
-def interleaved_seconds(functions: dict, rounds: int, progress: tqdm) -> dict[str, np.ndarray]:
-    """Seconds of a step, `(rounds,)` for each function; each round measures all of them once."""
-    times = {}
-    for name, function in functions.items():
-        seconds_per_call(function, 1)
-        least = getattr(function, "calls", 1)  # calls of PyTorch are all alike
-        times[name] = max(least, math.ceil(SHORTEST / seconds_per_call(function, 1)))
-    seconds = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            seconds[name].append(seconds_per_call(function, times[name]))
-        progress.update()
-    return {name: np.array(measured) for name, measured in seconds.items()}
-
-
-def speed(exact: np.ndarray, other: np.ndarray) -> float:
-    return float(np.median(exact / other))
-
-
-def time_columns(seconds: np.ndarray, exact: np.ndarray) -> dict:
-    low, high = np.quantile(seconds, (0.25, 0.75))
-    return {
-        "ms": np.median(seconds) * 1e3,
-        "quartiles": f"{low * 1e3:.4g} to {high * 1e3:.4g}",
-        "speed": speed(exact, seconds),
-    }
-
-
-def compiler_columns(function: jax.stages.Compiled) -> dict:
-    """FLOPs and bytes of a call as the compiler counts them, and the memory that it takes."""
-    cost, memory = function.cost_analysis() or {}, function.memory_analysis()
-    return {
-        "GFLOPs": cost.get("flops", math.nan) / 1e9,
-        "MB": cost.get("bytes accessed", math.nan) / 1e6,
-        "MB held": (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e6
-        if memory
-        else math.nan,
-    }
 
 
 # ---- layers
@@ -197,18 +107,18 @@ def measure_layers(options, progress) -> list[dict]:
         }
         for dw_and_dx_rows in set(chosen_rows.values()):
             built[dw_and_dx_rows] = steps.products_step(*dw_and_dx_rows, inputs, options.passes)
-        functions, compiler = compile_all(built)
+        functions, compiler = timing.compile_all(built)
         for ratio in options.ratio if options.peers else ():
             k = max(1, round(float(runs.parse_value(ratio)) * sizes.rows))
             for name, run in steps.torch_layers(sizes, inputs, k).items():
                 functions[f"{name}:ratio={ratio}" if "topk" in name else name] = run
-        seconds = interleaved_seconds(functions, options.rounds, progress)
+        seconds = timing.interleaved_seconds(functions, options.rounds, progress)
         exact = seconds["exact"]
         for name in [name for name in functions if isinstance(name, str)]:
-            row = sizes._asdict() | {"run": name} | time_columns(seconds[name], exact)
+            row = sizes._asdict() | {"run": name} | timing.time_columns(seconds[name], exact)
             if name in configs:
                 overhead = steps.overhead(configs[name], sizes, options.passes)
-                ceiling = 1 / (1 / speed(exact, seconds[chosen_rows[name]]) + overhead)
+                ceiling = 1 / (1 / timing.speed(exact, seconds[chosen_rows[name]]) + overhead)
                 row |= {"ceiling": ceiling, "of it": row["speed"] / ceiling}
                 if options.passes == "both":
                     row["predicted"] = aop.cost(configs[name], *sizes).speedup
@@ -223,41 +133,38 @@ def measure_layers(options, progress) -> list[dict]:
 
 
 def models(options):
-    """For each model its name, the model, its loss, a batch, and the inputs of `init`."""
-    transformer = language_training.Transformer(options.width, options.layers, options.heads)
-    shape = options.batch, options.sequence + 1
-    windows = jax.random.randint(jax.random.key(0), shape, 0, 96)
-    pixels = jax.random.normal(jax.random.key(1), (options.images, 784))
-    labels = jax.random.randint(jax.random.key(2), (options.images,), 0, 10)
-
-    def loss(model, variables, batch, key):
-        logits = model.apply(variables, batch[0], rngs={aop.linen.RNG: key})
-        return deep_mlp.cross_entropy(logits, batch[1]).mean()
-
+    """For each model its name, the loss, parameters, and a batch."""
+    key, *keys = jax.random.split(jax.random.key(0), 4)
+    pixels = jax.random.normal(keys[0], (options.images, 784))
+    labels = jax.random.randint(keys[1], (options.images,), 0, 10)
+    windows = jax.random.randint(keys[2], (options.batch, options.sequence + 1), 0, 96)
+    model = language_training.Transformer(options.width, options.layers, options.heads)
+    loss = functools.partial(language_training.loss_fn, model)
     # The small one first: after a large one a process runs all steps more slowly.
-    yield "MLP", deep_mlp.MLP(), loss, (pixels, labels), (pixels,)
-    yield "transformer", transformer, language_training.loss, windows, (windows[:, :-1],)
+    yield "MLP", deep_mlp.loss_fn, deep_mlp.first_params(key, pixels), (pixels, labels)
+    yield "transformer", loss, jax.jit(model.init)(key, windows[:, :-1])["params"], (windows,)
 
 
 def measure_models(options, progress) -> list[dict]:
     rows = []
-    for model_name, exact, loss, batch, inputs in models(options):
-        trained = {"exact": (exact, 1)}
+    for model, loss, params, batch in models(options):
+        trained = {"exact": (aop.approximate(loss, ()), 1)}
         for run_name, config in layer_configs(options).items():
             for suffix, min_speedup in (("", None), (" where it gains", options.min_speedup)):
-                model = aop.linen.wrap(exact, config, min_speedup=min_speedup)
-                trained[run_name + suffix] = model, config.refresh
-        functions, compiler = compile_all(
+                approx = aop.approximate(loss, config, min_speedup=min_speedup)
+                trained[run_name + suffix] = approx, config.refresh
+        functions, compiler = timing.compile_all(
             {
-                name: steps.model_step(model, loss, batch, inputs, calls)
-                for name, (model, calls) in trained.items()
+                name: timing.training_step(approx, params, batch, calls)
+                for name, (approx, calls) in trained.items()
             }
         )
-        seconds = interleaved_seconds(functions, options.rounds, progress)
-        for name, (model, _) in trained.items():
-            layers = [] if name == "exact" else aop.linen.layers(model, jax.random.key(0), *inputs)
-            row = {"model": model_name, "run": name, "approximate layers": len(layers)}
-            rows.append(row | time_columns(seconds[name], seconds["exact"]) | compiler[name])
+        seconds = timing.interleaved_seconds(functions, options.rounds, progress)
+        for name, (approx, _) in trained.items():
+            layers = len(approx.layers(params, *batch))
+            row = {"model": model, "run": name, "approximate layers": layers}
+            times = timing.time_columns(seconds[name], seconds["exact"])
+            rows.append(row | times | compiler[name])
     return rows
 
 
@@ -313,7 +220,7 @@ def tpu_estimates(function: jax.stages.Compiled) -> tuple[dict, float, int]:
     """
     seconds = function.cost_analysis()["optimal_seconds"] % 1
     cycles = map(int, re.findall(r'"estimated_cycles":"(\d+)"', function.as_text()))
-    return compiler_columns(function), seconds * 1e3, sum(c for c in cycles if c < 2**60)
+    return timing.compiler_columns(function), seconds * 1e3, sum(c for c in cycles if c < 2**60)
 
 
 # ---- the table and the figure
@@ -384,9 +291,7 @@ def draw(rows: list[dict]) -> Figure:
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runs.argument_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("layer", "model", "tpu-compile", "peers"):
         command = commands.add_parser(name, help=argparse.SUPPRESS)
@@ -395,15 +300,15 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
             "--run", action="append", metavar="RUN", help=f"may be repeated ({' '.join(default)})"
         )
         command.add_argument("--ratio", nargs="+", default=["1/8"], help="K / rows (1/8)")
-        command.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmark"))
+        runs.add_out_folder(command, "benchmark", "a CSV and a figure")
         if name != "tpu-compile":
-            command.add_argument("--rounds", type=runs.count, default=15, help="of timing (15)")
+            runs.add_counts(command, {"rounds": (15, "of timing")})
         if name == "model":
-            for option, size in (
-                ("width", 768), ("layers", 3), ("heads", 12), ("sequence", 128), ("batch", 16),
-                ("images", 1024),
-            ):  # fmt: skip
-                command.add_argument(f"--{option}", type=runs.count, default=size, help=f"({size})")
+            runs.add_counts(command, {
+                "width": (768, "of the transformer"), "layers": (3, "its blocks"),
+                "heads": (12, "of its attention"), "sequence": (128, "tokens of a row"),
+                "batch": (16, "its rows"), "images": (1024, "of the MLP"),
+            })  # fmt: skip
             command.add_argument("--min-speedup", type=runs.rate, default=1.05, help="(1.05)")
         else:
             sizes = (8192, 4096, 4096) if name == "tpu-compile" else (4096, 2048, 2048)

@@ -1,15 +1,14 @@
-"""The steps that benchmark.py times: of a dense layer, in JAX and PyTorch, and of whole models."""
+"""The steps of a dense layer that benchmark.py times, in JAX and PyTorch."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flop_counts import estimate_flops
 from jax import lax
+from timing import Step
 
 import mem_aop_jax as aop
 
@@ -25,25 +24,7 @@ class Sizes(NamedTuple):
     dtype: str
 
 
-class Step(NamedTuple):
-    """A function to time, with its arguments.
-
-    Attributes:
-      function: `(*args, key, state) -> (state, results)`, to be compiled. Each call gets a new key.
-        The state is donated; it comes first in the result, since a donated array becomes the first
-        result of its shape.
-      args: arrays.
-      state: a pytree of arrays.
-      calls: the least number of calls to time together: of so many, one refreshes its subspaces.
-    """
-
-    function: Callable
-    args: tuple
-    state: Any
-    calls: int = 1
-
-
-# ---- a dense layer
+# ---- JAX
 
 
 def layer_inputs(sizes: Sizes) -> tuple:
@@ -127,37 +108,6 @@ def overhead(config: aop.MemAOP, sizes: Sizes, passes: str = "both") -> float:
     chosen = (config.selected_rows(rows) + config.input_rows(rows)) / rows
     beside = max(0.0, estimate / product - chosen)
     return {"both": beside / 3, "backward": beside / 2, "forward": 0.0}[passes]
-
-
-# ---- whole models
-
-
-def model_step(model: nn.Module, loss: Callable, batch, inputs: tuple, calls: int = 1) -> Step:
-    """A training step with Adam.
-
-    Args:
-      model: a Linen model, wrapped or not.
-      loss: a function `loss(model, variables, batch, key)`.
-      batch: the batch that the loss takes.
-      inputs: the arguments of `model.init` after the key.
-      calls: as in `Step`.
-    """
-    variables = jax.jit(model.init)(jax.random.key(0), *inputs)
-    params, memory = variables["params"], variables.get(aop.linen.COLLECTION, {})
-    tx = optax.chain(aop.carry_memory(memory), optax.adam(1e-3))
-
-    def step(batch, key, state):
-        params, opt_state = state
-
-        def loss_fn(params, memory):
-            return loss(model, {"params": params, aop.linen.COLLECTION: memory}, batch, key)
-
-        gradient = jax.value_and_grad(loss_fn, argnums=(0, 1))
-        value, (grads, memory) = gradient(params, aop.get_memory(opt_state))
-        updates, opt_state = tx.update(grads, opt_state, params, memory=memory)
-        return (optax.apply_updates(params, updates), opt_state), value
-
-    return Step(step, (batch,), (params, tx.init(params)), calls)
 
 
 # ---- PyTorch

@@ -1,7 +1,7 @@
 """Train a deep MLP on images, exactly and with cheaper weight gradients, with three optimizers.
 
-The model (784-512-512-10) is stock Flax Linen; `aop.linen.wrap` makes all its dense layers
-approximate. Each --run is one way to compute the weight gradients:
+The model (784-512-512-10) is stock Flax Linen; `aop.approximate` makes the gradients of all its
+kernels approximate. Each --run is one way to compute them:
 
   exact                                        the reference
   topk:ratio=1/8,memory=rows                   a policy, and keywords of aop.MemAOP
@@ -22,18 +22,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+import runs
+from training import first_state, shuffled_batches, train_step
 
 import mem_aop_jax as aop
 
-try:
+with runs.needs_packages():
     import paper_data
-    import runs
-    from reproduce_paper import Results, hits, load, pixels_to_inputs
     from tqdm import tqdm
-except ImportError as error:
-    raise SystemExit(
-        f"{error}. Install the examples' packages: pip install '.[examples]'"
-    ) from None
 
 DEFAULT_RUNS = (
     "exact",
@@ -68,28 +64,27 @@ class MLP(nn.Module):
         return nn.Dense(paper_data.CLASSES)(x)
 
 
-def wrapped_mlp(config: aop.MemAOP | None) -> nn.Module:
-    return aop.linen.wrap(MLP(), config) if config else MLP()
+def loss_fn(params, x, labels):
+    return cross_entropy(MLP().apply({"params": params}, x), labels).mean()
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def first_params(key, pixels: int):
-    return MLP().init(key, jnp.zeros((1, pixels), jnp.float32))["params"]
+@jax.jit
+def first_params(key, x):
+    return MLP().init(key, x)["params"]
 
 
 @jax.jit
 def evaluate(params, data: paper_data.Data):
     """Loss of all training images, and accuracy on the test images."""
 
-    def mean(metric, pixels, labels):
-        def image_metric(image):
-            pixels, label = image
-            return metric(MLP().apply({"params": params}, pixels_to_inputs(pixels)), label)
+    def measure(image):
+        pixels, label = image
+        logits = MLP().apply({"params": params}, paper_data.pixels_to_inputs(pixels))
+        return cross_entropy(logits, label), logits.argmax() == label
 
-        return jax.lax.map(image_metric, (pixels, labels), batch_size=EVALUATED_TOGETHER).mean()
-
-    loss = mean(cross_entropy, data.train_x, data.train_y)
-    return loss, mean(hits, data.validation_x, data.validation_y)
+    losses, _ = jax.lax.map(measure, data[:2], batch_size=EVALUATED_TOGETHER)
+    _, hits = jax.lax.map(measure, data[2:], batch_size=EVALUATED_TOGETHER)
+    return losses.mean(), hits.mean()
 
 
 # ---- training
@@ -99,42 +94,28 @@ class Trainer:
     """Training with one configuration and optimizer, for any seed."""
 
     def __init__(self, config: aop.MemAOP | None, optimizer: str, batch: int, pixels: int):
-        self.model, self.batch, self.pixels = wrapped_mlp(config), batch, pixels
-        example = jnp.zeros((batch, pixels), jnp.float32)
-        variables = jax.eval_shape(self.model.init, jax.random.key(0), example)
-        memory = variables.get(aop.linen.COLLECTION, {})  # empty if the run has none
-        self.optimizer = optax.chain(aop.carry_memory(memory), OPTIMIZERS[optimizer]())
+        self.approx, self.batch = aop.approximate(loss_fn, config or ()), batch
+        self.example = jnp.zeros((batch, pixels), jnp.float32), jnp.zeros(batch, jnp.int32)
+        self.optimizer = optax.chain(aop.carry_memory({}), OPTIMIZERS[optimizer]())
         self.epoch = jax.jit(self._epoch, donate_argnums=0)
 
     def step(self, data, state, batch):
         """One update; `batch` has the indices of its images and a key."""
-        params, opt_state = state
         indices, key = batch
-        x, y = pixels_to_inputs(data.train_x[indices]), data.train_y[indices]
-
-        def loss_fn(params, memory):
-            variables = {"params": params, aop.linen.COLLECTION: memory}
-            logits = self.model.apply(variables, x, rngs={aop.linen.RNG: key})
-            return cross_entropy(logits, y).mean()
-
-        grads, memory = jax.grad(loss_fn, argnums=(0, 1))(params, aop.get_memory(opt_state))
-        updates, opt_state = self.optimizer.update(grads, opt_state, params, memory=memory)
-        return (optax.apply_updates(params, updates), opt_state), None
+        x, labels = paper_data.pixels_to_inputs(data.train_x[indices]), data.train_y[indices]
+        return train_step(self.approx, self.optimizer, state, key, x, labels)
 
     def _epoch(self, state, data, order_key, policy_key):
-        """One pass over the reshuffled training images; the last, partial batch is dropped."""
-        images = len(data.train_x)
-        batches = images // self.batch
-        order = jax.random.permutation(order_key, images)[: batches * self.batch]
-        order = order.reshape(batches, self.batch)
-        keys = jax.random.split(policy_key, batches)
-        return jax.lax.scan(functools.partial(self.step, data), state, (order, keys))[0]
+        """One pass over the reshuffled training images."""
+        batches = shuffled_batches(order_key, len(data.train_x), self.batch)
+        keys = jax.random.split(policy_key, len(batches))
+        return jax.lax.scan(functools.partial(self.step, data), state, (batches, keys))[0]
 
     def train(self, seed: int, data, epochs: int, progress: tqdm) -> tuple[float, float]:
         """Train loss and test accuracy after the last epoch."""
         init_key, order_key, policy_key = jax.random.split(jax.random.key(seed), 3)
-        params = first_params(init_key, self.pixels)
-        state = params, self.optimizer.init(params)
+        params = first_params(init_key, self.example[0])
+        state = first_state(self.approx, self.optimizer, params, *self.example)
         for i in range(epochs):
             keys = (jax.random.fold_in(key, i) for key in (order_key, policy_key))
             state = jax.block_until_ready(self.epoch(state, data, *keys))
@@ -144,7 +125,7 @@ class Trainer:
 
 def train_all(options: argparse.Namespace, data: paper_data.Data) -> dict[str, dict]:
     """Trains the seeds that `results.json` lacks; returns an entry for each run and optimizer."""
-    results = Results(options.out / "results.json", options.dataset)
+    results = runs.Results(options.out / "results.json", options.dataset)
     wanted = {
         entry_name(run, optimizer): (run, optimizer)
         for run, optimizer in itertools.product(options.run, options.optimizer)
@@ -157,8 +138,7 @@ def train_all(options: argparse.Namespace, data: paper_data.Data) -> dict[str, d
             "epochs": options.epochs,
             "data": data.checksum(),
         }
-        new = settings | {"losses": [], "accuracies": [], "seconds": []}
-        entries[name] = results.configurations[name] if results.has(name, settings) else new
+        entries[name] = results.entry(name, settings, ("losses", "accuracies", "seconds"))
     on_device = jax.tree.map(jnp.asarray, data)
     with tqdm(total=len(wanted) * options.seeds * options.epochs, unit="epoch") as progress:
         for name, (run, optimizer) in wanted.items():
@@ -211,18 +191,14 @@ def report(options: argparse.Namespace, entries: dict[str, dict]) -> str:
         f"{options.epochs} epoch(s) in batches of {options.batch}; {options.seeds} seed(s). "
         f"Learning rates: {rates}."
     )
-    path = options.out / "results.md"
-    path.write_text(text + "\n")
-    return f"{text}\n\n{path}"
+    return runs.write_report(text, options.out / "results.md", {})
 
 
 # ---- the command
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runs.argument_parser(__doc__)
     parser.add_argument(
         "--run", type=runs.parse, action="append", metavar="RUN",
         help=f"one way to train; may be repeated ({' '.join(DEFAULT_RUNS)})",
@@ -237,27 +213,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--data", type=pathlib.Path, metavar="DIR",
         help="the folder with the four IDX files (.gz or not); default: download",
     )  # fmt: skip
-    for name, default, meaning in (
-        ("seeds", 3, "of each run"),
-        ("epochs", 3, "passes over the training images"),
-        ("batch", 256, "images of a step"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=runs.count, default=default, help=f"{meaning} ({default})"
-        )
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("deep_mlp"), metavar="DIR",
-        help="folder for results.json and the table (deep_mlp)",
-    )  # fmt: skip
+    counts = {
+        "seeds": (3, "of each run"),
+        "epochs": (3, "passes over the training images"),
+        "batch": (256, "images of a step"),
+    }
+    runs.add_counts(parser, counts)
+    runs.add_out_folder(parser, "deep_mlp", "results.json and the table")
     options = parser.parse_args(arguments)
     wanted = options.run or map(runs.parse, DEFAULT_RUNS)
     options.run = list({run.name: run for run in wanted}.values())
     options.optimizer = list(dict.fromkeys(options.optimizer or OPTIMIZERS))
     for run in options.run:
-        example = jnp.zeros((options.batch, 1), jnp.float32)  # only its rows count
         try:
-            aop.linen.layers(wrapped_mlp(run.config), jax.random.key(0), example)
-        except (TypeError, ValueError) as error:
+            if run.config:
+                run.config.selected_rows(options.batch)
+        except ValueError as error:
             parser.error(f"argument --run: {run.name}: {error}")
     runs.make_out_folder(parser, options)
     return options
@@ -265,7 +236,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    print("\n" + report(options, train_all(options, load(options, options.batch))))
+    data = paper_data.load(options.dataset, options.data, options.batch)
+    print("\n" + report(options, train_all(options, data)))
 
 
 if __name__ == "__main__":

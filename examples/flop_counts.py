@@ -1,8 +1,9 @@
 """FLOPs of training steps: as the compiler counts them, and by the formulas of `aop.cost`."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import flax.linen as nn
 import jax
 
 import mem_aop_jax as aop
@@ -16,23 +17,21 @@ def compiled_flops(function: jax.stages.Wrapped, *args) -> float:
     On a GPU the function is compiled for the CPU: a GPU's products are calls into libraries, which
     XLA counts as nothing.
     """
-    if jax.default_backend() != "gpu":
-        return _counted_by_xla(function.lower(*args))
-    try:
-        cpu = jax.devices("cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves it out
-        return 0.0
-    with jax.default_device(cpu):
-        return _counted_by_xla(function.lower(*jax.tree.map(_without_device, args)))
+    device = None
+    if jax.default_backend() == "gpu":
+        try:
+            device = jax.devices("cpu")[0]
+        except RuntimeError:  # JAX_PLATFORMS leaves it out
+            return 0.0
+        args = jax.tree.map(_without_device, args)
+    with jax.default_device(device):
+        compiled = function.lower(*args).compile()
+    return (compiled.cost_analysis() or {}).get("flops", 0.0)
 
 
 def _without_device(leaf):
     is_array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array else leaf
-
-
-def _counted_by_xla(lowered):
-    return (lowered.compile().cost_analysis() or {}).get("flops", 0.0)
 
 
 def estimate_flops(config: aop.MemAOP, rows: int, in_features: int, out_features: int) -> float:
@@ -42,21 +41,20 @@ def estimate_flops(config: aop.MemAOP, rows: int, in_features: int, out_features
 
 
 def skipped_refresh_flops(
-    model: nn.Module, rules: tuple[tuple[str, aop.MemAOP | None], ...], example: jax.Array
+    loss: Callable, rules: Sequence[tuple[str, aop.MemAOP | None]], params: Any, *args: Any
 ) -> float:
-    """FLOPs of the refreshes that a model's subspaces skip, the mean over the steps.
+    """FLOPs of the refreshes that the subspaces of a loss skip, the mean over the steps.
 
     XLA counts the costlier side of a branch, a refresh, in every step; with `refresh=8` seven of
-    eight steps skip it.
+    eight steps skip it. `params` and `args` are the arguments of the loss, or their shapes.
     """
-    always = [
+
+    def planned_flops(rules):
+        approx = aop.approximate(loss, rules)
+        plan = aop.plan(approx, params, *args, min_speedup=None, rates=ANY_RATES)
+        return sum(planned.cost.flops for planned in plan.layers)
+
+    always = tuple(
         (pattern, config and dataclasses.replace(config, refresh=1)) for pattern, config in rules
-    ]
-    if always == list(rules):
-        return 0.0
-    return _planned_flops(model, always, example) - _planned_flops(model, rules, example)
-
-
-def _planned_flops(model, rules, example):
-    plan = aop.plan(model, rules, example, min_speedup=None, rates=ANY_RATES)
-    return sum(planned.cost.flops for planned in plan.layers)
+    )
+    return planned_flops(always) - planned_flops(rules) if always != rules else 0.0

@@ -1,7 +1,8 @@
 """Train a character transformer exactly and with cheaper weight gradients, at counted FLOPs.
 
-The model is stock Flax Linen; `aop.linen.wrap` makes the dense layers of its blocks approximate.
-The text is Python's own standard library, or --text FILE. Each --run is one way to train:
+The model is stock Flax Linen; `aop.approximate` makes the gradients of its blocks' kernels
+approximate. The text is Python's own standard library, or --text FILE. Each --run is one way to
+train:
 
   exact                                  the reference, with --batch and --steps
   exact:flops=0.75                       as many steps as 0.75 of the reference's FLOPs pay for
@@ -26,18 +27,13 @@ import pathlib
 
 import jax.numpy as jnp
 import numpy as np
+import runs
 
-try:
+with runs.needs_packages():
     import language_report
     import language_text
-    import runs
     from language_training import EVALUATIONS, Run, Trained, Trainer, evaluated_steps
-    from reproduce_paper import Results
     from tqdm import tqdm
-except ImportError as error:
-    raise SystemExit(
-        f"{error}. Install the examples' packages: pip install '.[examples]'"
-    ) from None
 
 DEFAULT_RUNS = (
     "exact",
@@ -115,14 +111,13 @@ def settings(run: Run, options: argparse.Namespace, text: language_text.Text) ->
 
 def compare(options: argparse.Namespace, text: language_text.Text) -> dict[str, dict]:
     """Trains the seeds that `results.json` lacks; returns the entries of all runs by name."""
-    results = Results(options.out / "results.json", text.name)
-    wanted = {run.name: settings(run, options, text) for run in options.run}
-    done = {
-        name: len(results.configurations[name]["losses"]) if results.has(name, new) else 0
-        for name, new in wanted.items()
+    results = runs.Results(options.out / "results.json", text.name)
+    lists = "losses", "flops", "seconds", "decisions"
+    entries = {
+        run.name: results.entry(run.name, settings(run, options, text), lists)
+        for run in options.run
     }
 
-    @functools.cache
     def step_flops(config, batch):
         run = Run("", config, {}, batch=batch)
         trainer = Trainer(run, options.steps, options)
@@ -139,20 +134,20 @@ def compare(options: argparse.Namespace, text: language_text.Text) -> dict[str, 
 
     budget = options.steps * step_flops(None, options.batch)
     tokens, validation = jnp.asarray(text.train), jnp.asarray(text.validation)
-    with tqdm(total=len(wanted) * options.seeds * EVALUATIONS, unit="evaluation") as progress:
+    with tqdm(total=len(entries) * options.seeds * EVALUATIONS, unit="evaluation") as progress:
         for run in options.run:
+            entry = entries[run.name]
+            done = len(entry["losses"])
             progress.set_description(run.name)
-            progress.update(min(done[run.name], options.seeds) * EVALUATIONS)
-            if done[run.name] >= options.seeds:
+            progress.update(min(done, options.seeds) * EVALUATIONS)
+            if done >= options.seeds:
                 continue
             steps = run.steps or max(
                 1, int(run.flops * budget / step_flops(run.config, run.batch) + 1e-6)
             )
-            lists = {name: [] for name in ("losses", "flops", "seconds", "decisions")}
-            entry = results.configurations.get(run.name)
-            entry = entry or {**wanted[run.name], "steps": steps, **lists}
+            entry["steps"] = steps
             trainer = Trainer(run, steps, options)
-            for seed in range(done[run.name], options.seeds):
+            for seed in range(done, options.seeds):
                 diagnosed = evaluated_steps(steps)[:: EVALUATIONS - 1]
                 if seed > 0 or not entry["diagnosed"]:
                     diagnosed = ()
@@ -164,7 +159,7 @@ def compare(options: argparse.Namespace, text: language_text.Text) -> dict[str, 
                 entry["c"] = entry["step_flops"] / step_flops(None, run.batch)
                 entry["of_reference"] = steps * entry["step_flops"] / budget
                 results.add(run.name, entry)
-    return {name: results.configurations[name] for name in wanted}
+    return entries
 
 
 def record(entry: dict, trained: Trained) -> None:
@@ -188,9 +183,7 @@ def record(entry: dict, trained: Trained) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runs.argument_parser(__doc__)
     parser.add_argument(
         "--run", type=parse_run, action="append", metavar="RUN",
         help=f"one way to train; may be repeated ({' '.join(DEFAULT_RUNS)})",
@@ -200,18 +193,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="approximate runs without steps or flops of their own get flops=1",
     )  # fmt: skip
     parser.add_argument("--preset", choices=PRESETS, help="sizes for the options not given")
-    for name, default, meaning in (
-        ("width", 192, "of the model"),
-        ("layers", 3, "blocks"),
-        ("heads", 6, "of the attention"),
-        ("sequence", 128, "characters of a window"),
-        ("batch", 16, "windows of a step, of the reference"),
-        ("steps", 250, "of the reference"),
-        ("seeds", 1, "of each run"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=runs.count, default=default, help=f"{meaning} ({default})"
-        )
+    counts = {
+        "width": (192, "of the model"),
+        "layers": (3, "blocks"),
+        "heads": (6, "of the attention"),
+        "sequence": (128, "characters of a window"),
+        "batch": (16, "windows of a step, of the reference"),
+        "steps": (250, "of the reference"),
+        "seeds": (1, "of each run"),
+    }
+    runs.add_counts(parser, counts)
     parser.add_argument(
         "--learning-rate", type=runs.rate, default=1e-3, help="of Adam, at its highest (0.001)"
     )
@@ -224,7 +215,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--layers-exact", metavar="REGEX",
-        help="exact layers besides the head, by their whole path: for instance block_0/.*",
+        help="exact kernels besides the head's, by their whole path: for instance block_0/.*",
     )  # fmt: skip
     parser.add_argument(
         "--diagnose", action="store_true",
@@ -238,10 +229,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--text", type=pathlib.Path, metavar="FILE",
         help=f"instead of the standard library; its first {language_text.TEXT_LIMIT:,} characters",
     )  # fmt: skip
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("language_model"), metavar="DIR",
-        help="folder for results.json, the table and the figure (language_model)",
-    )  # fmt: skip
+    runs.add_out_folder(parser, "language_model", "results.json, the table and the figure")
     parser.set_defaults(**PRESETS.get(parser.parse_args(arguments).preset, {}))
     options = parser.parse_args(arguments)
     if options.width % options.heads:
@@ -252,6 +240,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for i, run in enumerate(options.run):
         try:
             options.run[i] = run = resolved(run, options)
+            if run.config:
+                run.config.selected_rows(run.batch * options.sequence)
             layers = Trainer(run, options.steps, options).layers()
         except (TypeError, ValueError) as error:
             parser.error(f"argument --run: {run.name}: {error}")

@@ -20,26 +20,26 @@ def write(
       description: the text below the table.
       loss: as in `table`.
     """
-    paths = [folder / "results.md", folder / "results.png"]
-    text = f"{table(results, loss)}\n\n{description}"
-    layers = [
-        f"{name}, after {step} steps\n\n{diagnostics['table']}\n"
-        for name, entry in results.items()
-        for step, diagnostics in entry.get("diagnostics", {}).items()
-    ]
     decisions = [
         f"{name}, first seed\n\n{entry['controller']}"
         for name, entry in results.items()
         if "controller" in entry
     ]
-    text = "\n\n".join([text, *decisions])
-    if layers:
-        text = f"{text}\n\n{diagnostics_table(results)}"
-        paths.append(folder / "diagnostics.md")
-        paths[-1].write_text("\n".join(layers))
-    paths[0].write_text(text + "\n")
-    draw(results).savefig(paths[1], dpi=120)
-    return "\n".join([text, "", *map(str, paths)])
+    text = "\n\n".join([table(results, loss), description, *decisions])
+    diagnosed = [
+        (name, step, diagnostics)
+        for name, entry in results.items()
+        for step, diagnostics in entry.get("diagnostics", {}).items()
+    ]
+    if diagnosed:
+        text = f"{text}\n\n{diagnostics_table(diagnosed)}"
+    report = runs.write_report(text, folder / "results.md", {folder / "results.png": draw(results)})
+    if diagnosed:
+        path = folder / "diagnostics.md"
+        tables = (f"{name}, after {step} steps\n\n{x['table']}\n" for name, step, x in diagnosed)
+        path.write_text("\n".join(tables))
+        report = f"{report}\n{path}"
+    return report
 
 
 def table(results: dict[str, dict], loss: float | None = None) -> str:
@@ -89,7 +89,7 @@ def spent_until(entry: dict, loss: float, resource: str) -> str:
     return "never" if None in spent else runs.cell(spent, ".4g")
 
 
-def diagnostics_table(results: dict[str, dict]) -> str:
+def diagnostics_table(diagnosed: list[tuple[str, str, dict]]) -> str:
     """The diagnostics of the gradient estimates in Markdown, with a row for each run and step.
 
     The columns are those of `aop.Measured`; c is the cost of the approximate layers alone.
@@ -98,8 +98,7 @@ def diagnostics_table(results: dict[str, dict]) -> str:
     keys = ("error", "cosine", "v", "input_v", "noise", "c", "rule")
     rows = [
         (f"`{name}`", step, *(f"{diagnostics[key]:.3g}" for key in keys))
-        for name, entry in results.items()
-        for step, diagnostics in entry.get("diagnostics", {}).items()
+        for name, step, diagnostics in diagnosed
     ]
     return runs.markdown(header, rows)
 

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import functools
-import re
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import language_text
 import optax
 from flop_counts import compiled_flops, skipped_refresh_flops
 from tqdm import tqdm
+from training import first_state, train_step
 
 import mem_aop_jax as aop
 
@@ -81,21 +81,15 @@ class Transformer(nn.Module):
         return nn.Dense(language_text.VOCABULARY, name="head")(nn.LayerNorm()(x))
 
 
-def loss(model, variables, windows, key=None):
-    """The loss in the form that `aop.allocate` and `aop.Controller` take."""
-    rngs = {} if key is None else {aop.linen.RNG: key}
-    logits = model.apply(variables, windows[:, :-1], rngs=rngs)
+def loss_fn(model, params, windows):
+    logits = model.apply({"params": params}, windows[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
-
-
-def training_loss(model, params, memory, windows, key):
-    return loss(model, {"params": params, aop.linen.COLLECTION: memory}, windows, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def validation_loss(model, params, batches):
     def batch_loss(windows):
-        return loss(model, {"params": params}, windows.astype(jnp.int32))
+        return loss_fn(model, params, windows.astype(jnp.int32))
 
     return jax.lax.map(batch_loss, batches).mean()
 
@@ -139,52 +133,45 @@ class Trainer:
     ):
         learning_rate = learning_rate or options.learning_rate
         self.batch, self.every, self.steps = run.batch, run.every, steps
-        self.allocated = WITH_INPUTS if run.inputs else ALLOCATED
         self.sequence = options.sequence
-        self.exact = Transformer(options.width, options.layers, options.heads)
-        self.example = jnp.zeros((run.batch, options.sequence), jnp.int32)
-        self.layers_exact = ["head", *([options.layers_exact] if options.layers_exact else [])]
-        self.rules = () if run.config is None else self.rules_with(run.config)
-        self.model = self.wrapped(self.rules)
+        self.model = Transformer(options.width, options.layers, options.heads)
+        self.loss = functools.partial(loss_fn, self.model)
+        self.example = jnp.zeros((run.batch, options.sequence + 1), jnp.int32)
+        exact = "head/kernel", *([options.layers_exact] if options.layers_exact else [])
+
+        def rules(config):
+            return (*((pattern, None) for pattern in exact), (".*", config))
+
+        self.rules = rules(run.config) if run.config else ()
+        self.allocated = rules(WITH_INPUTS if run.inputs else ALLOCATED)
         warm_up = int(WARM_UP * steps)
         self.schedule = optax.warmup_cosine_decay_schedule(
             learning_rate / (warm_up + 1), learning_rate, warm_up, steps
         )
-        self.init = jax.jit(self._init)
-        self.advance = jax.jit(self._advance, static_argnums=0, donate_argnums=1)
-
-    def rules_with(self, config):
-        """Rules for `aop.linen.wrap`: the configuration for all but the exact layers."""
-        return (*((pattern, None) for pattern in self.layers_exact), (r".*", config))
-
-    def wrapped(self, rules):
-        return aop.linen.wrap(self.exact, rules) if rules else self.exact
-
-    def layers(self):
-        """The layers that are approximate, or that a controller may approximate."""
-        model = self.wrapped(self.rules_with(self.allocated)) if self.every else self.model
-        return aop.linen.layers(model, jax.random.key(0), self.example)
-
-    def optimizer(self, memory):
-        return optax.chain(
-            aop.carry_memory(memory, self.schedule),
+        self.optimizer = optax.chain(
+            aop.carry_memory({}, self.schedule),
             optax.clip_by_global_norm(1.0),
             optax.adam(self.schedule),
         )
+        self.init = jax.jit(self._init)
+        self.advance = jax.jit(self._advance, static_argnums=0, donate_argnums=1)
+
+    def approximate(self, rules) -> aop.Approximated:
+        return aop.approximate(self.loss, rules)
 
     def _init(self, key):
-        variables = self.model.init(key, self.example)
-        params, memory = variables["params"], variables.get(aop.linen.COLLECTION, {})
-        return params, self.optimizer(memory).init(params)
+        params = self.model.init(key, self.example[:, :-1])["params"]
+        return first_state(self.approximate(self.rules), self.optimizer, params, self.example)
 
-    def step(self, model, state, windows, key):
-        params, opt_state = state
-        memory = aop.get_memory(opt_state)
-        gradient = jax.grad(training_loss, argnums=(1, 2))
-        grads, new_memory = gradient(model, params, memory, windows, key)
-        optimizer = self.optimizer(memory)
-        updates, opt_state = optimizer.update(grads, opt_state, params, memory=new_memory)
-        return optax.apply_updates(params, updates), opt_state
+    @functools.cached_property
+    def shapes(self):
+        """Of the parameters."""
+        return jax.eval_shape(self.init, jax.random.key(0))[0]
+
+    def layers(self):
+        """The contractions that are approximate, or that a controller may approximate."""
+        rules = self.allocated if self.every else self.rules
+        return self.approximate(rules).layers(self.shapes, self.example)
 
     def windows(self, tokens, key, i):
         """The windows of step i. The n-th window of a run is the same for every batch size."""
@@ -197,12 +184,15 @@ class Trainer:
         offsets = jax.vmap(offset)(i * self.batch + jnp.arange(self.batch))
         return tokens[offsets[:, None] + jnp.arange(self.sequence + 1)].astype(jnp.int32)
 
-    def _advance(self, model, state, tokens, data_key, policy_key, start, stop):
+    def step(self, approx, state, key, windows):
+        return train_step(approx, self.optimizer, state, key, windows)[0]
+
+    def _advance(self, approx, state, tokens, data_key, policy_key, start, stop):
         """The steps from `start` to `stop`."""
 
         def body(i, state):
-            windows = self.windows(tokens, data_key, i)
-            return self.step(model, state, windows, jax.random.fold_in(policy_key, i))
+            key, windows = jax.random.fold_in(policy_key, i), self.windows(tokens, data_key, i)
+            return self.step(approx, state, key, windows)
 
         return jax.lax.fori_loop(start, stop, body, state)
 
@@ -212,26 +202,14 @@ class Trainer:
         As XLA counts them, less the refreshes that most steps skip. They are counted once: runs
         that differ in the number of steps alone have the same.
         """
-        sizes = self.exact, rules, self.batch, self.sequence
+        sizes = self.model, rules, self.batch, self.sequence
         if sizes not in STEP_FLOPS:
-            STEP_FLOPS[sizes] = self._count_step_flops(rules)
+            approx, args = self.approximate(rules), (self.shapes, self.example)
+            state = jax.eval_shape(functools.partial(first_state, approx, self.optimizer), *args)
+            step = jax.jit(self.step, static_argnums=0)
+            flops = compiled_flops(step, approx, state, jax.random.key(0), self.example)
+            STEP_FLOPS[sizes] = flops - skipped_refresh_flops(self.loss, rules, *args)
         return STEP_FLOPS[sizes]
-
-    def _count_step_flops(self, rules):
-        model, key = self.wrapped(rules), jax.random.key(0)
-        memory = jax.eval_shape(model.init, key, self.example).get(aop.linen.COLLECTION, {})
-        params, opt_state = jax.eval_shape(self.init, key)
-        state = params, aop.replace_memory(opt_state, memory)
-        windows = jnp.zeros((self.batch, self.sequence + 1), jnp.int32)
-        flops = compiled_flops(jax.jit(self.step, static_argnums=0), model, state, windows, key)
-        return flops - skipped_refresh_flops(self.exact, rules, self.example) if rules else flops
-
-    def diagnose(self, model, state, windows, key) -> aop.Diagnostics:
-        """Diagnostics of the gradient estimates, on windows that were not trained on."""
-        params, opt_state = state
-        probes = aop.linen.probes(model, aop.get_memory(opt_state), key, self.example)
-        loss_fn = functools.partial(training_loss, model)
-        return aop.diagnostics(loss_fn, params, probes, windows, key, count_flops=False)
 
     def train(
         self,
@@ -254,37 +232,39 @@ class Trainer:
           params: the parameters to start from; None initialises them.
         """
         init_key, *keys = jax.random.split(jax.random.key(seed), 3)
-        state, model, rules = self.init(init_key), self.model, self.rules
+        state, rules = self.init(init_key), self.rules
         if params is not None:
             keys = [jax.random.fold_in(key, 1) for key in keys]  # other windows
             state = jax.tree.map(jnp.copy, params), state[1]  # copies: the first step donates them
-        controlled = Controlled(self) if self.every else None
-        evaluated = evaluated_steps(self.steps)
-        decided = decided_steps(self.steps, self.every) if self.every else []
+        every, evaluated = self.every, evaluated_steps(self.steps)
+        decided = [max(1, every // 10), *range(every, self.steps, every)] if every else []
+        controlled = Controlled(self) if every else None
         losses, spent, seconds, diagnostics = [], [], [], {}
         done, flops, stopwatch = 0, 0.0, Stopwatch()
         for step in sorted({*evaluated, *decided}):
+            approx = self.approximate(rules)
             with stopwatch:
-                state = jax.block_until_ready(self.advance(model, state, tokens, *keys, done, step))
+                state = self.advance(approx, state, tokens, *keys, done, step)
+                params, opt_state = jax.block_until_ready(state)
             flops += (step - done) * self.step_flops(rules)
             done = step
             key = jax.random.fold_in(keys[1], self.steps + step)  # which no step has
             if step in evaluated:
-                losses.append(float(validation_loss(self.exact, state[0], validation)))
+                losses.append(float(validation_loss(self.model, params, validation)))
                 spent.append(flops)
                 seconds.append(stopwatch.seconds)
                 progress.update()
-            if step in diagnosed and model is not self.exact:
-                windows = self.windows(tokens, keys[0], step)
-                diagnostics[step] = self.diagnose(model, state, windows, key)
+            if step in diagnosed and rules:
+                args = aop.get_memory(opt_state), key, self.windows(tokens, keys[0], step)
+                diagnostics[step] = aop.diagnostics(approx, params, *args, count_flops=False)
             if step in decided:
-                batches = [self.windows(tokens, keys[0], step + i) for i in range(2)]
+                batches = [(self.windows(tokens, keys[0], step + i),) for i in range(2)]
                 with stopwatch:
                     state, decision_flops = controlled.decide(step, state, batches, key)
-                model, rules = controlled.controller.model, controlled.rules
+                rules = controlled.rules
                 flops += decision_flops
         controller = controlled and controlled.controller
-        return Trained(losses, spent, seconds, diagnostics, controller, state[0])
+        return Trained(losses, spent, seconds, diagnostics, controller, params)
 
 
 class Stopwatch:
@@ -317,10 +297,6 @@ def note_compilation(event: str, seconds: float, **_) -> None:
 jax.monitoring.register_event_duration_secs_listener(note_compilation)
 
 
-def decided_steps(steps: int, every: int) -> list[int]:
-    return [max(1, every // 10), *range(every, steps, every)]
-
-
 class Controlled:
     """A controller that decides between exact training and the rules that `aop.allocate` finds.
 
@@ -329,39 +305,28 @@ class Controlled:
     """
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self.choices = trainer, {}
-        self.controller = self._controller(())
-
-    def _controller(self, log):
-        trainer = self.trainer
-        return aop.Controller(trainer.exact, self.choices, trainer.example, loss, log=log)
+        self.approx, self.choices = trainer.approximate(trainer.allocated), {}
+        self.controller = None  # until the first decision
 
     @property
     def rules(self):
         """The rules of the last choice; there are none for exact training."""
-        return self.choices.get(self.controller.log[-1].choice, ())
+        return self.choices.get(self.controller.choice, ())
 
     def decide(self, step: int, state, batches, key):
-        """The state with the memory of the model that was chosen, and FLOPs of all measurements."""
+        """The state with the memory for the chosen rules, and FLOPs of all measurements."""
         params, opt_state = state
         second_moments = optax.tree_utils.tree_get(opt_state, "nu")
         metric = jax.tree.map(lambda nu: 1 / (jnp.sqrt(nu) + 1e-8), second_moments)  # Adam's
-        flops, number = 0.0, len(self.controller.log) + 1
-        if number & (number - 1) == 0:
-            allocation = aop.allocate(
-                self.trainer.exact,
-                self.trainer.allocated,
-                self.trainer.example,
-                loss,
-                params=params,
-                batches=batches,
-                key=key,
-                layers="|".join(re.escape(layer.path) for layer in self.trainer.layers()),
-                metric=metric,
-            )
+        log = self.controller.log if self.controller else []
+        flops = 0.0
+        if len(log) & (len(log) + 1) == 0:
+            allocation = aop.allocate(self.approx, params, batches, key, metric=metric)
             flops += allocation.spent
             self.choices[f"allocated at {step}"] = allocation.rules
-            self.controller = self._controller(self.controller.log)
+            self.controller = aop.Controller(
+                self.approx, self.choices, params, *batches[0], log=log
+            )
         memory = aop.get_memory(opt_state)
         memory = self.controller.decide(step, params, memory, batches, key, metric=metric)
         state = params, aop.replace_memory(opt_state, memory)

@@ -11,6 +11,7 @@ import pathlib
 import zlib
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pooch
 
@@ -37,6 +38,26 @@ class Data(NamedTuple):
     def checksum(self) -> str:
         """A short name for the contents."""
         return hashlib.sha256(b"".join(a.tobytes() for a in self)).hexdigest()[:16]
+
+
+def load(dataset: str, path: pathlib.Path | None, rows: int) -> Data:
+    """The data set "energy", or one of `SOURCES`, from this path; None downloads it.
+
+    Raises:
+      SystemExit: it cannot be read, or has fewer rows than a batch.
+    """
+    try:
+        data = energy(path) if dataset == "energy" else images(dataset, path)
+    except DataError as error:
+        raise SystemExit(f"{error}") from None
+    if len(data.train_x) < rows:
+        raise SystemExit(f"{path or dataset}: has {len(data.train_x)} images; a batch has {rows}")
+    return data
+
+
+def pixels_to_inputs(pixels):
+    """From 0 to 255 to inputs from -1 to 1."""
+    return (pixels.astype(jnp.float32) / 255 - 0.5) / 0.5
 
 
 # ---- energy

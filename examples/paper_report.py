@@ -5,6 +5,7 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
+import runs
 import scipy
 from matplotlib.figure import Figure
 
@@ -71,17 +72,13 @@ def write(dataset: str, results: dict[str, dict], folder: pathlib.Path) -> str:
       folder: where the files go.
     """
     metrics = METRICS.get(dataset, METRICS["images"])
-    text = table(metrics, results, PUBLISHED.get(dataset, {}))
-    path = folder / f"{dataset}.md"
-    path.write_text(text + "\n")
-    paths = [path]
+    figures = {}
     for k in sorted({entry["k"] for entry in results.values()} - {None}, reverse=True):
-        paths.append(folder / f"{dataset}-K{k}.png")
         shown = {name: entry for name, entry in results.items() if entry["k"] in (None, k)}
-        draw(f"{dataset}, K = {k} of {shown['baseline']['rows']}", metrics, shown).savefig(
-            paths[-1], dpi=120
-        )
-    return f"{text}\n\n" + "\n".join(map(str, paths))
+        title = f"{dataset}, K = {k} of {shown['baseline']['rows']}"
+        figures[folder / f"{dataset}-K{k}.png"] = draw(title, metrics, shown)
+    text = table(metrics, results, PUBLISHED.get(dataset, {}))
+    return runs.write_report(text, folder / f"{dataset}.md", figures)
 
 
 # ---- the table
@@ -99,7 +96,7 @@ def table(metrics: tuple[Metric, ...], results: dict[str, dict], published: dict
     learned = "learned" in results["baseline"]
     if learned:
         header += ["runs by classes learned", "published", "p"]
-    lines = [header, ["---"] * len(header)]
+    rows = []
     for name, entry in results.items():
         cells = [name]
         for i, metric in enumerate(metrics):
@@ -113,16 +110,16 @@ def table(metrics: tuple[Metric, ...], results: dict[str, dict], published: dict
             else:
                 cells += ["", ""]
         if learned:
-            runs = entry["learned"]["runs"]
-            cells.append(_counts(runs))
+            classes = entry["learned"]["runs"]
+            cells.append(_counts(classes))
             if name in published:
                 level = levels(entry, results["baseline"])
                 theirs = published_levels(published[name][2:], *level)
-                cells += [_counts(theirs), f"{same_levels(runs, theirs):.2g}"]
+                cells += [_counts(theirs), f"{same_levels(classes, theirs):.2g}"]
             else:
                 cells += ["", ""]
-        lines.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        rows.append(cells)
+    return runs.markdown(header, rows)
 
 
 def _cell(mean, sd, baseline):

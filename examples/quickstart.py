@@ -1,13 +1,16 @@
-"""Train a small Flax classifier on real handwritten digits, exactly and with Mem-AOP.
+"""Train a small Flax classifier on real handwritten digits, exactly and with fewer products.
 
-Every policy, with and without memory, for each ratio K/M; several seeds at once under vmap. Prints
-the final train loss, the validation accuracy and the FLOPs of a training step, and draws the loss
-curves. The digits (1,797 images of 8 x 8 pixels) come with scikit-learn; nothing is downloaded.
+With plain SGD every policy of the paper, with and without memory, for each ratio K/M; with Adam the
+configuration to begin with, and the paper's beside it; several seeds at once under vmap. Prints the
+final train loss, the validation accuracy, the FLOPs of a training step, and the milliseconds of a
+step with Adam of this network and of a wide one; says whether it pays on this machine; and draws
+the loss curves. The digits (1,797 images of 8 x 8 pixels) come with scikit-learn; nothing is
+downloaded.
 """
 
 import argparse
-import functools
 import itertools
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -16,45 +19,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import runs
 
 import mem_aop_jax as aop
 
-try:
+with runs.needs_packages():
     import matplotlib
-    from flop_counts import compiled_flops
+    import timing
+    from flop_counts import compiled_flops, skipped_refresh_flops
     from matplotlib.backend_bases import FigureCanvasBase
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     from tqdm import tqdm
-except ImportError as error:
-    raise SystemExit(
-        f"{error}. Install the examples' packages: pip install '.[examples]'"
-    ) from None
+    from training import shuffled_batches, train_step
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 POLICIES = ("topk", "weightedk", "randk")
+COLORS = (*POLICIES, "priority")
+CLASSES = 10
 
 
 class Run(NamedTuple):
-    """One way to train: a policy (or "exact"), with or without memory, at a ratio K/M."""
+    """One way to train: an optimizer, and the configuration of all layers (None is exact)."""
 
-    policy: str = "exact"
-    memory: str | None = None
-    ratio: float | None = None
+    optimizer: str = "SGD"
+    config: aop.MemAOP | None = None
 
     @property
-    def config(self) -> aop.MemAOP | None:
-        if self.policy == "exact":
-            return None
-        return aop.MemAOP(ratio=self.ratio, policy=self.policy, memory=self.memory)
+    def rules(self) -> tuple[tuple[str, aop.MemAOP], ...]:
+        return ((".*", self.config),) if self.config else ()
 
     @property
     def columns(self) -> tuple[str, str, str]:
-        if self.policy == "exact":
+        """The policy, whether there is a memory of rows, and K/M."""
+        if self.config is None:
             return "exact", "", ""
-        return self.policy, "yes" if self.memory else "no", f"{self.ratio:g}"
+        return self.config.policy, "yes" if self.config.memory else "no", f"{self.config.ratio:g}"
 
 
 class Digits(NamedTuple):
@@ -67,71 +69,71 @@ class Digits(NamedTuple):
 
 
 class Classifier(nn.Module):
-    config: aop.MemAOP | None
     hidden: tuple[int, ...]
 
     @nn.compact
     def __call__(self, x):
         for features in self.hidden:
-            x = nn.relu(aop.linen.Dense(features, config=self.config)(x))
-        return aop.linen.Dense(10, config=self.config)(x)
+            x = nn.relu(nn.Dense(features)(x))
+        return nn.Dense(CLASSES)(x)
+
+
+def loss_of(model: nn.Module):
+    """The loss as a function of variables, inputs and labels."""
+
+    def loss_fn(variables, x, labels):
+        logits = model.apply(variables, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return loss_fn
 
 
 class Trainer:
-    """Training of one configuration. A method is for one seed; `vmap` makes it one for several."""
+    """Training of one run. A method is for one seed; `vmap` makes it one for several."""
 
-    def __init__(self, config: aop.MemAOP | None, digits: Digits, options: argparse.Namespace):
-        self.model = Classifier(config, tuple(options.hidden))
-        self.digits = digits
+    def __init__(self, run: Run, digits: Digits, options: argparse.Namespace):
+        self.model, self.digits = Classifier(tuple(options.hidden)), digits
         self.batch_size = options.batch_size
-        self.example = digits.train_x[: options.batch_size]
-        variables = jax.eval_shape(self.model.init, jax.random.key(0), self.example)
-        memory = variables.get(aop.linen.COLLECTION, {})  # empty if the run has none
-        self.optimizer = aop.mem_aop_sgd(options.learning_rate, memory)
+        self.batch = digits.train_x[: self.batch_size], digits.train_y[: self.batch_size]
+        self.loss_fn, self.rules = loss_of(self.model), run.rules
+        self.approx = aop.approximate(self.loss_fn, self.rules)
+        optimizers = {
+            "SGD": optax.sgd(options.learning_rate), "Adam": optax.adam(options.adam_rate)
+        }  # fmt: skip
+        variables = jax.eval_shape(self.model.init, jax.random.key(0), self.batch[0])
+        memory = self.approx.init(variables, *self.batch)  # empty if the run has none
+        self.optimizer = optax.chain(aop.carry_memory(memory), optimizers[run.optimizer])
 
     def init(self, key):
-        params = self.model.init(key, self.example)["params"]
-        return params, self.optimizer.init(params)
+        variables = self.model.init(key, self.batch[0])
+        return variables, self.optimizer.init(variables)
 
     def step(self, state, batch, key):
-        params, opt_state = state
-        x, y = batch
-
-        def loss_fn(params, memory):
-            variables = {"params": params, aop.linen.COLLECTION: memory}
-            logits = self.model.apply(variables, x, rngs={aop.linen.RNG: key})
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-        memory = aop.get_memory(opt_state)
-        loss, (grads, memory) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, memory)
-        updates, opt_state = self.optimizer.update(grads, opt_state, memory=memory)
-        return (optax.apply_updates(params, updates), opt_state), loss
+        return train_step(self.approx, self.optimizer, state, key, *batch)
 
     def epoch(self, state, key):
-        """One pass over the reshuffled training set; the last, partial batch is dropped."""
-        rows = len(self.digits.train_x)
-        batches = rows // self.batch_size
-        order = jax.random.permutation(key, rows)[: batches * self.batch_size]
+        """One pass over the reshuffled training set."""
+        batches = shuffled_batches(key, len(self.digits.train_x), self.batch_size)
 
         def body(state, inputs):
             indices, key = inputs
             batch = self.digits.train_x[indices], self.digits.train_y[indices]
             return self.step(state, batch, key)
 
-        inputs = order.reshape(batches, self.batch_size), jax.random.split(key, batches)
-        state, losses = jax.lax.scan(body, state, inputs)
+        keys = jax.random.split(key, len(batches))
+        state, losses = jax.lax.scan(body, state, (batches, keys))
         return state, losses.mean()
 
     def accuracy(self, state):
-        params, _ = state
-        logits = self.model.apply({"params": params}, self.digits.validation_x)
+        variables, _ = state
+        logits = self.model.apply(variables, self.digits.validation_x)
         return jnp.mean(logits.argmax(axis=1) == self.digits.validation_y)
 
     def step_flops(self):
-        """FLOPs of one training step of one seed, as XLA counts them."""
+        """FLOPs of one training step of one seed, as XLA counts them; the mean over the steps."""
         state = jax.eval_shape(self.init, jax.random.key(0))
-        batch = self.example, self.digits.train_y[: self.batch_size]
-        return compiled_flops(jax.jit(self.step), state, batch, jax.random.key(0))
+        flops = compiled_flops(jax.jit(self.step), state, self.batch, jax.random.key(0))
+        return flops - skipped_refresh_flops(self.loss_fn, self.rules, state[0], *self.batch)
 
 
 class Result(NamedTuple):
@@ -172,71 +174,143 @@ def load(options: argparse.Namespace) -> Digits:
     )
 
 
-def table(results: dict[Run, Result]) -> str:
+# ---- the time of a step
+
+
+class Sizes(NamedTuple):
+    """A network, `features-hidden-...-10`, and the rows of its batch."""
+
+    features: int
+    hidden: tuple[int, ...]
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{'-'.join(map(str, (self.features, *self.hidden, CLASSES)))}, {self.rows} rows"
+
+
+WIDE = Sizes(1024, (1024, 1024), 4096)
+ROUNDS = 3  # of timing
+PAYS = 0.97  # of an exact step's time, or less
+
+
+def step_milliseconds(sizes: Sizes, runs_of_adam: list[Run]) -> list[float]:
+    """Milliseconds of a step of each run, in turn: medians."""
+    model = Classifier(sizes.hidden)
+    x = jax.random.normal(jax.random.key(0), (sizes.rows, sizes.features))
+    batch = x, jnp.arange(sizes.rows) % CLASSES
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+    steps = {}
+    for run in runs_of_adam:
+        approx = aop.approximate(loss_of(model), run.rules)
+        calls = run.config.refresh if run.config else 1
+        steps[run] = timing.training_step(approx, variables, batch, calls)
+    functions, _ = timing.compile_all(steps)
+    seconds = timing.interleaved_seconds(functions, ROUNDS, tqdm(disable=True))
+    return [float(np.median(seconds[run])) * 1e3 for run in runs_of_adam]
+
+
+def verdict(milliseconds: dict[Sizes, list[float]]) -> str:
+    """Whether the last configuration pays in the small network and in the wide one."""
+    small, wide = (ms[-1] / ms[0] for ms in milliseconds.values())
+    lines = [
+        f"On this {jax.default_backend()} ({os.cpu_count()} cores) a step with the subspace takes",
+        f"{small:.2f} times as long as an exact one in the small network, {wide:.2f} times in the "
+        "wide one.",
+    ]
+    if small > PAYS:
+        lines += ["In the small one it does not pay: choosing rows costs more than it saves."]
+    else:
+        lines += ["In the small one it pays."]
+    lines += [
+        "In the wide one it pays." if wide <= PAYS else "Nor in the wide one, on this device."
+    ]
+    return "\n".join([*lines, "For your own model and batch, ask aop.advise."])
+
+
+# ---- the report
+
+
+def figures(result: Result, exact: Result) -> tuple[str, str, str]:
+    """Final loss, accuracy and FLOPs, the latter also relative to those of the exact run."""
+    losses, accuracy, flops = result
+    return (
+        f"{losses[-1].mean():.4f} ± {losses[-1].std():.4f}",
+        f"{accuracy.mean():.4f} ± {accuracy.std():.4f}",
+        f"{flops / 1e6:.2f} M ({flops / exact.flops:.2f})",
+    )
+
+
+def sgd_table(results: dict[Run, Result]) -> str:
     row = "{:10s} {:7s} {:7s} {:>16s} {:>18s} {:>17s}"
     header = ("policy", "memory", "K/M", "train loss", "validation acc.", "FLOPs per step")
     lines = [row.format(*header)]
-    exact = results[Run()].flops
-    for run, (losses, accuracy, flops) in results.items():
-        cells = (
-            f"{losses[-1].mean():.4f} ± {losses[-1].std():.4f}",
-            f"{accuracy.mean():.4f} ± {accuracy.std():.4f}",
-            f"{flops / 1e6:.2f} M ({flops / exact:.2f})",
-        )
-        lines.append(row.format(*run.columns, *cells))
+    for run, result in results.items():
+        if run.optimizer == "SGD":
+            lines.append(row.format(*run.columns, *figures(result, results[Run()])))
     return "\n".join(lines)
 
 
+def adam_table(results: dict[Run, Result], milliseconds: dict[Sizes, list[float]]) -> str:
+    """With milliseconds of a step of the small network and of the wide one, in the runs' order."""
+    row = "{:18s} {:>16s} {:>18s} {:>17s} {:>9s} {:>9s}"
+    header = ("", "train loss", "validation acc.", "FLOPs per step", "ms small", "ms wide")
+    lines = [row.format(*header)]
+    runs_of_adam = [run for run in results if run.optimizer == "Adam"]
+    for run, *ms in zip(runs_of_adam, *milliseconds.values(), strict=True):
+        name = f"{run.config.policy}, {run.config.memory}" if run.config else "exact"
+        cells = figures(results[run], results[runs_of_adam[0]])
+        lines.append(row.format(name, *cells, *(f"{figure:.3g}" for figure in ms)))
+    small, wide = milliseconds
+    return "\n".join([*lines, "", f"Small: {small}. Wide: {wide}."])
+
+
 def plot(results: dict[Run, Result], ratios: list[float], path: pathlib.Path) -> None:
-    """A panel for each ratio; solid with memory, dashed without; bands of one sd of the seeds."""
-    size = (5.5 * len(ratios), 4.2)
-    figure, panels = plt.subplots(1, len(ratios), figsize=size, sharey=True, squeeze=False)
-    for panel, ratio in zip(panels[0], ratios, strict=True):
+    """With SGD a panel for each ratio, dashed without memory; then Adam; bands are one sd."""
+    size = (4.6 * (len(ratios) + 1), 4.2)
+    figure, panels = plt.subplots(1, len(ratios) + 1, figsize=size, sharey=True)
+    titles = [(f"SGD, K/M = {ratio:g}", "SGD", ratio) for ratio in ratios]
+    for panel, (title, optimizer, ratio) in zip(
+        panels, [*titles, (f"Adam, K/M = {ratios[0]:g}", "Adam", ratios[0])], strict=True
+    ):
         for run, result in results.items():
-            if run.ratio not in (None, ratio):
+            config = run.config
+            if run.optimizer != optimizer or (config and config.ratio != ratio):
                 continue
-            exact = run.policy == "exact"
-            color = "black" if exact else f"C{POLICIES.index(run.policy)}"
-            style = "-" if exact or run.memory else "--"
-            name = run.policy if exact or run.memory else f"{run.policy}, no memory"
+            color = "black" if config is None else f"C{COLORS.index(config.policy)}"
+            style = "-" if config is None or config.memory else "--"
+            name = f"{config.policy}, {config.memory or 'no memory'}" if config else "exact"
             epochs = np.arange(1, len(result.losses) + 1)
             mean, sd = result.losses.mean(axis=1), result.losses.std(axis=1)
             panel.plot(epochs, mean, style, color=color, label=name)
             panel.fill_between(epochs, mean - sd, mean + sd, color=color, alpha=0.15, lw=0)
-        panel.set(title=f"K/M = {ratio:g}", xlabel="epoch", yscale="log")
+        panel.set(title=title, xlabel="epoch", yscale="log")
         panel.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("train loss")
-    panels[0, -1].legend(fontsize=8)
+        panel.legend(fontsize=8)
+    panels[0].set_ylabel("train loss")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
+
+
+# ---- the command
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-
-    def number(kind, low, high, text):
-        value = kind(text)
-        if not low <= value <= high or value != value:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    ratio = functools.partial(number, float, 1e-9, 1.0)
-    count = functools.partial(number, int, 1, 10**6)
-    rate = functools.partial(number, float, 0.0, 1e3)
-    for kind, name in ((ratio, "ratio"), (count, "count"), (rate, "rate")):
-        kind.__name__ = name  # argparse names it in its errors
     parser.add_argument(
-        "--ratio", type=ratio, nargs="+", default=[0.25, 0.125], metavar="R",
-        help="share K/M of the outer products to compute, in (0, 1]; several give several runs",
+        "--ratio", type=runs.share, nargs="+", default=[0.25, 0.125], metavar="R",
+        help="share K/M of the outer products, in (0, 1]; Adam has the first",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=count, default=5, help="runs of each configuration")
-    parser.add_argument("--epochs", type=count, default=30, help="passes over the training set")
-    parser.add_argument("--batch-size", type=count, default=128, help="rows of a batch (M)")
-    parser.add_argument("--learning-rate", type=rate, default=0.05, help="of plain SGD")
+    parser.add_argument("--seeds", type=runs.count, default=5, help="of each run")
     parser.add_argument(
-        "--hidden", type=count, nargs="*", default=[128], metavar="N", help="hidden layers' widths"
+        "--epochs", type=runs.count, default=30, help="passes over the training set"
+    )
+    parser.add_argument("--batch-size", type=runs.count, default=128, help="rows of a batch (M)")
+    parser.add_argument("--learning-rate", type=runs.rate, default=0.05, help="of plain SGD")
+    parser.add_argument("--adam-rate", type=runs.rate, default=0.001, help="of Adam")
+    parser.add_argument(
+        "--hidden", type=runs.count, nargs="*", default=[128], metavar="N", help="layers' widths"
     )
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("quickstart.png"), help="the figure"
@@ -258,18 +332,35 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     digits = load(options)
-    variants = itertools.product(options.ratio, POLICIES, ("rows", None))
-    runs = [Run(), *(Run(policy, memory, ratio) for ratio, policy, memory in variants)]
+    ratio = options.ratio[0]
+    paper = [
+        Run("SGD", aop.MemAOP(ratio=ratio, policy=policy, memory=memory))
+        for ratio, policy, memory in itertools.product(options.ratio, POLICIES, ("rows", None))
+    ]
+    rows = aop.MemAOP(ratio=ratio, policy="topk", memory="rows")
+    subspace = aop.MemAOP(ratio=ratio, policy="priority", memory="subspace", rank=8, refresh=8)
+    adam = [Run("Adam", config) for config in (None, rows, subspace)]
+    wanted = [Run(), *paper, *adam]
     results = {}
-    with tqdm(total=len(runs) * options.epochs, unit="epoch") as progress:
-        for run in runs:
-            progress.set_description(" ".join(filter(None, run.columns)))
-            results[run] = train(Trainer(run.config, digits, options), options, progress)
+    with tqdm(total=len(wanted) * options.epochs, unit="epoch") as progress:
+        for run in wanted:
+            progress.set_description(" ".join(filter(None, (run.optimizer, *run.columns))))
+            results[run] = train(Trainer(run, digits, options), options, progress)
+        progress.set_description("timing steps")
+        small = Sizes(digits.train_x.shape[1], tuple(options.hidden), options.batch_size)
+        milliseconds = {sizes: step_milliseconds(sizes, adam) for sizes in (small, WIDE)}
     print(
-        f"\n{len(digits.train_x)} digits, batch {options.batch_size}, {options.epochs} epochs of "
-        f"SGD {options.learning_rate:g}, {options.seeds} seeds (mean ± standard deviation)\n"
+        f"\n{len(digits.train_x)} digits, batch {options.batch_size}, {options.epochs} epochs, "
+        f"{options.seeds} seeds (mean ± standard deviation)\n\n"
+        f"SGD {options.learning_rate:g}: the paper's policies, with and without a memory of rows\n"
     )
-    print(table(results))
+    print(sgd_table(results))
+    print(
+        f"\nAdam {options.adam_rate:g}, K/M = {ratio:g}: the paper's memory of rows, and the "
+        "subspace, the configuration to begin with\n"
+    )
+    print(adam_table(results, milliseconds))
+    print(f"\n{verdict(milliseconds)}")
     plot(results, options.ratio, options.out)
     print(f"\nLoss curves: {options.out}")
 

@@ -9,7 +9,6 @@ configuration that it had reached.
 import argparse
 import functools
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -18,23 +17,21 @@ import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import runs
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from training import first_state, shuffled_batches, train_step
 
 import mem_aop_jax as aop
 
-try:
+with runs.needs_packages():
     import paper_data
     import paper_report
-    from runs import make_out_folder
     from tqdm import tqdm
-except ImportError as error:
-    raise SystemExit(
-        f"{error}. Install the examples' packages: pip install '.[examples]'"
-    ) from None
 
 POLICIES = ("randk", "weightedk", "topk")
 CONTROL = "uniform"  # not in the paper: randk without memory, but unbiased
@@ -68,10 +65,6 @@ class Experiment(NamedTuple):
         return self.out_features > 1
 
 
-def pixels_to_inputs(pixels):
-    return (pixels.astype(jnp.float32) / 255 - 0.5) / 0.5
-
-
 def squared_errors(outputs, targets):
     return jnp.square(outputs - targets).mean(axis=-1)
 
@@ -100,7 +93,7 @@ EXPERIMENTS = {
         ks=(32, 16, 8),
         policies=POLICIES,
         out_features=paper_data.CLASSES,
-        prepare=pixels_to_inputs,
+        prepare=paper_data.pixels_to_inputs,
         losses=double_softmax_cross_entropy,
     ),
 }
@@ -120,7 +113,7 @@ class Configuration(NamedTuple):
         return f"{self.policy}-{'mem' if self.memory else 'nomem'}-K{self.k}"
 
     @property
-    def layer(self) -> aop.MemAOP | None:
+    def config(self) -> aop.MemAOP | None:
         if self.policy is None:
             return None
         return aop.MemAOP(k=self.k, policy=self.policy, memory="rows" if self.memory else None)
@@ -129,56 +122,52 @@ class Configuration(NamedTuple):
 class Trainer:
     """Training of one configuration. A method is for one run; `vmap` makes it one for several."""
 
-    def __init__(self, experiment: Experiment, config: aop.MemAOP | None, in_features: int):
-        bound = 1 / math.sqrt(in_features)
+    def __init__(self, experiment: Experiment, config: aop.MemAOP | None, data: paper_data.Data):
+        bound = 1 / math.sqrt(data.train_x.shape[1])
 
         def uniform(key, shape, dtype):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         self.experiment = experiment
-        self.model = aop.linen.Dense(
-            experiment.out_features, config=config, kernel_init=uniform, bias_init=uniform
-        )
-        self.example = jnp.zeros((experiment.rows, in_features), jnp.float32)
-        variables = jax.eval_shape(self.model.init, jax.random.key(0), self.example)
-        memory = variables.get(aop.linen.COLLECTION, {})  # empty if there is none
-        self.optimizer = aop.mem_aop_sgd(LEARNING_RATE, memory)
+        self.layer = nn.Dense(experiment.out_features, kernel_init=uniform, bias_init=uniform)
+        self.approx = aop.approximate(self.loss, config or ())
+        self.example = self.batch(data, slice(experiment.rows))
+        self.optimizer = aop.mem_aop_sgd(LEARNING_RATE, {})
+
+    def batch(self, data, indices):
+        return self.experiment.prepare(data.train_x[indices]), data.train_y[indices]
+
+    def loss(self, params, x, y):
+        """The loss, and the layer's outputs."""
+        outputs = self.layer.apply({"params": params}, x)
+        return self.experiment.losses(outputs, y).mean(), outputs
 
     def init(self, key):
-        params = self.model.init(key, self.example)["params"]
-        return params, self.optimizer.init(params)
+        params = self.layer.init(key, self.example[0])["params"]
+        return first_state(self.approx, self.optimizer, params, *self.example)
 
     def step(self, data, state, batch):
         """One update, with the loss and the number of hits before it.
 
         `batch` has the indices of its rows in the training set and a key.
         """
-        params, opt_state = state
         indices, key = batch
-        x, y = self.experiment.prepare(data.train_x[indices]), data.train_y[indices]
-
-        def loss_fn(params, memory):
-            variables = {"params": params, aop.linen.COLLECTION: memory}
-            outputs = self.model.apply(variables, x, rngs={aop.linen.RNG: key})
-            return self.experiment.losses(outputs, y).mean(), outputs
-
-        gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-        (loss, outputs), (grads, memory) = gradient(params, aop.get_memory(opt_state))
-        updates, opt_state = self.optimizer.update(grads, opt_state, memory=memory)
-        return (optax.apply_updates(params, updates), opt_state), (loss, hits(outputs, y).sum())
+        x, y = self.batch(data, indices)
+        state, (loss, outputs) = train_step(
+            self.approx, self.optimizer, state, key, x, y, has_aux=True
+        )
+        return state, (loss, hits(outputs, y).sum())
 
     def epoch(self, state, key, data):
         """One pass over the reshuffled training set, then the validation set."""
         rows = len(data.train_x)
-        batches = rows // self.experiment.rows
-        order = jax.random.permutation(key, rows)[: batches * self.experiment.rows]
-        inputs = order.reshape(batches, -1), jax.random.split(key, batches)
-        step = functools.partial(self.step, data)
-        state, (losses, correct) = jax.lax.scan(step, state, inputs)
+        batches = shuffled_batches(key, rows, self.experiment.rows)
+        inputs = batches, jax.random.split(key, len(batches))
+        state, (losses, correct) = jax.lax.scan(functools.partial(self.step, data), state, inputs)
 
         params, _ = state
         y = data.validation_y
-        outputs = self.model.apply({"params": params}, self.experiment.prepare(data.validation_x))
+        outputs = self.layer.apply({"params": params}, self.experiment.prepare(data.validation_x))
         whole = len(y) // self.experiment.validation_rows * self.experiment.validation_rows
         metrics = {
             "loss": losses.mean(),
@@ -211,18 +200,18 @@ def train(trainer, data, key, options, progress):
     mesh = jax.make_mesh(
         (devices,), ("runs",), axis_types=(AxisType.Auto,), devices=jax.local_devices()[:devices]
     )
-    runs, everywhere = PartitionSpec("runs"), PartitionSpec()
+    by_run, everywhere = PartitionSpec("runs"), PartitionSpec()
     epoch = jax.jit(
         jax.shard_map(
             jax.vmap(trainer.epoch, in_axes=(0, 0, None)),
             mesh=mesh,
-            in_specs=(runs, runs, everywhere),
-            out_specs=runs,
+            in_specs=(by_run, by_run, everywhere),
+            out_specs=by_run,
         ),
         donate_argnums=0,
     )
     keys = jax.random.split(key, (options.epochs + 1, options.runs))
-    state = jax.device_put(jax.vmap(trainer.init)(keys[0]), NamedSharding(mesh, runs))
+    state = jax.device_put(jax.vmap(trainer.init)(keys[0]), NamedSharding(mesh, by_run))
     history = []
     for epoch_keys in keys[1:]:
         state, metrics = epoch(state, epoch_keys, data)
@@ -257,59 +246,6 @@ def result(history):
     }
 
 
-class Results:
-    """The entries of a data set in `results.json` by name; the file is written after each."""
-
-    def __init__(self, path: pathlib.Path, dataset: str):
-        self.path = path
-        try:
-            self.all = json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as error:
-            raise SystemExit(
-                f"{path}: is no JSON ({error}). Name another folder with --out"
-            ) from None
-        self.configurations = self.all.setdefault(dataset, {})
-
-    def has(self, name: str, wanted: dict) -> bool:
-        """Whether there is an entry of this name.
-
-        Raises:
-          SystemExit: there is one, but with other settings than the wanted ones.
-        """
-        done = self.configurations.get(name)
-        if done is None:
-            return False
-        different = {key: done.get(key) for key in wanted if done.get(key) != wanted[key]}
-        if different:
-            raise SystemExit(
-                f"{self.path}: {name} was run with {different}, now asked for with "
-                f"{ {key: wanted[key] for key in different} }. Name another folder with --out, or "
-                "delete the file"
-            )
-        return True
-
-    def add(self, name: str, entry: dict) -> None:
-        self.configurations[name] = entry
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps(self.all, indent=1))
-        new.replace(self.path)  # whole or not at all
-
-
-def load(options: argparse.Namespace, rows: int) -> paper_data.Data:
-    """The data set of --dataset and --data, which must have at least so many rows."""
-    try:
-        if options.dataset == "energy":
-            data = paper_data.energy(options.data)
-        else:
-            data = paper_data.images(options.dataset, options.data)
-    except paper_data.DataError as error:
-        raise SystemExit(f"{error}") from None
-    if len(data.train_x) < rows:
-        where = options.data or options.dataset
-        raise SystemExit(f"{where}: has {len(data.train_x)} images; a batch has {rows}")
-    return data
-
-
 def run(options: argparse.Namespace, data: paper_data.Data) -> dict[str, dict]:
     """Trains the configurations that `results.json` lacks; returns all entries by name."""
     experiment = EXPERIMENTS[options.experiment]
@@ -319,7 +255,7 @@ def run(options: argparse.Namespace, data: paper_data.Data) -> dict[str, dict]:
         for memory in ((False,) if policy == CONTROL else (True, False))
     ]
     wanted = {c: settings(c, options, data) for c in (Configuration(), *variants)}
-    results = Results(options.out / "results.json", options.dataset)
+    results = runs.Results(options.out / "results.json", options.dataset)
     missing = [c for c in wanted if not results.has(c.name, wanted[c])]
     on_device = jax.tree.map(jnp.asarray, data)
     with tqdm(total=len(wanted) * options.epochs, unit="epoch") as progress:
@@ -327,7 +263,7 @@ def run(options: argparse.Namespace, data: paper_data.Data) -> dict[str, dict]:
         for configuration in missing:
             progress.set_description(configuration.name)
             start = time.perf_counter()
-            trainer = Trainer(experiment, configuration.layer, data.train_x.shape[1])
+            trainer = Trainer(experiment, configuration.config, data)
             key = jax.random.fold_in(
                 jax.random.key(options.seed), zlib.crc32(configuration.name.encode())
             )
@@ -339,9 +275,7 @@ def run(options: argparse.Namespace, data: paper_data.Data) -> dict[str, dict]:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runs.argument_parser(__doc__)
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument(
         "--dataset", choices=paper_data.SOURCES, help="images for the MNIST experiment"
@@ -358,10 +292,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=10, help="of each configuration (10)")
     parser.add_argument("--epochs", type=int, help="passes over the training set (the paper's)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("reproduction"), metavar="DIR",
-        help="folder for results.json, tables and figures (reproduction)",
-    )  # fmt: skip
+    runs.add_out_folder(parser, "reproduction", "results.json, tables and figures")
     options = parser.parse_args(arguments)
     experiment = EXPERIMENTS[options.experiment]
     if options.dataset and options.experiment != "mnist":
@@ -376,14 +307,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("runs", "epochs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
-    make_out_folder(parser, options)
+    runs.make_out_folder(parser, options)
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    results = run(options, load(options, EXPERIMENTS[options.experiment].rows))
-    print("\n" + paper_report.write(options.dataset, results, options.out))
+    data = paper_data.load(options.dataset, options.data, EXPERIMENTS[options.experiment].rows)
+    print("\n" + paper_report.write(options.dataset, run(options, data), options.out))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,29 @@
-"""The runs that the examples compare: how the command line spells them, and tables of them."""
+"""What the examples share: how a command line spells runs and options, results, and tables."""
 
 import argparse
+import contextlib
 import fractions
+import json
+import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import mem_aop_jax as aop
+
+
+@contextlib.contextmanager
+def needs_packages() -> Iterator[None]:
+    """Says how to install the examples' packages where one cannot be imported."""
+    try:
+        yield
+    except ImportError as error:
+        raise SystemExit(
+            f"{error}. Install the examples' packages: pip install '.[examples]'"
+        ) from None
+
 
 # ---- runs
 
@@ -99,11 +114,38 @@ def rate(text: str) -> float:
     return _number(float, 0.0, 1e3, text)
 
 
+def share(text: str) -> float:
+    """A number in (0, 1], for argparse."""
+    return _number(float, 1e-9, 1.0, text)
+
+
 def _number(kind, low, high, text):
     value = kind(text)
     if not low <= value <= high:  # NaN fails too
         raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
     return value
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that shows the description as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_counts(parser: argparse.ArgumentParser, options: Mapping[str, tuple[int, str]]) -> None:
+    """Adds options that are counts; each has a default and a meaning."""
+    for name, (default, meaning) in options.items():
+        help_text = f"{meaning} ({default})"
+        parser.add_argument(f"--{name}", type=count, default=default, help=help_text)
+
+
+def add_out_folder(parser: argparse.ArgumentParser, default: str, contents: str) -> None:
+    """Adds --out, the folder for these contents."""
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path(default), metavar="DIR",
+        help=f"folder for {contents} ({default})",
+    )  # fmt: skip
 
 
 def make_out_folder(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -114,7 +156,53 @@ def make_out_folder(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error(f"--out {options.out}: cannot be made ({error.strerror})")
 
 
-# ---- tables
+# ---- results
+
+
+class Results:
+    """The entries of a data set in `results.json` by name; the file is written after each."""
+
+    def __init__(self, path: pathlib.Path, dataset: str):
+        self.path = path
+        try:
+            self.all = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise SystemExit(
+                f"{path}: is no JSON ({error}). Name another folder with --out"
+            ) from None
+        self.configurations = self.all.setdefault(dataset, {})
+
+    def has(self, name: str, wanted: dict) -> bool:
+        """Whether there is an entry of this name.
+
+        Raises:
+          SystemExit: there is one, but with other settings than the wanted ones.
+        """
+        done = self.configurations.get(name)
+        if done is None:
+            return False
+        different = {key: done.get(key) for key in wanted if done.get(key) != wanted[key]}
+        if different:
+            raise SystemExit(
+                f"{self.path}: {name} was run with {different}, now asked for with "
+                f"{ {key: wanted[key] for key in different} }. Name another folder with --out, or "
+                "delete the file"
+            )
+        return True
+
+    def entry(self, name: str, settings: dict, lists: Sequence[str]) -> dict:
+        """The entry if it `has` one, or a new one with these lists for the figures of seeds."""
+        new = settings | {figures: [] for figures in lists}
+        return self.configurations[name] if self.has(name, settings) else new
+
+    def add(self, name: str, entry: dict) -> None:
+        self.configurations[name] = entry
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.all, indent=1))
+        new.replace(self.path)  # whole or not at all
+
+
+# ---- reports
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
@@ -131,3 +219,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; its first column has names, the others figures."""
     lines = header, ("---", *["---:"] * (len(header) - 1)), *rows
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def write_report(text: str, path: pathlib.Path, figures: Mapping[pathlib.Path, Any]) -> str:
+    """Writes the text and figures of matplotlib to files; returns the text and their paths."""
+    path.write_text(f"{text}\n")
+    for figure_path, figure in figures.items():
+        figure.savefig(figure_path, dpi=120)
+    return "\n".join([text, "", *map(str, (path, *figures))])

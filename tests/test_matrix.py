@@ -1,7 +1,7 @@
 """Every way into the library under every transform of JAX and Flax.
 
 Each cell is compared with the primitive: one device, one batch, a Python loop. The table in
-README.md is what `python tests/test_matrix.py` prints.
+examples/guides/transforms.md is what `python tests/test_matrix.py` prints.
 """
 
 import dataclasses
@@ -568,10 +568,10 @@ def table(mark):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def test_the_readme_shows_the_table():
+def test_the_guide_shows_the_table():
     """With a ✓ in every cell: one that fails is a failing test."""
-    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-    assert table(lambda way, column: "✓") in text
+    page = pathlib.Path(__file__).parents[1] / "examples" / "guides" / "transforms.md"
+    assert table(lambda way, column: "✓") in page.read_text()
 
 
 def run(way, column):

@@ -436,7 +436,7 @@ def test_what_flax_keeps_for_fp8_layers_goes_along():
 
 
 def test_optimizers_that_refuse_the_memory():
-    """As README has them: SAM without further arguments, L-BFGS with a loss that ignores it."""
+    """As the guide has them: SAM without further arguments, L-BFGS with a loss that ignores it."""
     x, kernel, memory = setup(config=aop.MemAOP(ratio=1))
     exact = lambda kernel: jnp.mean((x @ kernel) ** 2)  # noqa: E731
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))

@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import language_model
 import language_text
 import language_training
+import optax
 from tqdm import tqdm
+
+import mem_aop_jax as aop
+
+
+def linen_loss(model, variables, windows, key=None):
+    """The loss in the form that `aop.allocate` and `aop.Controller` take with a Linen model."""
+    rngs = {} if key is None else {aop.linen.RNG: key}
+    logits = model.apply(variables, windows[:, :-1], rngs=rngs)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
 
 @functools.cache

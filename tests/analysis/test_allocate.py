@@ -27,6 +27,7 @@ from small_models import (
     loss,
     trained,
 )
+from trained_language_model import linen_loss
 
 import mem_aop_jax as aop
 from mem_aop_jax._analysis.allocate import RATIOS
@@ -214,19 +215,19 @@ def test_of_a_language_model(config, budget, steps, standard_promotion):
     on those of which it was predicted, but with directions of other batches.
     """
     trainer, params, windows = trained_language_model.after(steps)
-    task = {"loss": language_training.loss, "example": trainer.example}
+    model, task = trainer.model, {"loss": linen_loss, "example": trainer.example[:, :-1]}
     batches = [windows(i) for i in (299, *MEASURED)]  # the first is for directions alone
     options = {"batches": batches, "key": jax.random.key(1), "layers": "block.*"}
     found = aop.allocate(
-        trainer.exact, config, task["example"], task["loss"], budget, params=params, **options
+        model, config, task["example"], task["loss"], budget, params=params, **options
     )
     assert found.c <= budget
     measure = functools.partial(
-        measured, model=trainer.exact, params=params, draws=20, batches=windows, steps=60, **task
+        measured, model=model, params=params, draws=20, batches=windows, steps=60, **task
     )
     v = measure(found.rules)
 
-    layers = aop.linen.layers(trainer.wrapped(config), jax.random.key(0), trainer.example)
+    layers = aop.linen.layers(aop.linen.wrap(model, config), jax.random.key(0), task["example"])
     cost = functools.partial(cost_of, sizes=[layer[1:4] for layer in layers], unasked=0)
     uniform = [
         dataclasses.replace(

@@ -15,6 +15,7 @@ import optax
 import pytest
 import small_models
 from flax import nnx
+from trained_language_model import linen_loss
 
 import mem_aop_jax as aop
 
@@ -133,7 +134,7 @@ def without_kernel(path):
 
 
 def test_the_forms_are_the_same_function():
-    wanted = language_training.loss(LINEN, {"params": params_of("Linen")}, WINDOWS[0])
+    wanted = language_training.loss_fn(LINEN, params_of("Linen"), WINDOWS[0])
     for form, loss in LOSSES.items():
         np.testing.assert_allclose(loss(params_of(form), WINDOWS[0]), wanted, rtol=1e-5)
 
@@ -154,7 +155,10 @@ def test_the_same_plan(form):
 def linen_diagnostics():
     model, params = aop.linen.wrap(LINEN, RULES), params_of("Linen")
     memory = jax.jit(model.init)(KEY, EXAMPLE)[aop.linen.COLLECTION]
-    loss = functools.partial(language_training.training_loss, model)
+
+    def loss(params, memory, windows, key):
+        return linen_loss(model, {"params": params, aop.linen.COLLECTION: memory}, windows, key)
+
     return aop.diagnostics(loss, params, memory, WINDOWS[0], KEY, count_flops=False)
 
 
@@ -173,7 +177,7 @@ def test_the_same_diagnostics(form):
     np.testing.assert_allclose(ours.model.v, wanted.model.v, rtol=0.15)
 
 
-def linen_form(loss=language_training.loss):
+def linen_form(loss=linen_loss):
     return {"example_input": EXAMPLE, "loss": loss}
 
 
@@ -197,7 +201,7 @@ def test_the_same_allocation(form):
 @functools.cache
 def linen_decision():
     choices = {"all": RULES, "allocated": linen_allocation().rules}
-    controller = aop.Controller(LINEN, choices, EXAMPLE, language_training.loss)
+    controller = aop.Controller(LINEN, choices, EXAMPLE, linen_loss)
     memory = controller.decide(3, params_of("Linen"), {}, WINDOWS, KEY)
     return controller.log[0], memory
 

@@ -1,12 +1,10 @@
 """Subspace memory: unbiased for any directions, and directions that follow the rows."""
 
-import functools
 import warnings
 
 import chex
 import jax
 import jax.numpy as jnp
-import language_training
 import numpy as np
 import optax
 import pytest
@@ -160,21 +158,20 @@ def test_directions_of_a_trained_language_model(standard_promotion):
     After 1,200 steps, with q = 16 and K = M/4: v of a layer, its mean over the layers.
     """
     trainer, params, windows = trained_language_model.after(1200)
-    model = trainer.wrapped(aop.MemAOP(ratio=1 / 4, policy="priority", memory="subspace"))
-    memory = model.init(jax.random.key(0), trainer.example)[aop.linen.COLLECTION]
-    loss = functools.partial(language_training.training_loss, model)
-    refresh = jax.jit(jax.grad(loss, argnums=1))
+    config = aop.MemAOP(ratio=1 / 4, policy="priority", memory="subspace")
+    approx = aop.approximate(trainer.loss, config)
+    refresh = jax.jit(jax.grad(approx, argnums=1))
 
     def follow(memory, batches):
         for i in batches:
-            memory = refresh(params, memory, windows(i), jax.random.key(i))
+            memory = refresh(params, memory, jax.random.key(i), windows(i))
         return memory
 
-    followed = follow(memory, range(20))
+    followed = follow(approx.init(params, trainer.example), range(20))
     measured = []
     for memory in (followed, follow(followed, [300] * 20)):
-        args = params, memory, windows(300), jax.random.key(1)
-        layers = aop.diagnostics(loss, *args, count_flops=False).layers
+        args = params, memory, jax.random.key(1), windows(300)
+        layers = aop.diagnostics(approx, *args, count_flops=False).layers
         measured.append(np.mean([layer.v for layer in layers.values()]))
     print(f"v {measured[0]:.3f}, with the best directions for the batch {measured[1]:.3f}")
     assert measured[0] < 1.3 * measured[1]

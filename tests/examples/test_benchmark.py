@@ -14,6 +14,7 @@ import benchmark_steps as steps
 import jax
 import numpy as np
 import pytest
+import timing
 
 import mem_aop_jax as aop
 
@@ -160,7 +161,7 @@ def test_a_measurement_has_steps_that_refresh_and_others():
     config = aop.MemAOP(ratio=1 / 4, policy="priority", memory="subspace", rank=4, refresh=4)
     sizes = steps.Sizes(64, 32, 16, "float32")
     step = steps.layer_step(config, sizes, steps.layer_inputs(sizes))
-    timed = benchmark.Timed(benchmark.compile_step(step)[0], step)
+    timed = timing.Timed(step)
     assert timed.calls == 4
     directions = [np.array(step.state.inputs)]
     for _ in range(65):
@@ -174,9 +175,8 @@ def test_a_measurement_has_steps_that_refresh_and_others():
 def test_state_is_handed_on_and_donated():
     sizes = steps.Sizes(64, 32, 16, "float32")
     step = steps.layer_step(aop.MemAOP(ratio=1 / 4), sizes, steps.layer_inputs(sizes))
-    function, _ = benchmark.compile_step(step)
-    timed = benchmark.Timed(function, step)
-    assert benchmark.seconds_per_call(timed, 3) > 0
+    timed = timing.Timed(step)
+    assert timing.seconds_per_call(timed, 3) > 0
     assert float(timed.state.uses) == 1
     assert float(step.state.uses) == 0
     assert jax.tree.all(jax.tree.map(lambda a: not a.is_deleted(), step.state))

@@ -203,7 +203,7 @@ def test_training_against_a_loop_in_numpy(data):
     ours = trainer.train(3, jax.tree.map(jnp.asarray, data), 2, tqdm(disable=True))
 
     init_key, order_key, _ = jax.random.split(jax.random.key(3), 3)
-    layers = deep_mlp.first_params(init_key, 30)
+    layers = deep_mlp.first_params(init_key, jnp.zeros((1, 30), jnp.float32))
     names = [("Dense_0", "kernel"), ("Dense_0", "bias"), ("Dense_1", "kernel"), ("Dense_1", "bias")]
     params = [np.asarray(layers[layer][name], np.float64) for layer, name in names]
     velocities = [0.0] * 4

@@ -1,5 +1,6 @@
 """examples/flop_counts.py; and the examples use public names of the library alone."""
 
+import functools
 import pathlib
 import re
 
@@ -45,15 +46,17 @@ def test_flops_of_an_estimate():
 def test_refreshes_that_are_skipped(standard_promotion):
     """Half of them with `refresh=2`, seven of eight with `refresh=8`."""
     model = language_training.Transformer(width=8, layers=1, heads=2)
-    tokens = jnp.zeros((4, 16), jnp.int32)
+    loss = functools.partial(language_training.loss_fn, model)
+    windows = jnp.zeros((4, 17), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), windows[:, :-1])["params"]
 
     def skipped(pattern, **options):
         config = aop.MemAOP(ratio=1 / 4, policy="priority", rank=4, memory="subspace", **options)
         rules = ((pattern, config), (".*", aop.MemAOP(ratio=1 / 4)))
-        return flop_counts.skipped_refresh_flops(model, rules, tokens)
+        return flop_counts.skipped_refresh_flops(loss, rules, params, windows)
 
-    assert skipped("head") == 0
-    one = skipped("head", refresh=8)
+    assert skipped("head/kernel") == 0
+    one = skipped("head/kernel", refresh=8)
     assert one > 0
-    assert skipped("head", refresh=2) == pytest.approx(one * (1 / 2) / (7 / 8))
-    assert skipped("head|block_0/up", refresh=8) > one
+    assert skipped("head/kernel", refresh=2) == pytest.approx(one * (1 / 2) / (7 / 8))
+    assert skipped("(head|block_0/up)/kernel", refresh=8) > one

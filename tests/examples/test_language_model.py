@@ -101,7 +101,7 @@ def test_it_trains_every_run_and_reports(trained, results):
     for row, (name, entry) in zip(rows, results.items(), strict=True):
         assert row[:3] == [f"`{name}`", str(entry["batch"]), str(entry["steps"])]
         assert row[-1] == f"{entry['mean']:.4f} ± {entry['sd']:.4f}"
-    assert "block_0/qkv (32 to 96), block_0/out (32 to 32), block_0/up (32 to 128)" in table
+    assert "block_0/qkv/kernel (32 to 96), block_0/out/kernel (32 to 32)" in table
     assert (folder / "out/results.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -199,7 +199,7 @@ def test_results_of_other_settings_are_refused(trained, standard_promotion):
         ("--run control:inputs=1/2", "inputs must be true or false"),
         ("--run exact:batch=half", "batch must be a number above 0"),
         ("--run exact:batch=1/3", "batch is 1.33333, no whole number, where --batch is 4"),
-        ("--run topk:k=65", "topk:k=65: block_0/qkv: k=65 outer products asked of a batch of 64"),
+        ("--run topk:k=65", "topk:k=65: MemAOP: k=65 outer products asked of a batch of 64"),
         ("--run topk:k=8 --layers-exact none", "the rule for 'none' matches no dense layer"),
         ("--run control --layers-exact none", "the rule for 'none' matches no dense layer"),
         ("--run topk:k=8 --layers-exact (", "'(' is no regular expression"),
@@ -280,9 +280,9 @@ def test_the_default_runs_are_valid(parse):
     options = parse("--heads 4")
     assert [run.name for run in options.run] == list(language_model.DEFAULT_RUNS)
     assert [layer.split()[0] for layer in options.approximate] == [
-        f"block_0/{name}" for name in ("qkv", "out", "up", "down")
+        f"block_0/{name}/kernel" for name in ("qkv", "out", "up", "down")
     ]
-    fewer = parse("--run topk:k=3 --layers-exact block_0/(up|down)")
+    fewer = parse("--run topk:k=3 --layers-exact block_0/(up|down)/kernel")
     assert fewer.approximate == options.approximate[:2]
 
 
@@ -449,7 +449,7 @@ def test_estimates_are_diagnosed_early_and_late(tmp_path, monkeypatch, standard_
         assert better["rule"] == pytest.approx((1 + better["error"] ** 2) * better["c"])
         assert f"| `{subspace}` | {step} | {better['error']:.3g} |" in printed
     layers = pathlib.Path("out/diagnostics.md").read_text()
-    assert layers.count("| block_0/qkv |") == 4
+    assert layers.count("| block_0/qkv/kernel |") == 4
     assert f"{subspace}, after 20 steps" in layers
     language_model.main(command)  # with nothing left to train
     assert capsys.readouterr().out == printed
@@ -485,7 +485,7 @@ def test_a_controlled_run(spelled, tmp_path, monkeypatch, standard_promotion, ca
     assert (flops[3:] == flops[3]).all()
     assert entry["c"] == pytest.approx(entry["flops"][0][-1] / exact["flops"][0][-1])
     assert f"| 10 | {decision['choice']} | {decision['noise']:.2f} |" in printed
-    assert "Approximate: block_0/qkv (32 to 96)" in printed
+    assert "Approximate: block_0/qkv/kernel (32 to 96)" in printed
 
 
 @pytest.mark.slow

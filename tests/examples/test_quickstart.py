@@ -44,12 +44,37 @@ def check(printed, progress, folder, policies):
         assert with_memory[0] < without[0]  # train loss
     assert rows["topk", "yes", "0.25"][0] == pytest.approx(exact_loss, rel=0.1)
 
+    row = re.compile(
+        rf"^(exact|topk, rows|priority, subspace) +{figure} ± {figure} +{figure} ± {figure}"
+        rf" +{figure} M \({figure}\) +(\S+) +(\S+)$",
+        flags=re.MULTILINE,
+    )
+    adam = {name: list(map(float, figures)) for name, *figures in row.findall(printed)}
+    assert list(adam) == ["exact", "topk, rows", "priority, subspace"]
+    exact, memory_of_rows, subspace = (figures[0] for figures in adam.values())  # train losses
+    assert subspace == pytest.approx(exact, rel=0.1)
+    assert memory_of_rows > 1.5 * exact  # why it is not the one to begin with
+    assert all(ms > 0 for figures in adam.values() for ms in figures[-2:])
+
+
+def test_the_verdict_follows_the_milliseconds(quickstart):
+    small, wide = quickstart.Sizes(64, (128,), 128), quickstart.WIDE
+    both = quickstart.verdict({small: [1.0, 9.0, 0.9], wide: [100.0, 9.0, 80.0]})
+    assert "0.90 times as long as an exact one in the small network, 0.80 times" in both
+    assert "In the small one it pays.\nIn the wide one it pays." in both
+    usual = quickstart.verdict({small: [1.0, 0.1, 2.0], wide: [100.0, 1.0, 80.0]})
+    assert "In the small one it does not pay" in usual
+    assert "In the wide one it pays." in usual
+    neither = quickstart.verdict({small: [1.0, 0.1, 2.0], wide: [100.0, 1.0, 99.0]})
+    assert "Nor in the wide one" in neither
+
 
 @pytest.mark.usefixtures("standard_promotion", "without_x64")
 def test_it_trains_exactly_with_and_without_memory(quickstart, tmp_path, monkeypatch, capsys):
     """With one of the policies."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "POLICIES", ("topk",))
+    monkeypatch.setattr(quickstart, "WIDE", quickstart.Sizes(32, (64,), 128))
     quickstart.main(ARGUMENTS.split())
     check(*capsys.readouterr(), tmp_path, quickstart.POLICIES)
 

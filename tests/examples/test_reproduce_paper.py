@@ -110,7 +110,7 @@ def test_an_epoch_of_mnist_against_a_loop_in_numpy(folder, standard_promotion):
     """Double softmax, partial batches dropped, their rows in the denominators all the same."""
     data = paper_data.images("mnist", folder)
     experiment = reproduce_paper.EXPERIMENTS["mnist"]
-    trainer = reproduce_paper.Trainer(experiment, None, data.train_x.shape[1])
+    trainer = reproduce_paper.Trainer(experiment, None, data)
     state, key = trainer.init(jax.random.key(1)), jax.random.key(2)
     order = np.asarray(jax.random.permutation(key, 200))
     w, b = (np.asarray(state[0][name], np.float64) for name in ("kernel", "bias"))
