@@ -68,15 +68,15 @@ class _Owner(nnx.Module):
     def _check_derivative(self, kernels, memories):
         """A derivative with respect to these kernels and the memories of these names."""
         trained = {name: _Seen(kernel) for name, kernel in kernels.items() if name in memories}
-        for name in kernels:
-            if name not in memories:
-                warn_once(
-                    f"{name}: differentiated with respect to its kernel, but not to its memory, "
-                    "which then never moves: the rows that were not chosen are lost. Differentiate "
-                    "with respect to both, nnx.grad(loss_fn, argnums=nnx.DiffState(0, (nnx.Param, "
-                    "aop.nnx.Memory))), and hand the gradients to aop.nnx.update_memory; or "
-                    "configure MemAOP(memory=None)."
-                )
+        alone = [name for name in kernels if name not in memories]
+        if alone:
+            warn_once(
+                f"{_few(alone)}: differentiated with respect to the kernel, but not to its memory, "
+                "which then never moves: rows that wait are lost, and directions stay the first "
+                "ones. Differentiate with respect to both, nnx.grad(loss_fn, "
+                "argnums=nnx.DiffState(0, (nnx.Param, aop.nnx.Memory))), and hand the gradients to "
+                "aop.nnx.update_memory; or configure MemAOP(memory=None)."
+            )
         if not trained:
             return
         before = self.differentiated or _Differentiated({}, 0)
@@ -84,7 +84,7 @@ class _Owner(nnx.Module):
         moved = any(name in known and known[name] != seen for name, seen in trained.items())
         if before.moves + moved > MOST_MOVES:
             raise ValueError(
-                f"{', '.join(trained)}: trained {before.moves + moved} times, but the memory "
+                f"{_few(trained)}: trained {before.moves + moved} times, but the memory "
                 "stayed, since aop.nnx.update_memory was not called. optimizer.update(model, "
                 "aop.nnx.update_memory(model, grads)) does both. For gradients that train nothing, "
                 "differentiate nnx.clone(model)."
@@ -99,6 +99,12 @@ class _Owner(nnx.Module):
         key, used = jax.random.split(get_value(self.key))
         set_value(self.key, key)
         return used
+
+
+def _few(names: Iterable[str]) -> str:
+    """The first three names, and how many more there are."""
+    first, more = [*names][:3], len([*names]) - 3
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 MOST_MOVES = 2  # of a model's kernels without its memory: steps may be refused, gradients looked at
@@ -482,7 +488,15 @@ def _static_attributes(nodes):
 
 def _checked_sites(settings, model, wrt, args, kwargs):
     """The sites of a call of a model that is not wrapped."""
-    sites = _Call.of(settings, model, wrt, args, kwargs, ()).traced.sites
+    try:
+        sites = _Call.of(settings, model, wrt, args, kwargs, ()).traced.sites
+    except TypeError as error:
+        if args or kwargs:
+            raise
+        raise TypeError(
+            f"{settings.caller}: got no example inputs, and the model cannot be called without: "
+            f"{error}. Give a batch of the training size, aop.nnx.wrap(model, rules, x)."
+        ) from error
     settings.check_model(sites)
     return sites
 

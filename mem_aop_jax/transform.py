@@ -103,7 +103,8 @@ def carry_memory(
             raise TypeError(
                 "carry_memory: update got no memory. Differentiate the loss with respect to the "
                 "memory too, and pass its gradient: tx.update(grads, opt_state, params, "
-                "memory=memory)."
+                "memory=memory). (Flax's TrainState.apply_gradients passes none on: call "
+                "state.tx.update.)"
             )
         _check_same_kind(state.memory, memory)
         factor = rate_factor(learning_rate, state.count)

@@ -503,6 +503,20 @@ def test_training_that_forgets_the_memory(kind, jit):
     assert all(memory.uses == 1 for memory in memories_of(trained(jit(both))).values())
 
 
+def test_one_warning_names_all_layers_whose_memories_stay():
+    model, x = two_layers("wrap"), inputs(16, 8)
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="kernel, .*kernel: differentiated") as warned:
+        nnx.grad(loss_fn)(model, x)
+    assert len(warned) == 1
+
+
+def test_wrap_without_example_inputs():
+    model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"no example inputs, .*'inputs'.*wrap\(model, rules, x\)"):
+        aop.nnx.wrap(model, aop.MemAOP(ratio=0.25))
+
+
 @pytest.mark.parametrize("kind", ["wrap", "layer"])
 def test_gradients_that_train_nothing_are_no_error(kind):
     """Of a copy as many as one likes; of the model, a step that is refused now and then."""

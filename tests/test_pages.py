@@ -110,7 +110,7 @@ def test_the_first_example_has_ten_lines():
     assert len([line for line in BLOCKS[0][1]["code"].splitlines() if line.strip()]) == 10
 
 
-def test_pages_is_short():
+def test_readme_is_short():
     text = README.read_text()
     assert len(text.splitlines()) <= 220
     assert len(text.split()) <= 2500

@@ -68,12 +68,13 @@ class Advice:
         if self.gaining:
             speed = f"{speed}, with the rules {ours}: c = {self.c:.2f}"
             error = (
-                f"v = {self.v:.2g} of the gradient's square is added; the batch's own noise is "
+                f"the rules add v = {self.v:.2g} of the squared gradient; the batch's own noise is "
                 f"{self.noise:.2g} of it"
             )
-            steps = 1 + self.noise * self.v
-            verdict = f"{self.c:.2f} of the time for each of 1 + noise v = {steps:.2f} times as "
-            verdict += f"many steps: {self.verdict():.2f}"
+            verdict = (
+                f"a step takes {self.c:.2f} of the time, and 1 + noise v = "
+                f"{1 + self.noise * self.v:.2f} times as many are needed: {self.verdict():.2f}"
+            )
         return "\n".join(
             (
                 f"reached: {self.share:.0%} of the FLOPs of contractions with parameters; "
@@ -87,7 +88,7 @@ class Advice:
 
     def _line(self) -> str:
         if self.pays:
-            return "aop.approximate(loss, advice.rules)"
+            return "aop.approximate(loss, advice.rules), or advice.rules in a wrap"
         if not self.gaining:
             return "train exactly: no contraction is wide enough, with so many rows, to get faster"
         if self.c >= 1 - MARGIN:

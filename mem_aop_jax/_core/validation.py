@@ -96,8 +96,9 @@ def differentiable(call, memory, key):
     if config.needs_key and key is None:
         raise ValueError(
             f"{name}: {config.why_key} and got no key. Pass key= a new "
-            "jax.random.key each step (in Linen: apply(..., rngs={aop.linen.RNG: key}), and for "
-            "layers inside nn.scan or nn.vmap split_rngs={aop.linen.RNG: True})."
+            "jax.random.key each step (to a function of aop.approximate after the memory; in "
+            "Linen: apply(..., rngs={aop.linen.RNG: key}), and for layers inside nn.scan or "
+            "nn.vmap split_rngs={aop.linen.RNG: True})."
         )
     config.selected_rows(call.sizes[0], name)
 
