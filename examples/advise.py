@@ -8,6 +8,7 @@ it pays, else with the configuration in all contractions, which the advice is ag
   python examples/advise.py wide-mlp ... some of them, with the whole advice
 """
 
+import argparse
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -183,7 +184,7 @@ def step_seconds(task: Task, params: Any, rules: Any, rounds: int) -> np.ndarray
     return np.stack(list(seconds.values()), axis=1)
 
 
-def main(arguments=None) -> None:
+def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = runs.argument_parser(__doc__)
     parser.add_argument("model", nargs="*", help=f"some of {', '.join(MODELS)} (all)")
     runs.add_counts(parser, {"rounds": (3, "of timing, of 8 steps each")})
@@ -191,6 +192,11 @@ def main(arguments=None) -> None:
     unknown = [name for name in options.model if name not in MODELS]
     if unknown:
         parser.error(f"no model {', '.join(unknown)}; there are {', '.join(MODELS)}")
+    return options
+
+
+def main(arguments=None) -> None:
+    options = parse_arguments(arguments)
     rows, texts = [], []
     for name in tqdm(options.model or MODELS):
         task = MODELS[name]()

@@ -579,13 +579,18 @@ def update_memory(
 
 
 def _key(config, rngs, name):
-    """A key for a policy that may draw, from a stream that stays where it is."""
+    """A key for a policy that may draw, from a stream that stays where it is.
+
+    It differs from layer to layer, since the stream of the parameters moves on.
+    """
     if not (config.needs_key or callable(config.policy)):
         return None
-    streams = [] if rngs is None else [s for s in (RNG, "default") if s in rngs]
+    streams = [] if rngs is None else [rngs[s] for s in (RNG, "default") if s in rngs]
     if streams:
-        stream = rngs[streams[0]]
+        stream = streams[0]
         key = jax.random.fold_in(get_value(stream.key), get_value(stream.count))
+        if "params" in rngs:  # this moves on from layer to layer
+            key = jax.random.fold_in(key, get_value(rngs["params"].count))
         return jax.random.fold_in(key, zlib.crc32(f"{RNG}/{name}".encode()))
     if config.needs_key:
         raise ValueError(

@@ -511,6 +511,17 @@ def test_one_warning_names_all_layers_whose_memories_stay():
     assert len(warned) == 1
 
 
+@pytest.mark.parametrize(
+    "streams", [{"default": 0}, {"params": 0, "mem_aop": 1}, {"default": 0, "params": 1}]
+)
+def test_every_layer_has_a_key_of_its_own(streams):
+    """With the same key in two layers, approximate gradients of inputs are biased below."""
+    rngs, config = nnx.Rngs(**streams), aop.MemAOP(k=2, policy="priority")
+    layers = [aop.nnx.Linear(4, 4, rows=8, config=config, rngs=rngs) for _ in range(3)]
+    keys = {tuple(jax.random.key_data(layer.dot_general.new_key()).tolist()) for layer in layers}
+    assert len(keys) == 3
+
+
 def test_wrap_without_example_inputs():
     model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match=r"no example inputs, .*'inputs'.*wrap\(model, rules, x\)"):

@@ -61,7 +61,7 @@ def cost(
       in_features: of the layer.
       out_features: of the layer.
       dtype: of the inputs.
-      rates: of the device; None is the default device: from a table, or measured in a few seconds
+      rates: of the device; None is the default device: from a table, or measured in some 20 seconds
         the first time.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How fast a device is: known ones from a table, others measured in a few seconds."""
+"""How fast a device is: known ones from a table, others measured in some 20 seconds."""
 
 import functools
 import itertools
