@@ -4,6 +4,8 @@
   model        whole training steps: the transformer of language_model.py, the MLP of deep_mlp.py
   tpu-compile  the layer's FLOPs, bytes, memory and time as the compiler for TPUs estimates them. No
                TPU is needed: pip install "jax[tpu]"
+  gpu-compile  the layer's kernels, bytes, memory and time on an H100 or A100 that is only described
+               to XLA's compiler: examples/gpu_estimate.py. No GPU is needed
   peers        the layer in PyTorch beside it, exact and by hand: pip install torch
 
 Each --run is a policy and keywords of aop.MemAOP: topk:memory=none. A run without k or ratio is
@@ -32,6 +34,7 @@ import mem_aop_jax as aop
 with runs.needs_packages():
     import benchmark_steps as steps
     import deep_mlp
+    import gpu_estimate
     import language_training
     import timing
     from benchmark_steps import Sizes
@@ -58,6 +61,7 @@ TPU = {  # the environment that describes a TPU to its compiler
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by several processes at a time
 }
 TOPOLOGIES = {"v5e": "v5e:2x2x1", "v6e": "v6e:2x2x1"}
+CHIPS = {"tpu-compile": tuple(TOPOLOGIES), "gpu-compile": tuple(gpu_estimate.GPUS)}
 DTYPES = ("float32", "bfloat16", "float16")
 # Tells glibc to keep a step's memory for the next step, which would else get it page by page.
 MALLOC = {
@@ -168,23 +172,16 @@ def measure_models(options, progress) -> list[dict]:
     return rows
 
 
-# ---- the compiler for TPUs
+# ---- compilers for chips that are not there
 
 
-def compile_for_tpus(options, progress) -> list[dict]:
-    from jax.experimental import topologies
-
-    os.environ.update(TPU)
-    jax.config.update("jax_platforms", "cpu")
+def compile_layers(options, progress) -> list[dict]:
+    """The layer's steps, compiled for chips that are not there."""
     rows = []
     for chip in options.chip:
-        try:
-            topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
-        except Exception as error:  # the plugin raises its own classes
-            raise SystemExit(
-                f'{chip}: there is no compiler for TPUs ({error}). pip install "jax[tpu]"'
-            ) from None
-        one_device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+        on_gpu = chip in gpu_estimate.GPUS
+        device = gpu_estimate.device(chip) if on_gpu else tpu(chip)
+        one_device = jax.sharding.SingleDeviceSharding(device)
         for sizes in all_sizes(options):
             inputs = jax.eval_shape(lambda sizes=sizes: steps.layer_inputs(sizes))
             exact = None
@@ -195,32 +192,44 @@ def compile_for_tpus(options, progress) -> list[dict]:
                 function = jax.jit(
                     step.function, in_shardings=one_device, donate_argnums=len(args) - 1
                 )
-                columns, ms, cycles = tpu_estimates(function.lower(*args).compile())
-                exact = exact or (columns, ms)
-                rows.append(
-                    {"chip": chip, **sizes._asdict(), "run": name}
-                    | columns
-                    | {
-                        "FLOPs": columns["GFLOPs"] / exact[0]["GFLOPs"],
-                        "bytes": columns["MB"] / exact[0]["MB"],
-                        "ms": ms,
-                        "speed": exact[1] / ms,
-                        "M cycles": cycles / 1e6,
-                    }
-                )
+                compiled = function.lower(*args).compile()
+                found = gpu_estimate.columns(compiled, chip) if on_gpu else tpu_columns(compiled)
+                exact = exact or found
+                relative = {"bytes": found["MB"] / exact["MB"], "speed": exact["ms"] / found["ms"]}
+                if not on_gpu:  # whose products are calls into libraries, which XLA counts as 0
+                    relative["FLOPs"] = found["GFLOPs"] / exact["GFLOPs"]
+                rows.append({"chip": chip, **sizes._asdict(), "run": name} | found | relative)
                 progress.update()
     return rows
 
 
-def tpu_estimates(function: jax.stages.Compiled) -> tuple[dict, float, int]:
-    """The compiler's columns, milliseconds of a call, and cycles without those of kernels.
+def tpu(chip: str) -> jax.Device:
+    """A TPU to compile for."""
+    from jax.experimental import topologies
+
+    os.environ.update(TPU)
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+    except Exception as error:  # the plugin raises its own classes
+        raise SystemExit(
+            f'{chip}: there is no compiler for TPUs ({error}). pip install "jax[tpu]"'
+        ) from None
+    return topology.devices[0]
+
+
+def tpu_columns(function: jax.stages.Compiled) -> dict:
+    """What the compiler says, milliseconds of a call, and cycles without those of kernels.
 
     An operation that the compiler cannot estimate counts as -1 second and as the largest int64 of
     cycles.
     """
     seconds = function.cost_analysis()["optimal_seconds"] % 1
     cycles = map(int, re.findall(r'"estimated_cycles":"(\d+)"', function.as_text()))
-    return timing.compiler_columns(function), seconds * 1e3, sum(c for c in cycles if c < 2**60)
+    return timing.compiler_columns(function) | {
+        "ms": seconds * 1e3,
+        "M cycles": sum(c for c in cycles if c < 2**60) / 1e6,
+    }
 
 
 # ---- the table and the figure
@@ -293,7 +302,7 @@ def draw(rows: list[dict]) -> Figure:
 def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = runs.argument_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("layer", "model", "tpu-compile", "peers"):
+    for name in ("layer", "model", *CHIPS, "peers"):
         command = commands.add_parser(name, help=argparse.SUPPRESS)
         default = MODEL_RUNS if name == "model" else LAYER_RUNS
         command.add_argument(
@@ -301,7 +310,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         )
         command.add_argument("--ratio", nargs="+", default=["1/8"], help="K / rows (1/8)")
         runs.add_out_folder(command, "benchmark", "a CSV and a figure")
-        if name != "tpu-compile":
+        if name not in CHIPS:
             runs.add_counts(command, {"rounds": (15, "of timing")})
         if name == "model":
             runs.add_counts(command, {
@@ -311,8 +320,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
             })  # fmt: skip
             command.add_argument("--min-speedup", type=runs.rate, default=1.05, help="(1.05)")
         else:
-            sizes = (8192, 4096, 4096) if name == "tpu-compile" else (4096, 2048, 2048)
-            dtypes = "bfloat16" if name == "tpu-compile" else "float32"
+            sizes = (8192, 4096, 4096) if name in CHIPS else (4096, 2048, 2048)
+            dtypes = "bfloat16" if name in CHIPS else "float32"
             for option, size in zip(("rows", "in-features", "out-features"), sizes, strict=True):
                 command.add_argument(
                     f"--{option}", type=runs.count, nargs="+", default=[size], help=f"({size})"
@@ -321,10 +330,11 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
                 "--dtype", nargs="+", choices=DTYPES, default=[dtypes], help=f"({dtypes})"
             )
             command.set_defaults(passes="both")
-        if name in ("layer", "tpu-compile"):
+        if name in ("layer", *CHIPS):
             command.add_argument("--passes", choices=steps.PASSES)
-        if name == "tpu-compile":
-            command.add_argument("--chip", nargs="+", choices=TOPOLOGIES, default=["v5e"])
+        if name in CHIPS:
+            first, *_ = chips = CHIPS[name]
+            command.add_argument("--chip", nargs="+", choices=chips, default=[first])
         command.set_defaults(peers=name == "peers", default_run=default)
     options = parser.parse_args(arguments)
     options.run = options.run or list(options.default_run)
@@ -344,9 +354,9 @@ def main(arguments=None) -> None:
         raise SystemExit("peers: there is no PyTorch. pip install torch")
     if options.command == "model":
         command, total = measure_models, 2 * options.rounds
-    elif options.command == "tpu-compile":
+    elif options.command in CHIPS:
         steps_of_sizes = 1 + len(options.ratio) * len(options.run)
-        command = compile_for_tpus
+        command = compile_layers
         total = len(options.chip) * len(all_sizes(options)) * steps_of_sizes
     else:
         command, total = measure_layers, len(all_sizes(options)) * options.rounds
@@ -359,7 +369,7 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-    is_set = os.environ.keys() >= MALLOC.keys() or "tpu-compile" in sys.argv
+    is_set = os.environ.keys() >= MALLOC.keys() or CHIPS.keys() & set(sys.argv)
     # Not on a GPU, whose compiler's threads would wait for each other.
     if sys.platform == "linux" and not is_set and jax.default_backend() == "cpu":
         arguments = [sys.executable, *sys.orig_argv[1:]]

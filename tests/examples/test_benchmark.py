@@ -11,6 +11,7 @@ import sys
 
 import benchmark
 import benchmark_steps as steps
+import gpu_estimate
 import jax
 import numpy as np
 import pytest
@@ -133,6 +134,20 @@ def test_bad_options(tmp_path, capsys):
             benchmark.main(["peers", "--out", str(tmp_path)])
 
 
+def compiled_layers(command, folder, *arguments):
+    """The rows of two configurations of a layer, compiled for a chip that is not there."""
+    root = str(EXAMPLES.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    runs = ["--run", "topk:memory=none", "--run", "priority:memory=subspace"]
+    process = subprocess.run(
+        [sys.executable, EXAMPLES / "benchmark.py", command, "--rows", "4096",
+         "--in-features", "2048", "--out-features", "2048", *runs, *arguments, "--out", folder],
+        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout + process.stderr
+    return read_rows(folder, command)
+
+
 @pytest.mark.examples
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -140,21 +155,80 @@ def test_bad_options(tmp_path, capsys):
 )
 def test_the_estimates_of_the_compiler_for_tpus(tmp_path):
     """On a layer large enough for the products to decide."""
-    root = str(EXAMPLES.parent)
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    runs = ["--run", "topk:memory=none", "--run", "priority:memory=subspace"]
-    process = subprocess.run(
-        [sys.executable, EXAMPLES / "benchmark.py", "tpu-compile", "--rows", "4096",
-         "--in-features", "2048", "--out-features", "2048", *runs, "--out", tmp_path],
-        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout + process.stderr
-    exact, alone, beside = read_rows(tmp_path, "tpu-compile")
+    exact, alone, beside = compiled_layers("tpu-compile", tmp_path)
     assert exact["chip"] == "v5e"
     assert float(exact["FLOPs"]) == 1
     for row in (alone, beside):
         assert 0.7 < float(row["FLOPs"]) < 0.76
         assert 0.5 < float(row["speed"]) < 1.5
+
+
+@pytest.mark.examples
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason=f"the GPU compiler is not installed: {gpu_estimate.PACKAGES}",
+)
+def test_the_estimates_of_the_compiler_for_gpus(tmp_path):
+    """The exact layer is its three products; others have smaller ones, and kernels beside them."""
+    rows = compiled_layers("gpu-compile", tmp_path, "--chip", "h100", "a100")
+    for chip in ("h100", "a100"):
+        exact, alone, beside = (row for row in rows if row["chip"] == chip)
+        assert int(exact["kernels"]) == 3
+        assert float(exact["ms"]) == pytest.approx(float(exact["ms of products"]))
+        assert float(alone["ms of products"]) < 0.85 * float(exact["ms"])
+        assert 3 < int(alone["kernels"]) < int(beside["kernels"])
+        for row in (alone, beside):
+            assert 0.2 < float(row["speed"]) < 1.41
+
+
+PROGRAM = """HloModule step
+
+%fused (p.0: bf16[8192,4096], p.1: s32[1024]) -> bf16[1024,4096] {
+  %p.0 = bf16[8192,4096]{1,0} parameter(0)
+  %p.1 = s32[1024]{0} parameter(1)
+  ROOT %g = bf16[1024,4096]{1,0} gather(%p.0, %p.1), slice_sizes={1,4096}
+}
+
+%seldom (q: f32[1048576]) -> f32[1048576] {
+  %q = f32[1048576]{0} parameter(0)
+  ROOT %n = f32[1048576]{0} negate(%q)
+}
+
+%mostly (r: f32[1048576]) -> f32[1048576] {
+  ROOT %r = f32[1048576]{0} parameter(0)
+}
+
+ENTRY %main (x: bf16[8192,4096], i: s32[1024], f: f32[1048576], b: pred[]) -> bf16[4096,4096] {
+  %x = bf16[8192,4096]{1,0} parameter(0)
+  %i = s32[1024]{0} parameter(1)
+  %f = f32[1048576]{0} parameter(2)
+  %b = pred[] parameter(3)
+  %rows = bf16[1024,4096]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+  %c = f32[1048576]{0} conditional(%b, %f, %f), true_computation=%seldom, false_computation=%mostly
+  %dw = (bf16[4096,4096]{1,0}, s8[33554432]{0}) custom-call(%rows, %rows), target="__cublas$gemm"
+  ROOT %y = bf16[4096,4096]{1,0} get-tuple-element(%dw), index=0
+}
+"""
+
+
+def test_what_a_gpus_kernels_move():
+    gpu = gpu_estimate.Gpu({}, bytes=1e12, flops=1e14)
+    gather, decision, negate, product = gpu_estimate.kernels(PROGRAM, gpu)
+    rows = 1024 * 4096 * 2  # bytes
+    assert gather.bytes == 2 * rows + 4 * 1024  # of x only the rows that are gathered
+    assert gather.seconds == pytest.approx(gather.bytes / 1e12 + gpu_estimate.LAUNCH)
+    assert decision.seconds == gpu_estimate.DECISION
+    assert negate.bytes == pytest.approx(gpu_estimate.REFRESHES * 2 * 4 * 2**20)
+    assert [k.is_product for k in (gather, decision, negate, product)] == [False] * 3 + [True]
+    assert product.bytes == 2 * rows + 4096 * 4096 * 2  # without its workspace
+    flops = 2 * 1024 * 4096 * 4096
+    assert product.seconds == pytest.approx(flops / 1e14 + gpu_estimate.LAUNCH)
+
+
+def test_gpus_without_their_compiler(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"h100: there is no compiler for GPUs\. pip install"):
+        gpu_estimate.device("h100")
 
 
 def test_a_measurement_has_steps_that_refresh_and_others():
