@@ -333,7 +333,7 @@ def _kernel_gradient(candidates, dtype):
     norms = candidates.norms()
     chosen = _select(candidates, norms)
     factors, candidates = candidates.gather(chosen)
-    dw = _multiply(candidates, chosen, factors).astype(dtype)
+    dw = _multiply(candidates, chosen, factors, dtype).astype(dtype)
     return dw, _store(candidates, chosen, dw), norms, chosen
 
 
@@ -365,8 +365,12 @@ def _select(candidates: Candidates, norms: Factors) -> Chosen:
     return Chosen(indices, weights, finite & unchosen, is_void)
 
 
-def _multiply(candidates: Candidates, chosen: Chosen, factors) -> chex.Array:
-    """Xh[S]^T Gh[S] + L^T R, one product, accumulated in float32 (float64 for float64)."""
+def _multiply(candidates: Candidates, chosen: Chosen, factors, dtype) -> chex.Array:
+    """Xh[S]^T Gh[S] + L^T R, one product, accumulated in float32 (float64 for float64).
+
+    It is rounded to `dtype`, that of the kernel, at once where it can be: a GPU would else write it
+    in float32, and round it in a pass of its own.
+    """
     xs, gs = (rows.reshape(-1, rows.shape[-1]) for rows in factors)
     dtypes = candidates.x.dtype, candidates.g.dtype
     exact = candidates.exact_part()
@@ -379,12 +383,14 @@ def _multiply(candidates: Candidates, chosen: Chosen, factors) -> chex.Array:
     # In float16 a sum of rows could overflow, or a row with its weight.
     if jnp.float16 not in dtypes or (candidates.memory is None and chosen.weights is None):
         xs, gs = xs.astype(dtypes[0]), gs.astype(dtypes[1])
+    accumulated = max(map(accumulation_dtype, (xs.dtype, gs.dtype)))
+    rounded_at_once = xs.dtype == gs.dtype == dtype == jnp.bfloat16
     return lax.dot_general(
         xs,
         gs,
         (((0,), (0,)), ((), ())),
         precision=candidates.call.precision,
-        preferred_element_type=max(map(accumulation_dtype, (xs.dtype, gs.dtype))),
+        preferred_element_type=dtype if rounded_at_once else accumulated,
     )
 
 

@@ -43,6 +43,17 @@ def test_flops_of_the_compiled_backward_pass():
             assert flops(config) <= 1.03 * (1 + k / m) / 2 * exact, config
 
 
+@pytest.mark.parametrize("config", [aop.MemAOP(k=6, memory=None), aop.MemAOP(k=6), SUBSPACE])
+def test_the_gradient_of_a_kernel_in_bfloat16_is_never_in_float32(config):
+    """The product rounds it, which a pass over it would do else; it accumulates in float32."""
+    n, p = M + 8, 40  # no other array is so large
+    x, kernel, g = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((M, n), (n, p), (M, p)))
+    memory = jax.eval_shape(lambda: aop.init_memory(config, M, n, p, jnp.bfloat16))
+    lowered = gradients.lower(config, x, kernel, memory, g, jax.random.key(0)).as_text()
+    assert f"tensor<{n}x{p}xbf16>" in lowered
+    assert f"tensor<{n}x{p}xf32>" not in lowered
+
+
 @pytest.mark.parametrize("options", [{}, {"groups": 4, "decay": 0.5}])
 def test_a_donated_memory_is_overwritten_in_place(options):
     m, n, p, k = 2048, 512, 256, 64
