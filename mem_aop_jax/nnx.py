@@ -84,7 +84,7 @@ class _Owner(nnx.Module):
         moved = any(name in known and known[name] != seen for name, seen in trained.items())
         if before.moves + moved > MOST_MOVES:
             raise ValueError(
-                f"{_few(trained)}: trained {before.moves + moved} times, but the memory "
+                f"{_few(list(trained))}: trained {before.moves + moved} times, but the memory "
                 "stayed, since aop.nnx.update_memory was not called. optimizer.update(model, "
                 "aop.nnx.update_memory(model, grads)) does both. For gradients that train nothing, "
                 "differentiate nnx.clone(model)."
@@ -101,10 +101,9 @@ class _Owner(nnx.Module):
         return used
 
 
-def _few(names: Iterable[str]) -> str:
+def _few(names: list[str]) -> str:
     """The first three names, and how many more there are."""
-    first, more = [*names][:3], len([*names]) - 3
-    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 MOST_MOVES = 2  # of a model's kernels without its memory: steps may be refused, gradients looked at
@@ -585,12 +584,15 @@ def _key(config, rngs, name):
     """
     if not (config.needs_key or callable(config.policy)):
         return None
-    streams = [] if rngs is None else [rngs[s] for s in (RNG, "default") if s in rngs]
-    if streams:
-        stream = streams[0]
+
+    def first_stream(*names):
+        return next((rngs[name] for name in names if rngs is not None and name in rngs), None)
+
+    stream, moving = first_stream(RNG, "default"), first_stream("params", "default")
+    if stream is not None:
         key = jax.random.fold_in(get_value(stream.key), get_value(stream.count))
-        if "params" in rngs:  # this moves on from layer to layer
-            key = jax.random.fold_in(key, get_value(rngs["params"].count))
+        if moving is not None and moving is not stream:
+            key = jax.random.fold_in(key, get_value(moving.count))
         return jax.random.fold_in(key, zlib.crc32(f"{RNG}/{name}".encode()))
     if config.needs_key:
         raise ValueError(

@@ -512,7 +512,13 @@ def test_one_warning_names_all_layers_whose_memories_stay():
 
 
 @pytest.mark.parametrize(
-    "streams", [{"default": 0}, {"params": 0, "mem_aop": 1}, {"default": 0, "params": 1}]
+    "streams",
+    [
+        {"default": 0},
+        {"default": 0, "params": 1},
+        {"default": 0, "mem_aop": 1},
+        {"params": 0, "mem_aop": 1},
+    ],
 )
 def test_every_layer_has_a_key_of_its_own(streams):
     """With the same key in two layers, approximate gradients of inputs are biased below."""
