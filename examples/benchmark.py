@@ -196,7 +196,7 @@ def compile_layers(options, progress) -> list[dict]:
                 found = gpu_estimate.columns(compiled, chip) if on_gpu else tpu_columns(compiled)
                 exact = exact or found
                 relative = {"bytes": found["MB"] / exact["MB"], "speed": exact["ms"] / found["ms"]}
-                if not on_gpu:  # whose products are calls into libraries, which XLA counts as 0
+                if "GFLOPs" in found:  # not of a GPU, whose products XLA does not count
                     relative["FLOPs"] = found["GFLOPs"] / exact["GFLOPs"]
                 rows.append({"chip": chip, **sizes._asdict(), "run": name} | found | relative)
                 progress.update()

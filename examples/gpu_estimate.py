@@ -6,6 +6,7 @@ units for its FLOPs, whichever is longer, and a constant. The rates are those th
 the sums over a layer's kernels were within 5% of what it measured. It is no measurement.
 """
 
+import functools
 import importlib.util
 import math
 import os
@@ -84,23 +85,31 @@ GPUS = {
 }  # fmt: skip
 
 
-def device(chip: str) -> jax.Device:
-    """The GPU that `GPUS` describes, to compile for.
-
-    Raises:
-      SystemExit: the packages with the compiler are not installed.
-    """
+@functools.cache  # once, for all chips
+def find_compiler() -> bool:
+    """Whether the CUDA compiler is installed; XLA is told where."""
     spec = importlib.util.find_spec("nvidia")
     folders = (spec and spec.submodule_search_locations) or []
     nvcc = next((path for f in folders if (path := pathlib.Path(f, "cuda_nvcc")).is_dir()), None)
     if nvcc is None:
-        raise SystemExit(f"{chip}: there is no compiler for GPUs. {PACKAGES}")
+        return False
     os.environ["PATH"] += f"{os.pathsep}{nvcc / 'bin'}"
     os.environ["XLA_FLAGS"] = (  # no autotuning, which would need the GPU
         f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0 "
         f"--xla_gpu_enable_triton_gemm=false --xla_gpu_cuda_data_dir={nvcc}"
     )
     jax.config.update("jax_platforms", "cpu")
+    return True
+
+
+def device(chip: str) -> jax.Device:
+    """The GPU that `GPUS` describes, to compile for.
+
+    Raises:
+      SystemExit: the packages with the compiler are not installed.
+    """
+    if not find_compiler():
+        raise SystemExit(f"{chip}: there is no compiler for GPUs. {PACKAGES}")
     description = DESCRIPTION.format(**GPUS[chip].description)
     try:
         topology = topologies.get_topology_desc(
@@ -192,7 +201,7 @@ def kernels(text: str, gpu: Gpu) -> list[Kernel]:
     computations, entry = parse(text)
     shapes = {i.name: i.result for listed in computations.values() for i in listed}
 
-    def of_computation(name: str, share: float) -> list[Kernel]:
+    def of_computation(name: str) -> list[Kernel]:
         found: list[Kernel] = []
         for i in computations[name]:
             if i.op in NO_KERNEL:
@@ -200,20 +209,20 @@ def kernels(text: str, gpu: Gpu) -> list[Kernel]:
             called = re.findall(r"(?:body|to_apply|calls)=%?([\w.\-]+)", i.rest)
             if i.op == "conditional":
                 names = re.findall(r"%([\w.\-]+)", i.rest.partition("metadata")[0])
-                sides = [of_computation(side, share) for side in names if side in computations]
+                sides = [of_computation(side) for side in names if side in computations]
                 sides.sort(key=lambda side: sum(kernel.seconds for kernel in side))
-                found.append(Kernel("the host decides", share * DECISION, 0, False))
+                found.append(Kernel("the host decides", DECISION, 0, False))
                 for side, part in ((sides[0], 1 - REFRESHES), (sides[-1], REFRESHES)):
                     found += [
                         k._replace(seconds=part * k.seconds, bytes=part * k.bytes) for k in side
                     ]
             elif i.op in ("while", "call"):
-                found += of_computation(called[0], share)
+                found += of_computation(called[0])
             else:
-                found.append(of_instruction(i, computations[called[0]] if called else [], share))
+                found.append(of_instruction(i, computations[called[0]] if called else []))
         return found
 
-    def of_instruction(i: Instruction, fused: list[Instruction], share: float) -> Kernel:
+    def of_instruction(i: Instruction, fused: list[Instruction]) -> Kernel:
         operands = [shapes.get(name, "") for name in i.operands]
         is_product, result = "gemm" in i.rest, i.result
         if is_product:
@@ -225,9 +234,9 @@ def kernels(text: str, gpu: Gpu) -> list[Kernel]:
             out = max(elements(dims) for dtype, dims in ARRAY.findall(result) if "f" in dtype)
             flops = 2 * math.sqrt(out * left * right)  # (m k) (k n) (m n) is a square
         seconds = max(moved / gpu.bytes, flops / gpu.flops) + LAUNCH
-        return Kernel(f"{i.op} {i.name}", share * seconds, share * moved, is_product)
+        return Kernel(f"{i.op} {i.name}", seconds, moved, is_product)
 
-    return of_computation(entry, 1.0)
+    return of_computation(entry)
 
 
 def columns(function: jax.stages.Compiled, chip: str) -> dict:

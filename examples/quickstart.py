@@ -31,7 +31,7 @@ with runs.needs_packages():
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     from tqdm import tqdm
-    from training import shuffled_batches, train_step
+    from training import first_state, shuffled_batches, train_step
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -100,13 +100,11 @@ class Trainer:
         optimizers = {
             "SGD": optax.sgd(options.learning_rate), "Adam": optax.adam(options.adam_rate)
         }  # fmt: skip
-        variables = jax.eval_shape(self.model.init, jax.random.key(0), self.batch[0])
-        memory = self.approx.init(variables, *self.batch)  # empty if the run has none
-        self.optimizer = optax.chain(aop.carry_memory(memory), optimizers[run.optimizer])
+        self.optimizer = optax.chain(aop.carry_memory({}), optimizers[run.optimizer])
 
     def init(self, key):
         variables = self.model.init(key, self.batch[0])
-        return variables, self.optimizer.init(variables)
+        return first_state(self.approx, self.optimizer, variables, *self.batch)
 
     def step(self, state, batch, key):
         return train_step(self.approx, self.optimizer, state, key, *batch)
@@ -268,10 +266,8 @@ def plot(results: dict[Run, Result], ratios: list[float], path: pathlib.Path) ->
     """With SGD a panel for each ratio, dashed without memory; then Adam; bands are one sd."""
     size = (4.6 * (len(ratios) + 1), 4.2)
     figure, panels = plt.subplots(1, len(ratios) + 1, figsize=size, sharey=True)
-    titles = [(f"SGD, K/M = {ratio:g}", "SGD", ratio) for ratio in ratios]
-    for panel, (title, optimizer, ratio) in zip(
-        panels, [*titles, (f"Adam, K/M = {ratios[0]:g}", "Adam", ratios[0])], strict=True
-    ):
+    shown = [*(("SGD", ratio) for ratio in ratios), ("Adam", ratios[0])]
+    for panel, (optimizer, ratio) in zip(panels, shown, strict=True):
         for run, result in results.items():
             config = run.config
             if run.optimizer != optimizer or (config and config.ratio != ratio):
@@ -283,7 +279,7 @@ def plot(results: dict[Run, Result], ratios: list[float], path: pathlib.Path) ->
             mean, sd = result.losses.mean(axis=1), result.losses.std(axis=1)
             panel.plot(epochs, mean, style, color=color, label=name)
             panel.fill_between(epochs, mean - sd, mean + sd, color=color, alpha=0.15, lw=0)
-        panel.set(title=title, xlabel="epoch", yscale="log")
+        panel.set(title=f"{optimizer}, K/M = {ratio:g}", xlabel="epoch", yscale="log")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     panels[0].set_ylabel("train loss")
@@ -332,11 +328,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     digits = load(options)
-    ratio = options.ratio[0]
     paper = [
         Run("SGD", aop.MemAOP(ratio=ratio, policy=policy, memory=memory))
         for ratio, policy, memory in itertools.product(options.ratio, POLICIES, ("rows", None))
     ]
+    ratio = options.ratio[0]
     rows = aop.MemAOP(ratio=ratio, policy="topk", memory="rows")
     subspace = aop.MemAOP(ratio=ratio, policy="priority", memory="subspace", rank=8, refresh=8)
     adam = [Run("Adam", config) for config in (None, rows, subspace)]

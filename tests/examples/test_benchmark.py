@@ -227,6 +227,7 @@ def test_what_a_gpus_kernels_move():
 
 def test_gpus_without_their_compiler(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    gpu_estimate.find_compiler.cache_clear()
     with pytest.raises(SystemExit, match=r"h100: there is no compiler for GPUs\. pip install"):
         gpu_estimate.device("h100")
 
