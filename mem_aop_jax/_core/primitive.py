@@ -351,7 +351,9 @@ def _select(candidates: Candidates, norms: Factors) -> Chosen:
         missing = jnp.where(indices < 0, scores.size, indices)
         return selection._replace(indices=missing.astype(jnp.int32))
 
-    scores, _ = row_scores(*norms, candidates.storable())
+    storable = candidates.storable()
+    chosen_first = storable is True and not callable(candidates.call.config.policy)  # if not finite
+    scores, _ = row_scores(*norms, storable)
     finite = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
     indices, weights = map_groups(select, candidates.key, scores)
     unchosen = jax.vmap(lambda group, indices: group.at[indices].set(False))(
@@ -359,7 +361,10 @@ def _select(candidates: Candidates, norms: Factors) -> Chosen:
     )
     is_void = False if memory is None else memory_is_void(memory)
     if not candidates.shows_lost_rows:
-        is_void |= jnp.any(~finite & unchosen)
+        if chosen_first:
+            is_void |= jnp.any(jnp.sum(~finite, axis=1) > k)
+        else:
+            is_void |= jnp.any(~finite & unchosen)
     if weights is not None:
         weights = jnp.where(is_void, jnp.nan, weights)
     return Chosen(indices, weights, finite & unchosen, is_void)

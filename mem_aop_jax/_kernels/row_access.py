@@ -38,9 +38,13 @@ def gather_rows(rows: chex.Array, chosen: chex.Array) -> chex.Array:
     """The chosen rows, `(groups, k, features)`; NaN in place of one that does not exist."""
     block_rows = choose_block_rows(rows, chosen.size)
 
-    @jax.vmap
-    def xla(rows, chosen):
+    def gather(rows, chosen):
         return rows.at[chosen].get(mode="fill", fill_value=jnp.nan)
+
+    def xla(rows, chosen):
+        if len(rows) == 1:
+            return gather(rows[0], chosen[0])[None]
+        return jax.vmap(gather)(rows, chosen)
 
     def kernel(rows, chosen):
         gathered = row_access_tpu.map_gathered_rows(
