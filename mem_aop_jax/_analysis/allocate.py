@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -243,21 +243,32 @@ def _options(config: MemAOP, layer: Layer, variance: LayerVariance) -> _Options:
     exact, last = exact_flops(*layer.sizes), variance.batches[-1]
     asked_for = any(call.asked_for for call in last.calls)
     not_asked = 0 if asked_for else exact / 3  # for the gradient of the inputs
-    kernel_term = functools.cache(variance.kernel_term)
-    input_term = functools.cache(variance.input_term)
+    candidates = _candidates(config, asked_for, layer.sizes)
+    kernel_rows = sorted({c.selected_rows(layer.rows) for c in candidates})
+    input_rows = sorted({c.input_rows(layer.rows) for c in candidates})
+
+    @functools.cache
+    def kernel_terms(ranks: tuple[int, int]) -> dict[int, float]:  # by the number of rows
+        terms = variance.kernel_term(ranks, kernel_rows, config.groups)
+        return dict(zip(kernel_rows, terms, strict=True))
+
+    @functools.cache
+    def input_terms(rank: int) -> dict[int, float]:
+        terms = variance.input_term(rank, input_rows, config.groups)
+        return dict(zip(input_rows, terms, strict=True))
+
     configs: list[MemAOP | None] = [None]
     v, flops = [0.0], [exact - not_asked]
-    for candidate in _candidates(config, asked_for, layer):
+    for candidate, relative in candidates.items():
         ranks = (0, 0)
         if candidate.memory_kind is not None:
             ranks = candidate.ranks(layer.in_features, layer.out_features)
-        added = kernel_term(ranks, candidate.selected_rows(layer.rows), candidate.groups)
+        added = kernel_terms(ranks)[candidate.selected_rows(layer.rows)]
         if candidate.input_grad:
-            drawn = candidate.input_rows(layer.rows)
-            added += input_term(candidate.input_grad.rank, drawn, candidate.groups)
+            added += input_terms(candidate.input_grad.rank)[candidate.input_rows(layer.rows)]
         configs.append(candidate)
         v.append(added)
-        flops.append(exact * relative_cost(candidate, *layer.sizes) - not_asked)
+        flops.append(exact * relative - not_asked)
     return _Options(configs, np.array(v), np.array(flops) * len(last.calls))
 
 
@@ -266,11 +277,15 @@ def _plain(config: MemAOP) -> MemAOP:
     return MemAOP(ratio=0.5, policy=config.policy, groups=config.groups)
 
 
-def _candidates(config: MemAOP, inputs_asked_for: bool, layer: Layer) -> Iterator[MemAOP]:
-    """All configurations to choose from for a layer, each once."""
+@functools.lru_cache(maxsize=64)  # many layers, and many decisions, have the same
+def _candidates(
+    config: MemAOP, inputs_asked_for: bool, sizes: tuple[int, int, int]
+) -> dict[MemAOP, float]:
+    """All configurations to choose from for a layer, and what each costs relative to exact."""
+    rows, in_features, out_features = sizes
     plain = _plain(config)
     approximates_inputs = inputs_asked_for and config.input_grad is not None
-    input_ranks, cotangent_ranks = _ranks(layer.in_features), _ranks(layer.out_features)
+    input_ranks, cotangent_ranks = _ranks(in_features), _ranks(out_features)
     memories: list[dict[str, Any]] = [{}]
     if config.memory_kind is not None:
         subspace = {"memory": "subspace", "refresh": config.refresh}
@@ -279,17 +294,20 @@ def _candidates(config: MemAOP, inputs_asked_for: bool, layer: Layer) -> Iterato
             for rank in input_ranks[1:]
             for other in cotangent_ranks
         ]
+    found = []
     for ratio in RATIOS:
-        if plain.groups > ratio * layer.rows:
+        if plain.groups > ratio * rows:
             continue  # one row of each group at least
         for memory in memories:
             candidate = dataclasses.replace(plain, ratio=ratio, **memory)
-            yield candidate
+            found.append(candidate)
             if approximates_inputs:
-                for input_ratio in INPUT_RATIOS:
-                    for rank in cotangent_ranks if memory else [0]:
-                        input_grad = InputGrad(input_ratio, rank)
-                        yield dataclasses.replace(candidate, input_grad=input_grad)
+                found += [
+                    dataclasses.replace(candidate, input_grad=InputGrad(input_ratio, rank))
+                    for input_ratio in INPUT_RATIOS
+                    for rank in (cotangent_ranks if memory else [0])
+                ]
+    return {candidate: relative_cost(candidate, *sizes) for candidate in found}
 
 
 def _largest(config: MemAOP, layer: Layer) -> MemAOP:

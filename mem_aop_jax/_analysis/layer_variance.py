@@ -32,6 +32,9 @@ from mem_aop_jax._core.memory import Subspace
 from mem_aop_jax._core.probe import Norms, Probe
 from mem_aop_jax._models import rules_for
 
+Rows = (
+    int | Sequence[int] | np.ndarray
+)  # how many are drawn; or several such numbers, to choose from
 FIRST_PASSES = 2  # over the first batch, so that the directions follow the rows
 
 
@@ -46,15 +49,15 @@ class BatchNorms(NamedTuple):
     calls: list[Norms]
     gradient_norm: float
 
-    def kernel_variance(self, ranks: tuple[int, int], k: int, groups: int) -> float:
+    def kernel_variance(self, ranks: tuple[int, int], k: Rows, groups: int) -> np.ndarray:
         """Variance of the kernel's gradient from k rows, outside of so many directions."""
         scores = [n.inputs[:, ranks[0]] * n.cotangents[:, ranks[1]] for n in self.calls]
-        return sum(sampling_variance(s, s, k, groups) for s in scores)
+        return np.sum([sampling_variance(s, s, k, groups) for s in scores], axis=0)
 
-    def input_variance(self, rank: int, k: int, groups: int) -> float:
+    def input_variance(self, rank: int, k: Rows, groups: int) -> np.ndarray:
         """Variance of the inputs' gradient from k rows, outside of so many directions."""
         pairs = [(n.cotangents[:, rank], n.of_inputs[:, rank]) for n in self.calls]
-        return sum(sampling_variance(scores, sizes, k, groups) for scores, sizes in pairs)
+        return np.sum([sampling_variance(*pair, k, groups) for pair in pairs], axis=0)
 
 
 class LayerVariance(NamedTuple):
@@ -70,35 +73,43 @@ class LayerVariance(NamedTuple):
     weight: float
     input_gain: float
 
-    def kernel_term(self, *choice: Any) -> float:
+    def kernel_term(self, *choice: Any) -> np.ndarray:
         """Part of v (see `Choice`), for the arguments of `BatchNorms.kernel_variance`."""
         relative = [b.kernel_variance(*choice) / b.gradient_norm**2 for b in self.batches]
-        return self.weight * float(np.mean(relative))
+        return self.weight * np.mean(relative, axis=0)
 
-    def input_term(self, *choice: Any) -> float:
+    def input_term(self, *choice: Any) -> np.ndarray:
         """Part of v, for the arguments of `BatchNorms.input_variance`."""
         relative = [b.input_variance(*choice) / b.gradient_norm**2 for b in self.batches]
-        return self.input_gain * float(np.mean(relative))
+        return self.input_gain * np.mean(relative, axis=0)
 
 
-def sampling_variance(scores: np.ndarray, sizes: np.ndarray, k: int, groups: int = 1) -> float:
+def sampling_variance(
+    scores: np.ndarray, sizes: np.ndarray, k: Rows, groups: int = 1
+) -> np.ndarray:
     """Variance of a sum of terms of these sizes, of which k are drawn in proportion to the scores.
 
-    Each group of terms has an equal share of k.
+    Each group of terms has an equal share of k. For several k the terms are sorted once.
     """
     if groups > 1:
         parts = zip(scores.reshape(groups, -1), sizes.reshape(groups, -1), strict=True)
-        return sum(sampling_variance(*part, k // groups) for part in parts)
+        shares = np.asarray(k) // groups
+        return np.sum([sampling_variance(*part, shares) for part in parts], axis=0)
     order = np.argsort(-scores)
     s, sizes = (np.asarray(a, np.float64)[order] for a in (scores, sizes))
-    rest = np.cumsum(s[::-1])[::-1]  # the sum of each score and all smaller ones
-    if k >= len(s) or not rest[0]:
-        return 0.0
-    thresholds = rest[:k] / (k - np.arange(k))  # where that many rows are drawn for certain
-    certain = np.argmax(s[:k] <= thresholds)
-    s, sizes = s[certain:], sizes[certain:]
-    drawn = s > 0
-    return np.sum((thresholds[certain] / s[drawn] - 1) * sizes[drawn] ** 2)
+    squares = np.where(s > 0, sizes**2, 0)  # of terms that may be drawn
+    rest, by_score, squares = (  # the sums from each term on to that of the smallest score
+        np.cumsum(a[::-1])[::-1] for a in (s, squares / np.where(s > 0, s, 1), squares)
+    )
+
+    def variance(k: int) -> float:
+        if k >= len(s) or not rest[0]:
+            return 0.0
+        thresholds = rest[:k] / (k - np.arange(k))  # where that many rows are drawn for certain
+        certain = np.argmax(s[:k] <= thresholds)
+        return thresholds[certain] * by_score[certain] - squares[certain]
+
+    return np.vectorize(variance, otypes=[float])(k)
 
 
 @dataclasses.dataclass
@@ -140,8 +151,10 @@ class Measurement:
             }
         rows = {site.layer.path: site.layer.rows for site in sites}
         variances = {
-            path: norms[path][-1].input_variance(
-                config.input_grad.rank, config.input_rows(rows[path]), config.groups
+            path: float(
+                norms[path][-1].input_variance(
+                    config.input_grad.rank, config.input_rows(rows[path]), config.groups
+                )
             )
             for path, config in configs.items()
             if config.input_grad
