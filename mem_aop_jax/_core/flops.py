@@ -56,6 +56,6 @@ def flops_left_out(config: MemAOP, rows: int, in_features: int, out_features: in
 def _refresh_flops(config, rows, in_features, out_features):
     ranks = config.held_ranks(in_features, out_features)
     return sum(
-        2 * rows * features * rank + 12 * features * rank**2  # and Cholesky-QR, three times
+        2 * rows * features * rank + 8 * features * rank**2  # and Cholesky-QR, twice
         for features, rank in zip((in_features, out_features), ranks, strict=True)
     )

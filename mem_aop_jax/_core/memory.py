@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import NamedTuple
 
 import chex
@@ -158,7 +160,7 @@ def is_void(memory: LayerMemory) -> chex.Array:
     """Whether a memory, or each of a stack, was added up, scaled or averaged since a step."""
     uses = memory[-1]
     marks = 1 - np.array(MARKS, np.float32) * np.float32(2**-24)
-    return (uses != 0) & ~(uses[..., None] == marks).any(axis=-1)
+    return functools.reduce(operator.and_, (uses != allowed for allowed in (0, *marks)))
 
 
 def _rescaled(rows, factor):

@@ -1,18 +1,24 @@
 """Orthonormal columns by Cholesky-QR: Householder QR is slow on accelerators."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mem_aop_jax._kernels import orthonormal_gpu
+from mem_aop_jax._kernels.dispatch import cuda_kernel_or_xla
 from mem_aop_jax._numerics import safe_divide
+
+FILL = 1e-3  # how much of the old columns is added to new ones, so that these have full rank
 
 
 @jax.jit
-def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:
+def orthonormal(columns: chex.Array, old: chex.Array, unit: chex.Array | None = None) -> chex.Array:
     """Orthonormal columns that span `columns`; directions of `old` fill up a lower rank.
 
-    Cholesky-QR, three times, the first time shifted, on columns of unit length: after a few steps
+    Cholesky-QR, twice, the first time shifted, on columns of unit length: after a few steps
     of subspace iteration they are nearly orthogonal, however different their lengths. If any
     column is not finite, `old` is returned; if that is not finite either (a damaged checkpoint),
     columns of the identity.
@@ -20,16 +26,27 @@ def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:
     Args:
       columns: `(features, q)` float32 or float64, of any rank and size.
       old: `(features, q)`, orthonormal columns.
+      unit: `()`, a size that is near that of the columns; None is the largest of their entries.
     """
-    dtype = old.dtype
+    dtype, rank = old.dtype, old.shape[1]
     columns = columns.astype(dtype)
-    columns = safe_divide(columns, jnp.max(jnp.abs(columns), initial=0))
+    unit = jnp.max(jnp.abs(columns), initial=0) if unit is None else unit.astype(dtype)
+    shift = 2 * rank * float(jnp.finfo(dtype).eps)  # more than the rounding of the Gram matrix
+    by_xla = functools.partial(_orthonormal, shift=shift)
+    if dtype != jnp.float32 or not 0 < rank <= orthonormal_gpu.MAX_RANK:
+        return by_xla(columns, old, unit)
+    kernel = functools.partial(orthonormal_gpu.orthonormal, fill=FILL, shift=shift)
+    return cuda_kernel_or_xla(kernel, by_xla, columns, old, unit)
+
+
+def _orthonormal(columns, old, unit, *, shift):
+    dtype = old.dtype
+    columns = safe_divide(columns, unit)
     columns = safe_divide(columns, jnp.linalg.norm(columns, axis=0, keepdims=True))
-    columns += 1e-3 * old  # then the rank is q
-    rank = columns.shape[1]
-    identity = jnp.eye(rank, dtype=dtype)
-    for shift in (rank**2 * jnp.finfo(dtype).eps, 0, 0):  # more than the rounding of the first
-        gram = jnp.matmul(columns.T, columns, precision="highest") + shift * identity
+    columns += FILL * old
+    identity = jnp.eye(columns.shape[1], dtype=dtype)
+    for added in (shift, 0):
+        gram = jnp.matmul(columns.T, columns, precision="highest") + added * identity
         inverse = lax.platform_dependent(
             gram, cpu=inverse_in_blocks, cuda=inverse_by_elimination, default=inverse_factor
         )

@@ -184,7 +184,9 @@ def _relative(*values):
 
     In one reduction: a GPU starts a kernel for each.
     """
-    zeros = tuple(np.zeros((), v.dtype) for v in values)
+    dtype = jnp.result_type(*values)
+    values = tuple(v.astype(dtype) for v in values)
+    zeros = (np.zeros((), dtype),) * len(values)
 
     def larger(a, b):
         return tuple(map(jnp.maximum, a, b))

@@ -27,7 +27,7 @@ from mem_aop_jax._core.orthonormal import orthonormal
 from mem_aop_jax._core.projection import Projection, project_both
 from mem_aop_jax._kernels.row_access import flat_rows
 from mem_aop_jax._kernels.subspace_products import contract_rows, max_abs, psum_own_products
-from mem_aop_jax._numerics import accumulation_dtype, widened, widest_dtype
+from mem_aop_jax._numerics import accumulation_dtype, safe_divide, widened, widest_dtype
 
 
 class SubspaceMemory(MemoryKind):
@@ -183,8 +183,11 @@ def _next_basis(side, old):
         return old
     # The mesh axes (of `jax.shard_map`) over which devices share a basis, but not the rows.
     axes = tuple(sorted(varying_axes(side.own) - varying_axes(old)))
-    new = psum_own_products(side.own, max_abs(side.coordinates), axes) if axes else side.own
-    return orthonormal(jnp.concatenate([new.astype(old.dtype), old[:, rank:]], axis=1), old)
+    new, unit = side.own, max_abs(side.coordinates)
+    if axes:
+        new, unit = psum_own_products(new, unit, axes), lax.pmax(unit, axes)
+    columns = safe_divide(new.astype(old.dtype), unit)
+    return orthonormal(jnp.concatenate([columns, old[:, rank:]], axis=1), old, jnp.ones(()))
 
 
 def _refresh_is_due(config, memory, key):

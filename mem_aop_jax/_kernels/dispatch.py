@@ -1,4 +1,4 @@
-"""The choice between a TPU kernel and XLA's version of the same computation.
+"""The choice between a kernel for one kind of device and XLA's version of the same computation.
 
 XLA cannot partition a kernel over devices, and only the lowering knows whether a program will be
 partitioned. So the choice is made there: `kernel_or_xla` binds a primitive that holds both.
@@ -22,10 +22,12 @@ from mem_aop_jax._compat import jax_option
 OLD_CHIPS = "TPU v2", "TPU v3"
 
 
-def kernel_or_xla(kernel: Callable, xla: Callable, *args: chex.ArrayTree) -> chex.ArrayTree:
-    """`kernel(*args)` in a program of a single TPU, `xla(*args)` in any other.
+def kernel_or_xla(
+    kernel: Callable, xla: Callable, *args: chex.ArrayTree, platform: str = "tpu"
+) -> chex.ArrayTree:
+    """`kernel(*args)` in a program of a single device of the platform, `xla(*args)` in any other.
 
-    The kernel is traced only if the program is lowered for a TPU, with the settings of now.
+    The kernel is traced only if the program is lowered for the platform, with the settings of now.
     """
     leaves, structure = jax.tree.flatten(args)
     jaxpr, shapes = jax.make_jaxpr(xla, return_shape=True)(*args)
@@ -35,20 +37,17 @@ def kernel_or_xla(kernel: Callable, xla: Callable, *args: chex.ArrayTree) -> che
         with jax.default_matmul_precision(precision), jax.default_prng_impl(prng):
             return jax.tree.leaves(kernel(*jax.tree.unflatten(structure, leaves)))
 
-    results = _primitive.bind(*leaves, jaxpr=jaxpr, kernel=flat_kernel)
+    results = _PRIMITIVES[platform].bind(*leaves, jaxpr=jaxpr, kernel=flat_kernel)
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
-_primitive = Primitive("mem_aop_kernel_or_xla")
-_primitive.multiple_results = True
+cuda_kernel_or_xla = functools.partial(kernel_or_xla, platform="cuda")
 
 
-@_primitive.def_impl
 def _run_xla(*args, jaxpr, **_):
     return jaxpr_as_fun(jaxpr)(*args)
 
 
-@_primitive.def_abstract_eval
 def _result_types(*_, jaxpr, **__):
     return jaxpr.out_avals
 
@@ -63,7 +62,7 @@ def _differentiate(args, tangents, **params):
     return jax.jvp(functools.partial(_run_xla, **params), tuple(args), tuple(tangents))
 
 
-def _lower_for_tpu(context, *args, kernel, **params):
+def _lower_kernel(context, *args, kernel, **params):
     module = context.module_context
     chips = {device.device_kind for device in module.backend.devices()}
     if (
@@ -85,7 +84,18 @@ def _runs_on_one_device(axis_context):
 
 
 _lower_xla = mlir.lower_fun(_run_xla)
-ad.primitive_jvps[_primitive] = _differentiate
-batching.primitive_batchers[_primitive] = _batch
-mlir.register_lowering(_primitive, _lower_xla)
-mlir.register_lowering(_primitive, _lower_for_tpu, platform="tpu")
+
+
+def _primitive_for(platform):
+    primitive = Primitive(f"mem_aop_{platform}_kernel_or_xla")
+    primitive.multiple_results = True
+    primitive.def_impl(_run_xla)
+    primitive.def_abstract_eval(_result_types)
+    ad.primitive_jvps[primitive] = _differentiate
+    batching.primitive_batchers[primitive] = _batch
+    mlir.register_lowering(primitive, _lower_xla)
+    mlir.register_lowering(primitive, _lower_kernel, platform=platform)
+    return primitive
+
+
+_PRIMITIVES = {platform: _primitive_for(platform) for platform in ("tpu", "cuda")}

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mem_aop_jax._kernels import subspace_products_tpu
-from mem_aop_jax._kernels.dispatch import kernel_or_xla
+from mem_aop_jax._kernels import row_products_gpu, subspace_products_tpu
+from mem_aop_jax._kernels.dispatch import cuda_kernel_or_xla, kernel_or_xla
 from mem_aop_jax._kernels.row_access import flat_rows, grouped_row_norms
 from mem_aop_jax._numerics import accumulation_dtype, safe_divide, widest_dtype
 
@@ -118,14 +118,26 @@ def coordinates_and_norms(
 ) -> tuple[chex.Array, chex.Array]:
     """The first two fields of `SideProducts`."""
     dtype = basis.dtype
-    coordinates = jnp.matmul(
-        rows.astype(dtype),
-        basis,
-        precision=precision,
-        preferred_element_type=accumulation_dtype(dtype),
-    )
-    coordinates = jnp.where(jnp.isfinite(coordinates), coordinates, 0).astype(dtype)
-    return coordinates, grouped_row_norms(rows)
+
+    def xla(rows, basis):
+        products = jnp.matmul(
+            rows.astype(dtype),
+            basis,
+            precision=precision,
+            preferred_element_type=accumulation_dtype(dtype),
+        )
+        return products, grouped_row_norms(rows)
+
+    def kernel(rows, basis):
+        products, norms = row_products_gpu.products_and_norms(flat_rows(rows), basis)
+        return products.reshape(*rows.shape[:-1], -1), norms.reshape(rows.shape[:-1])
+
+    sizes = math.prod(rows.shape[:-1]), *basis.shape
+    if rows.dtype == dtype and row_products_gpu.can_run(*sizes, dtype):
+        products, norms = cuda_kernel_or_xla(kernel, xla, rows, basis)
+    else:
+        products, norms = xla(rows, basis)
+    return jnp.where(jnp.isfinite(products), products, 0).astype(dtype), norms
 
 
 def contract_rows(a: chex.Array, b: chex.Array, dtype, precision: lax.PrecisionLike) -> chex.Array:
