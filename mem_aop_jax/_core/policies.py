@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mem_aop_jax._numerics import safe_divide
+from mem_aop_jax._numerics import safe_divide, widest_dtype
 
 
 class Selection(NamedTuple):
@@ -184,7 +184,7 @@ def _relative(*values):
 
     In one reduction: a GPU starts a kernel for each.
     """
-    dtype = jnp.result_type(*values)
+    dtype = widest_dtype(*(v.dtype for v in values))
     values = tuple(v.astype(dtype) for v in values)
     zeros = (np.zeros((), dtype),) * len(values)
 

@@ -42,7 +42,7 @@ def orthonormal(
     first = PRODUCT(both, combination)
     last, is_finite = factor(PRODUCT(first.T, first))
     columns = PRODUCT(first, last)[:, :rank]
-    old = jnp.where(old_is_finite > 0, old, jnp.eye(*old.shape, dtype=old.dtype))
+    old = jnp.where(old_is_finite > 0, old, jnp.eye(old.shape[0], old.shape[1], dtype=old.dtype))
     return jnp.where(is_finite > 0, columns, old)
 
 

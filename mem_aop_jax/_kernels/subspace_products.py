@@ -132,8 +132,8 @@ def coordinates_and_norms(
         products, norms = row_products_gpu.products_and_norms(flat_rows(rows), basis)
         return products.reshape(*rows.shape[:-1], -1), norms.reshape(rows.shape[:-1])
 
-    sizes = math.prod(rows.shape[:-1]), *basis.shape
-    if rows.dtype == dtype and row_products_gpu.can_run(*sizes, dtype):
+    number, (features, rank) = math.prod(rows.shape[:-1]), basis.shape
+    if rows.dtype == dtype and row_products_gpu.can_run(number, features, rank, dtype):
         products, norms = cuda_kernel_or_xla(kernel, xla, rows, basis)
     else:
         products, norms = xla(rows, basis)
