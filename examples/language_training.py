@@ -53,31 +53,35 @@ class Run(NamedTuple):
 
 class Block(nn.Module):
     heads: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x):
-        width = x.shape[-1]
-        qkv = nn.Dense(3 * width, name="qkv")(nn.LayerNorm()(x))
+        width, dense = x.shape[-1], functools.partial(nn.Dense, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
+        qkv = dense(3 * width, name="qkv")(norm()(x))
         qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, width // self.heads)
         query, key, value = (qkv[..., i, :, :] for i in range(3))
         y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        x = x + nn.Dense(width, name="out")(y.reshape(x.shape))
-        y = nn.gelu(nn.Dense(4 * width, name="up")(nn.LayerNorm()(x)))
-        return x + nn.Dense(width, name="down")(y)
+        x = x + dense(width, name="out")(y.reshape(x.shape))
+        y = nn.gelu(dense(4 * width, name="up")(norm()(x)))
+        return x + dense(width, name="down")(y)
 
 
 class Transformer(nn.Module):
     width: int
     layers: int
     heads: int
+    dtype: Any = None  # of the activations; None: float32
 
     @nn.compact
     def __call__(self, tokens):
         shape = tokens.shape[-1], self.width
         positions = self.param("positions", nn.initializers.normal(0.02), shape)
         x = nn.Embed(language_text.VOCABULARY, self.width, name="embedding")(tokens) + positions
+        x = x.astype(self.dtype or x.dtype)
         for i in range(self.layers):
-            x = Block(self.heads, name=f"block_{i}")(x)
+            x = Block(self.heads, self.dtype, name=f"block_{i}")(x)
         return nn.Dense(language_text.VOCABULARY, name="head")(nn.LayerNorm()(x))
 
 

@@ -53,6 +53,7 @@ from mem_aop_jax._core.memory_kinds import MEMORY_KINDS
 from mem_aop_jax._core.policies import POLICIES, map_groups, row_scores
 from mem_aop_jax._core.probe import without_probe
 from mem_aop_jax._kernels.dispatch import kernel_or_xla
+from mem_aop_jax._kernels.row_access import flat_rows
 from mem_aop_jax._numerics import accumulation_dtype, widest_dtype
 
 # (call, differentiates_inputs, x, g, kernel, memory, key) -> dX or None, dW, next memory
@@ -187,12 +188,17 @@ def _stored(*residuals):
 
     Without it XLA computes the norms of a batch that jit closes over as it compiles, for minutes;
     and where a scan is differentiated twice, JAX mixes up residuals that are inputs of the rule.
+    Rows have the shape that their product has, or XLA for GPUs may store them in two layouts.
     """
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(residuals)):
         return residuals  # of no program
 
     def store(leaf):  # each alone: together they would differ over the mesh axes of all
-        return lax.optimization_barrier(leaf) if hasattr(leaf, "dtype") else leaf
+        if not hasattr(leaf, "dtype"):
+            return leaf
+        if leaf.ndim > 2 and not _is_explicit(jax.typeof(leaf)):  # in which case it may not merge
+            return lax.optimization_barrier(flat_rows(leaf)).reshape(leaf.shape)
+        return lax.optimization_barrier(leaf)
 
     return jax.tree.map(store, residuals)
 
@@ -228,11 +234,16 @@ def _with_automatic_axes(rule, like):
 
     Selection depends on values, so shardings cannot be read off the types of its results.
     """
-    types = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(like)]
-    if not any(AxisType.Explicit in sharding.mesh.axis_types for sharding in types):
+    types = [jax.typeof(leaf) for leaf in jax.tree.leaves(like)]
+    if not any(map(_is_explicit, types)):
         return rule
-    shardings = jax.tree.unflatten(jax.tree.structure(like), types)
+    shardings = jax.tree.unflatten(jax.tree.structure(like), [t.sharding for t in types])
     return jax.sharding.auto_axes(rule, out_sharding=shardings)
+
+
+def _is_explicit(array_type):
+    """Whether an array lies on a mesh with explicit axes."""
+    return AxisType.Explicit in array_type.sharding.mesh.axis_types
 
 
 # ---- the backward rule
@@ -265,6 +276,8 @@ def estimate(
     shape = x.shape
     x, g = (vary(a, axes_of(x, g, memory, key)) for a in (x, g))  # one batch for many memories
     x, g = as_rows(call.dimension_numbers, call.config.groups, x, g)
+    # Else XLA for GPUs computes rows anew, in other shapes, and keeps what they came from.
+    x, g = (lax.optimization_barrier(flat_rows(rows)).reshape(rows.shape) for rows in (x, g))
     kind = MEMORY_KINDS[None if memory is None else call.config.memory_kind]
     choose_from = functools.partial(
         kind.candidates, call, differentiates_inputs=differentiates_inputs

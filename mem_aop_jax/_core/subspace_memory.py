@@ -25,7 +25,6 @@ from mem_aop_jax._core.candidates import REFRESH_KEY, Candidates, MemoryKind, su
 from mem_aop_jax._core.memory import Subspace, first_directions
 from mem_aop_jax._core.orthonormal import orthonormal
 from mem_aop_jax._core.projection import Projection, project_both
-from mem_aop_jax._kernels.row_access import flat_rows
 from mem_aop_jax._kernels.subspace_products import contract_rows, max_abs, psum_own_products
 from mem_aop_jax._numerics import accumulation_dtype, safe_divide, widened, widest_dtype
 
@@ -75,8 +74,6 @@ class SubspaceMemory(MemoryKind):
             directions = directions[:, :rank]
         due = _refresh_is_due(call.config, memory, key)
         bases = memory.inputs, directions
-        # Else XLA for GPUs computes rows anew, in other shapes, and keeps what they came from.
-        x, g = (lax.optimization_barrier(flat_rows(rows)).reshape(rows.shape) for rows in (x, g))
         projections = project_both(x, g, bases, rank, due, call.precision)
         return Residuals(call, x, g, memory, key, *projections, rank, due)
 
