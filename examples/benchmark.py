@@ -4,8 +4,9 @@
   model        whole training steps: the transformer of language_model.py, the MLP of deep_mlp.py
   tpu-compile  the layer's FLOPs, bytes, memory and time as the compiler for TPUs estimates them. No
                TPU is needed: pip install "jax[tpu]"
-  gpu-compile  the layer's kernels, bytes, memory and time on an H100 or A100 that is only described
-               to XLA's compiler: examples/gpu_estimate.py. No GPU is needed
+  gpu-compile  kernels, bytes, memory and time of the layer, or with --model of the transformer's
+               training step, on an H100 or A100 that is only described to XLA's compiler:
+               examples/gpu_estimate.py. No GPU is needed
   peers        the layer in PyTorch beside it, exact and by hand: pip install torch
 
 Each --run is a policy and keywords of aop.MemAOP: topk:memory=none. A run without k or ratio is
@@ -35,6 +36,7 @@ with runs.needs_packages():
     import benchmark_steps as steps
     import deep_mlp
     import gpu_estimate
+    import language_text
     import language_training
     import timing
     from benchmark_steps import Sizes
@@ -62,6 +64,8 @@ TPU = {  # the environment that describes a TPU to its compiler
 }
 TOPOLOGIES = {"v5e": "v5e:2x2x1", "v6e": "v6e:2x2x1"}
 CHIPS = {"tpu-compile": tuple(TOPOLOGIES), "gpu-compile": tuple(gpu_estimate.GPUS)}
+# Width, blocks, heads of the transformer, and rows of its batch.
+MODELS = {"model": (768, 3, 12, 16), "gpu-compile": (2048, 1, 32, 128)}
 DTYPES = ("float32", "bfloat16", "float16")
 # Tells glibc to keep a step's memory for the next step, which would else get it page by page.
 MALLOC = {
@@ -137,26 +141,42 @@ def measure_layers(options, progress) -> list[dict]:
 
 
 def models(options):
-    """For each model its name, the loss, parameters, and a batch."""
+    """For each model its name, the loss, a function that returns parameters, and a batch."""
     key, *keys = jax.random.split(jax.random.key(0), 4)
     pixels = jax.random.normal(keys[0], (options.images, 784))
     labels = jax.random.randint(keys[1], (options.images,), 0, 10)
-    windows = jax.random.randint(keys[2], (options.batch, options.sequence + 1), 0, 96)
-    model = language_training.Transformer(options.width, options.layers, options.heads)
-    loss = functools.partial(language_training.loss_fn, model)
     # The small one first: after a large one a process runs all steps more slowly.
-    yield "MLP", deep_mlp.loss_fn, deep_mlp.first_params(key, pixels), (pixels, labels)
-    yield "transformer", loss, jax.jit(model.init)(key, windows[:, :-1])["params"], (windows,)
+    yield "MLP", deep_mlp.loss_fn, lambda: deep_mlp.first_params(key, pixels), (pixels, labels)
+    yield "transformer", *transformer(options, keys[2], "float32")
+
+
+def transformer(options, key, dtype):
+    """The loss, a function that returns parameters, and a batch, with activations of the dtype."""
+    shape = options.batch, options.sequence + 1
+    windows = jax.random.randint(key, shape, 0, language_text.VOCABULARY)
+    sizes = options.width, options.layers, options.heads
+    model = language_training.Transformer(*sizes, dtype)
+
+    def first_params():
+        return jax.jit(model.init)(key, windows[:, :-1])["params"]
+
+    return functools.partial(language_training.loss_fn, model), first_params, (windows,)
+
+
+def approximations(options, loss):
+    """By the run's name the loss, exact and approximate, and the configuration's `refresh`."""
+    found = {"exact": (aop.approximate(loss, ()), 1)}
+    for run_name, config in layer_configs(options).items():
+        for suffix, min_speedup in (("", None), (" where it gains", options.min_speedup)):
+            approx = aop.approximate(loss, config, min_speedup=min_speedup)
+            found[run_name + suffix] = approx, config.refresh
+    return found
 
 
 def measure_models(options, progress) -> list[dict]:
     rows = []
-    for model, loss, params, batch in models(options):
-        trained = {"exact": (aop.approximate(loss, ()), 1)}
-        for run_name, config in layer_configs(options).items():
-            for suffix, min_speedup in (("", None), (" where it gains", options.min_speedup)):
-                approx = aop.approximate(loss, config, min_speedup=min_speedup)
-                trained[run_name + suffix] = approx, config.refresh
+    for model, loss, first_params, batch in models(options):
+        trained, params = approximations(options, loss), first_params()
         functions, compiler = timing.compile_all(
             {
                 name: timing.training_step(approx, params, batch, calls)
@@ -179,28 +199,62 @@ def compile_layers(options, progress) -> list[dict]:
     """The layer's steps, compiled for chips that are not there."""
     rows = []
     for chip in options.chip:
-        on_gpu = chip in gpu_estimate.GPUS
-        device = gpu_estimate.device(chip) if on_gpu else tpu(chip)
-        one_device = jax.sharding.SingleDeviceSharding(device)
+        chip_device(chip)  # before JAX starts
         for sizes in all_sizes(options):
             inputs = jax.eval_shape(lambda sizes=sizes: steps.layer_inputs(sizes))
             exact = None
             for name, config in ({"exact": None} | layer_configs(options)).items():
                 step = steps.layer_step(config, sizes, inputs, options.passes)
-                state = jax.eval_shape(lambda step=step: step.state)
-                args = *inputs, jax.eval_shape(jax.random.key, 0), state
-                function = jax.jit(
-                    step.function, in_shardings=one_device, donate_argnums=len(args) - 1
-                )
-                compiled = function.lower(*args).compile()
-                found = gpu_estimate.columns(compiled, chip) if on_gpu else tpu_columns(compiled)
+                found = compiled_columns(chip, step)
                 exact = exact or found
-                relative = {"bytes": found["MB"] / exact["MB"], "speed": exact["ms"] / found["ms"]}
-                if "GFLOPs" in found:  # not of a GPU, whose products XLA does not count
-                    relative["FLOPs"] = found["GFLOPs"] / exact["GFLOPs"]
-                rows.append({"chip": chip, **sizes._asdict(), "run": name} | found | relative)
+                rows.append({"chip": chip, **sizes._asdict(), "run": name} | relative(found, exact))
                 progress.update()
     return rows
+
+
+def compile_models(options, progress) -> list[dict]:
+    """The transformer's steps, compiled for GPUs that are not there."""
+    rows = []
+    for chip, dtype in itertools.product(options.chip, options.dtype):
+        device = chip_device(chip)
+        loss, first_params, batch = transformer(options, jax.random.key(0), dtype)
+        params, exact = jax.eval_shape(first_params), None
+        with jax.default_device(device):  # whose rates `min_speedup` asks for
+            trained = approximations(options, loss)
+        for name, (approx, _) in trained.items():
+            found = compiled_columns(chip, timing.training_step(approx, params, batch))
+            exact = exact or found
+            layers = len(approx.layers(params, *batch))
+            row = {"chip": chip, "dtype": dtype, "run": name, "approximate layers": layers}
+            rows.append(row | relative(found, exact))
+            progress.update()
+    return rows
+
+
+def compiled_columns(chip: str, step: timing.Step) -> dict:
+    """What the compiler says of a step."""
+    one_device = jax.sharding.SingleDeviceSharding(chip_device(chip))
+    args = *step.args, jax.random.key(0), step.state
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+    function = jax.jit(step.function, in_shardings=one_device, donate_argnums=len(args) - 1)
+    compiled = function.lower(*shapes).compile()
+    return gpu_estimate.columns(compiled, chip) if on_gpu(chip) else tpu_columns(compiled)
+
+
+def relative(found: dict, exact: dict) -> dict:
+    """The columns, and beside them what is relative to the exact step's."""
+    columns = found | {"bytes": found["MB"] / exact["MB"], "speed": exact["ms"] / found["ms"]}
+    if "GFLOPs" in found:  # not of a GPU, whose products XLA does not count
+        columns["FLOPs"] = found["GFLOPs"] / exact["GFLOPs"]
+    return columns
+
+
+def on_gpu(chip: str) -> bool:
+    return chip in gpu_estimate.GPUS
+
+
+def chip_device(chip: str) -> jax.Device:
+    return gpu_estimate.device(chip) if on_gpu(chip) else tpu(chip)
 
 
 def tpu(chip: str) -> jax.Device:
@@ -304,7 +358,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("layer", "model", *CHIPS, "peers"):
         command = commands.add_parser(name, help=argparse.SUPPRESS)
-        default = MODEL_RUNS if name == "model" else LAYER_RUNS
+        default = MODEL_RUNS if name == "model" else LAYER_RUNS  # with --model, too, the models'
         command.add_argument(
             "--run", action="append", metavar="RUN", help=f"may be repeated ({' '.join(default)})"
         )
@@ -312,14 +366,17 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         runs.add_out_folder(command, "benchmark", "a CSV and a figure")
         if name not in CHIPS:
             runs.add_counts(command, {"rounds": (15, "of timing")})
-        if name == "model":
+        if name in MODELS:
+            counts = MODELS[name]
             runs.add_counts(command, {
-                "width": (768, "of the transformer"), "layers": (3, "its blocks"),
-                "heads": (12, "of its attention"), "sequence": (128, "tokens of a row"),
-                "batch": (16, "its rows"), "images": (1024, "of the MLP"),
+                "width": (counts[0], "of the transformer"), "layers": (counts[1], "its blocks"),
+                "heads": (counts[2], "of its attention"), "sequence": (128, "tokens of a row"),
+                "batch": (counts[3], "its rows"), "images": (1024, "of the MLP"),
             })  # fmt: skip
             command.add_argument("--min-speedup", type=runs.rate, default=1.05, help="(1.05)")
-        else:
+        if name == "gpu-compile":
+            command.add_argument("--model", action="store_true", help="the transformer's step")
+        if name != "model":
             sizes = (8192, 4096, 4096) if name in CHIPS else (4096, 2048, 2048)
             dtypes = "bfloat16" if name in CHIPS else "float32"
             for option, size in zip(("rows", "in-features", "out-features"), sizes, strict=True):
@@ -335,14 +392,14 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         if name in CHIPS:
             first, *_ = chips = CHIPS[name]
             command.add_argument("--chip", nargs="+", choices=chips, default=[first])
-        command.set_defaults(peers=name == "peers", default_run=default)
+        command.set_defaults(peers=name == "peers", model=name == "model")
     options = parser.parse_args(arguments)
-    options.run = options.run or list(options.default_run)
+    options.run = options.run or list(MODEL_RUNS if options.model else LAYER_RUNS)
     try:
         layer_configs(options)
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --run: {error}")
-    if options.command == "model" and options.width % options.heads:
+    if options.model and options.width % options.heads:
         parser.error(f"--heads {options.heads}: do not divide --width {options.width}")
     runs.make_out_folder(parser, options)
     return options
@@ -352,12 +409,14 @@ def main(arguments=None) -> None:
     options = parse_arguments(arguments)
     if options.peers and importlib.util.find_spec("torch") is None:
         raise SystemExit("peers: there is no PyTorch. pip install torch")
+    configs = len(options.ratio) * len(options.run)
     if options.command == "model":
         command, total = measure_models, 2 * options.rounds
+    elif options.model:
+        command, total = compile_models, len(options.chip) * len(options.dtype) * (1 + 2 * configs)
     elif options.command in CHIPS:
-        steps_of_sizes = 1 + len(options.ratio) * len(options.run)
         command = compile_layers
-        total = len(options.chip) * len(all_sizes(options)) * steps_of_sizes
+        total = len(options.chip) * len(all_sizes(options)) * (1 + configs)
     else:
         command, total = measure_layers, len(all_sizes(options)) * options.rounds
     with tqdm(total=total, desc=options.command, unit="round") as progress:

@@ -1,5 +1,6 @@
 """Measures compiled steps: what the compiler says of them, and how long they take, in turn."""
 
+import functools
 import itertools
 import math
 import time
@@ -37,14 +38,20 @@ class Step(NamedTuple):
 
 
 def training_step(approx: aop.Approximated, params: Any, batch: tuple, calls: int = 1) -> Step:
-    """A training step with Adam, of a loss and its arguments; `calls` as in `Step`."""
+    """A training step with Adam, of a loss and its arguments; `calls` as in `Step`.
+
+    Where params are shapes in place of arrays, so is the state.
+    """
     optimizer = optax.chain(aop.carry_memory({}), optax.adam(1e-3))
 
     def step(*args):
         *inputs, key, state = args
         return train_step(approx, optimizer, state, key, *inputs)
 
-    return Step(step, batch, first_state(approx, optimizer, params, *batch), calls)
+    first = functools.partial(first_state, approx, optimizer)
+    if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+        first = functools.partial(jax.eval_shape, first)
+    return Step(step, batch, first(params, *batch), calls)
 
 
 # ---- the compiler
