@@ -20,6 +20,9 @@ from jax.experimental import topologies
 LAUNCH = 2e-6  # seconds of a kernel beside its bytes and FLOPs
 DECISION = 10e-6  # seconds for which a GPU waits for the host at a branch
 REFRESHES = 1 / 8  # share of the steps that take a branch's longer side
+REWRITTEN = (
+    1 / 8
+)  # share of an array that a kernel of Pallas writes where it overwrites it in place
 PACKAGES = "pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12"
 
 DESCRIPTION = """\
@@ -188,12 +191,31 @@ def size(shape: str) -> int:
 
 
 def bytes_read(fused: list[Instruction], number: int, shape: str) -> int:
-    """Of an operand of a fusion; of one that the fusion only slices or gathers from, the slices."""
-    parameters = [i.name for i in fused if i.op == "parameter" and i.operands == [str(number)]]
-    users = [i for i in fused if set(parameters) & set(i.operands)]
-    if users and all(i.op in SLICES and i.operands[0] in parameters for i in users):
-        return min(size(shape), sum(size(i.result) for i in users))
+    """Of an operand of a fusion.
+
+    Of one that it only slices or gathers from, the slices; none of one whose place it overwrites
+    in part.
+    """
+    names = {i.name for i in fused if i.op == "parameter" and i.operands == [str(number)]}
+    for i in fused:
+        if i.op == "bitcast" and i.operands[0] in names:
+            names.add(i.name)
+    users = [i for i in fused if i.op != "bitcast" and names & set(i.operands)]
+    if users and all(i.operands[0] in names for i in users):
+        if all(i.op == "scatter" for i in users):
+            return 0
+        if all(i.op in SLICES for i in users):
+            return min(size(shape), sum(size(i.result) for i in users))
     return size(shape)
+
+
+def bytes_written(fused: list[Instruction], result: str) -> int:
+    """Of the result of a fusion; where it overwrites a part of an operand, of that part."""
+    shapes = {i.name: i.result for i in fused}
+    if fused and fused[-1].op == "scatter":
+        _, _, updates = fused[-1].operands
+        return min(size(result), size(shapes[updates]))
+    return size(result)
 
 
 def kernels(text: str, gpu: Gpu) -> list[Kernel]:
@@ -228,7 +250,9 @@ def kernels(text: str, gpu: Gpu) -> list[Kernel]:
         if is_product:
             result = re.sub(r"s8\[\d+\]", "", result)  # a workspace
         read = (bytes_read(fused, n, s) if fused else size(s) for n, s in enumerate(operands))
-        moved, flops = size(result) + sum(read), 0.0
+        moved, flops = bytes_written(fused, result) + sum(read), 0.0
+        if "output_to_operand_aliasing" in i.rest and not is_product:
+            moved -= (2 - REWRITTEN) * size(result)
         if is_product:
             left, right = (elements(ARRAY.findall(shape)[0][1]) for shape in operands[:2])
             out = max(elements(dims) for dtype, dims in ARRAY.findall(result) if "f" in dtype)

@@ -204,3 +204,9 @@ class MemoryKind(abc.ABC):
         None where `candidates` serves there, too.
         """
         return None
+
+    def gpu_candidates(
+        self, call: Call, x: chex.Array, g: chex.Array, memory: Any
+    ) -> Callable[..., Candidates] | None:
+        """The same for a GPU's kernels."""
+        return None

@@ -52,7 +52,7 @@ from mem_aop_jax._core.memory import is_void as memory_is_void
 from mem_aop_jax._core.memory_kinds import MEMORY_KINDS
 from mem_aop_jax._core.policies import POLICIES, map_groups, row_scores
 from mem_aop_jax._core.probe import without_probe
-from mem_aop_jax._kernels.dispatch import kernel_or_xla
+from mem_aop_jax._kernels.dispatch import cuda_kernel_or_xla, kernel_or_xla
 from mem_aop_jax._kernels.row_access import flat_rows
 from mem_aop_jax._numerics import accumulation_dtype, widest_dtype
 
@@ -290,15 +290,19 @@ def estimate(
         dx = input_gradient(call, directions, matrix, key, x.dtype)
         dx = as_inputs(call.dimension_numbers, dx, shape)
 
-    choose_on_tpu = kind.tpu_candidates(call, x, g, memory)
-    if choose_on_tpu is None:
-        dw, *rest = _kernel_gradient(candidates, kernel.dtype)
-    else:
-        dw, *rest = kernel_or_xla(
-            lambda *args: _kernel_gradient(choose_on_tpu(call, *args), kernel.dtype),
-            lambda *args: _kernel_gradient(choose_from(*args), kernel.dtype),
-            *(x, g, memory, key),
-        )
+    def by(choose):
+        return lambda *args: _kernel_gradient(choose(*args), kernel.dtype)
+
+    gradient = by(choose_from)
+    choose_on_gpu, choose_on_tpu = (
+        choose and functools.partial(choose, call)
+        for choose in (of(call, x, g, memory) for of in (kind.gpu_candidates, kind.tpu_candidates))
+    )
+    if choose_on_gpu:
+        gradient = functools.partial(cuda_kernel_or_xla, by(choose_on_gpu), gradient)
+    if choose_on_tpu:
+        gradient = functools.partial(kernel_or_xla, by(choose_on_tpu), gradient)
+    dw, *rest = gradient(x, g, memory, key)
     return Estimate(dx, as_kernel(call.dimension_numbers, dw, kernel.shape), *rest)
 
 

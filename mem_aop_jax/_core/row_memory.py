@@ -26,7 +26,7 @@ from jax import lax
 from mem_aop_jax._compat import varying_axes
 from mem_aop_jax._core.candidates import SIGNS_KEY, Candidates, MemoryKind, weighted
 from mem_aop_jax._core.memory import Memory
-from mem_aop_jax._kernels import row_access, row_access_tpu, row_sums_tpu
+from mem_aop_jax._kernels import row_access, row_access_tpu, row_sums_tpu, rows_gpu
 from mem_aop_jax._kernels.row_access import flat_rows, gather_rows
 from mem_aop_jax._numerics import accumulation_dtype, row_norms, widened
 
@@ -85,23 +85,30 @@ class RowMemory(MemoryKind):
 
     def tpu_candidates(self, call, x, g, memory):
         """Sums in the memory's place, where kernels can write the next memory."""
-        config = call.config
-        if type(self) is not RowMemory:  # a subclass chooses from, or stores, something else
-            return None
         blocks = (
             *map(_sum_block_rows, (x, g)),
             *(row_access.choose_block_rows(rows, 1) for rows in (x, g)),
         )
-        if (
-            None in blocks
-            or callable(config.policy)
-            or config.decay != 1
-            or config.signed
-            or config.memory_slots is not None
-            or not x.dtype == g.dtype == memory.inputs.dtype
-        ):
-            return None
-        return RowsJoinedInPlace.join
+        can_join = self._joins_in_place(call, x, g, memory) and None not in blocks
+        return RowsJoinedInPlace.join if can_join else None
+
+    def gpu_candidates(self, call, x, g, memory):
+        """The same."""
+        sizes = (rows_gpu.clears(*flat.shape) for flat in map(flat_rows, (x, g)))
+        can_join = self._joins_in_place(call, x, g, memory) and all(sizes)
+        return RowsJoinedInPlaceOnGpu.join if can_join else None
+
+    def _joins_in_place(self, call, x, g, memory):
+        """Whether what waits of the sums is the next memory."""
+        config = call.config
+        return (
+            type(self) is RowMemory  # a subclass chooses from, or stores, something else
+            and not callable(config.policy)
+            and config.decay == 1
+            and not config.signed
+            and config.memory_slots is None
+            and x.dtype == g.dtype == memory.inputs.dtype
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +154,7 @@ class RowsWithMemory(Candidates):
 
 @dataclasses.dataclass(frozen=True)
 class RowsJoinedInPlace(Candidates):
-    """As `RowsWithMemory`, of sums that kernels of a TPU wrote in the memory's place.
+    """As `RowsWithMemory`, of sums in the memory's place, written by kernels of a TPU.
 
     Attributes:
       sum_norms: norms of the sums, `(groups, rows)` each.
@@ -158,13 +165,7 @@ class RowsJoinedInPlace(Candidates):
     @classmethod
     def join(cls, call, x, g, memory, key):
         """Adds the rows of the batch to those of the memory."""
-        norms, sums = zip(
-            *(
-                row_sums_tpu.norms_and_sums(flat_rows(fresh), kept, _sum_block_rows(fresh))
-                for fresh, kept in zip((x, g), memory[:2], strict=True)
-            ),
-            strict=True,
-        )
+        norms, sums = zip(*map(cls._norms_and_sums, (x, g), memory[:2]), strict=True)
         memory = memory._replace(inputs=sums[0], cotangents=sums[1])
         return cls(call, x, g, memory, key, tuple(n.reshape(x.shape[:2]) for n in norms))
 
@@ -174,24 +175,52 @@ class RowsJoinedInPlace(Candidates):
 
     def gather(self, chosen):
         """Takes the chosen rows out of the memory: zeros are left, and the rows that wait."""
-        indices = row_access.flat_indices(chosen.indices, chosen.waiting.shape[1])
         waiting = chosen.waiting.reshape(-1)
-
-        def extract(rows):
-            block_rows = row_access_tpu.choose_block_rows(
-                len(rows), len(indices), rows.shape[1], rows.dtype
-            )
-            taken, rest = row_access_tpu.extract_rows(rows, indices, waiting, block_rows)
-            taken = taken.reshape(*chosen.indices.shape, -1)
-            return widened(taken), rest
-
-        factors, rest = zip(*map(extract, self.memory[:2]), strict=True)
+        taken, rest = self._extract(self.memory[:2], chosen.indices, waiting)
         memory = self.memory._replace(inputs=rest[0], cotangents=rest[1])
-        return weighted(factors, chosen), dataclasses.replace(self, memory=memory)
+        return weighted(tuple(map(widened, taken)), chosen), dataclasses.replace(
+            self, memory=memory
+        )
 
     def next_memory(self, chosen, dw):
         """What `gather` left."""
         return self.memory
+
+    @staticmethod
+    def _norms_and_sums(fresh, kept):
+        """Of the sums of fresh rows `(groups, rows, features)` and kept ones."""
+        return row_sums_tpu.norms_and_sums(flat_rows(fresh), kept, _sum_block_rows(fresh))
+
+    @staticmethod
+    def _extract(sides, indices, waiting):
+        """The chosen rows of both sides `(groups, k, features)`, and the sides without them."""
+        flat = row_access.flat_indices(indices, len(waiting) // len(indices))
+
+        def extract(rows):
+            block_rows = row_access_tpu.choose_block_rows(
+                len(rows), len(flat), rows.shape[1], rows.dtype
+            )
+            taken, rest = row_access_tpu.extract_rows(rows, flat, waiting, block_rows)
+            return taken.reshape(*indices.shape, -1), rest
+
+        return zip(*map(extract, sides), strict=True)
+
+
+class RowsJoinedInPlaceOnGpu(RowsJoinedInPlace):
+    """The same, written by XLA; a kernel clears the rows that do not wait, and reads no others."""
+
+    @staticmethod
+    def _norms_and_sums(fresh, kept):
+        sums = (widened(flat_rows(fresh)) + widened(kept)).astype(kept.dtype)
+        return row_norms(widened(sums)), sums
+
+    @staticmethod
+    def _extract(sides, indices, waiting):
+        taken = tuple(
+            gather_rows(rows.reshape(len(indices), -1, rows.shape[-1]), indices) for rows in sides
+        )
+        taken, sides = lax.optimization_barrier((taken, sides))  # before they are cleared
+        return taken, tuple(rows_gpu.clear_rows(rows, waiting) for rows in sides)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mem_aop_jax._kernels import row_products_gpu, subspace_products_tpu
+from mem_aop_jax._kernels import rows_gpu, subspace_products_tpu
 from mem_aop_jax._kernels.dispatch import cuda_kernel_or_xla, kernel_or_xla
 from mem_aop_jax._kernels.row_access import flat_rows, grouped_row_norms
 from mem_aop_jax._numerics import accumulation_dtype, safe_divide, widest_dtype
@@ -129,11 +129,11 @@ def coordinates_and_norms(
         return products, grouped_row_norms(rows)
 
     def kernel(rows, basis):
-        products, norms = row_products_gpu.products_and_norms(flat_rows(rows), basis)
+        products, norms = rows_gpu.products_and_norms(flat_rows(rows), basis)
         return products.reshape(*rows.shape[:-1], -1), norms.reshape(rows.shape[:-1])
 
     number, (features, rank) = math.prod(rows.shape[:-1]), basis.shape
-    if rows.dtype == dtype and row_products_gpu.can_run(number, features, rank, dtype):
+    if rows.dtype == dtype and rows_gpu.multiplies(number, features, rank, dtype):
         products, norms = cuda_kernel_or_xla(kernel, xla, rows, basis)
     else:
         products, norms = xla(rows, basis)

@@ -1,4 +1,4 @@
-"""Functions by TPU kernels, interpreted on the CPU, and by XLA, side by side."""
+"""Functions by kernels of TPUs or GPUs, interpreted on the CPU, and by XLA, side by side."""
 
 import contextlib
 import functools
@@ -13,13 +13,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mem_aop_jax._kernels import row_access_tpu, row_sums_tpu, subspace_products_tpu
 
-COMPILED = "grouped_row_norms", "gather_rows", "gather_residuals", "side_products"
+COMPILED = "grouped_row_norms", "gather_rows", "gather_residuals", "side_products", "orthonormal"
 
 
 @contextlib.contextmanager
-def interpreted_kernels(block_rows=None):
+def interpreted_kernels(block_rows=None, choice="kernel_or_xla"):
     """Kernels run wherever there is one, and have blocks of so many rows; gives a list of them.
 
+    `choice` is the function of `dispatch` that chooses: for TPUs, or "cuda_kernel_or_xla".
     What is compiled inside the library is traced anew: it may have been compiled without kernels.
     """
     called = []
@@ -34,10 +35,10 @@ def interpreted_kernels(block_rows=None):
         patch.setattr(row_access_tpu, "TPU_COPIES_ROWS", True)
         modules = [sys.modules[name] for name in sys.modules if name.startswith("mem_aop_jax.")]
         for module in modules:
-            if hasattr(module, "kernel_or_xla"):
-                patch.setattr(module, "kernel_or_xla", kernel_alone)
+            if hasattr(module, choice):
+                patch.setattr(module, choice, kernel_alone)
             for name in COMPILED:
-                if hasattr(module, name):
+                if hasattr(getattr(module, name, None), "__wrapped__"):
                     patch.setattr(module, name, getattr(module, name).__wrapped__)
         if block_rows:
             for module in (row_access_tpu, row_sums_tpu, subspace_products_tpu):
@@ -50,11 +51,11 @@ def fixed_block_rows(choose, block_rows, *args, **options):
     return choose(*args, **options) and block_rows
 
 
-def versions(function, block_rows=None):
+def versions(function, block_rows=None, choice="kernel_or_xla"):
     """The function by kernels and by XLA, both compiled."""
 
     def by_kernels(*args):
-        with interpreted_kernels(block_rows) as called:
+        with interpreted_kernels(block_rows, choice) as called:
             results = function(*args)
         assert called
         return results

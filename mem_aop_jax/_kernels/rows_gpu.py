@@ -1,6 +1,7 @@
-"""A GPU kernel that reads rows once for their norms and their products with directions.
+"""GPU kernels on all rows of an array.
 
-XLA reads them twice: a product is a call into a library.
+One reads them once for their norms and their products with directions; XLA reads them twice, since
+a product is a call into a library. One clears rows in their array, and touches no others.
 """
 
 import functools
@@ -16,10 +17,11 @@ from mem_aop_jax._numerics import SCALES, norms_from_sums
 
 BLOCK_ROWS, BLOCK_FEATURES = 64, 128  # of what a program multiplies at a time
 MIN_RANK, MAX_RANK = 16, 64  # of a product on the chip
+CLEARED_ROWS, CLEARED_FEATURES = 16, 128  # of what a program clears
 
 
-def can_run(rows: int, features: int, rank: int, dtype) -> bool:
-    """Whether the kernel takes rows `(rows, features)` and so many directions of this dtype."""
+def multiplies(rows: int, features: int, rank: int, dtype) -> bool:
+    """Whether `products_and_norms` takes rows of these sizes, and so many directions."""
     whole_blocks = rows % BLOCK_ROWS == features % BLOCK_FEATURES == 0
     return whole_blocks and rows > 0 < rank <= MAX_RANK and dtype == jnp.bfloat16
 
@@ -72,3 +74,34 @@ def _kernel(rows_ref, basis_ref, products_ref, *sums_refs, blocks):
     totals = lax.fori_loop(0, blocks, add_block, tuple(zeros))
     for ref, total in zip((products_ref, *sums_refs), totals, strict=True):
         ref[...] = total
+
+
+def clears(rows: int, features: int) -> bool:
+    """Whether `clear_rows` takes an array of these sizes."""
+    return rows % CLEARED_ROWS == features % CLEARED_FEATURES == 0 < rows * features
+
+
+def clear_rows(rows: chex.Array, stays: chex.Array) -> chex.Array:
+    """The rows `(rows, features)`, in their place, with 0 in those that do not stay, `(rows,)`."""
+    number, features = rows.shape
+    block = CLEARED_FEATURES
+    while features % (2 * block) == 0 and block < 1024:
+        block *= 2
+    return pl.pallas_call(
+        _clear_kernel,
+        grid=(number // CLEARED_ROWS, features // block),
+        in_specs=[
+            pl.BlockSpec((CLEARED_ROWS, block), lambda i, j: (i, j)),
+            pl.BlockSpec((CLEARED_ROWS,), lambda i, j: (i,)),
+        ],
+        out_specs=pl.BlockSpec((CLEARED_ROWS, block), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct(rows.shape, rows.dtype),
+        input_output_aliases={0: 0},
+        compiler_params=plgpu.CompilerParams(num_warps=4),
+    )(rows, stays.astype(jnp.int32))
+
+
+def _clear_kernel(_, stays_ref, cleared_ref):
+    shape = cleared_ref.shape
+    is_cleared = jnp.broadcast_to((stays_ref[...] == 0)[:, None], shape)
+    plgpu.store(cleared_ref.at[...], jnp.zeros(shape, cleared_ref.dtype), mask=is_cleared)
