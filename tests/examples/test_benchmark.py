@@ -134,14 +134,17 @@ def test_bad_options(tmp_path, capsys):
             benchmark.main(["peers", "--out", str(tmp_path)])
 
 
-def compiled_layers(command, folder, *arguments):
-    """The rows of two configurations of a layer, compiled for a chip that is not there."""
+SMALL_LAYER = "--rows", "4096", "--in-features", "2048", "--out-features", "2048"
+TWO_RUNS = "topk:memory=none", "priority:memory=subspace"
+
+
+def compiled(command, folder, *arguments, runs=TWO_RUNS):
+    """The rows of some configurations, compiled for a chip that is not there."""
     root = str(EXAMPLES.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    runs = ["--run", "topk:memory=none", "--run", "priority:memory=subspace"]
+    runs = [word for run in runs for word in ("--run", run)]
     process = subprocess.run(
-        [sys.executable, EXAMPLES / "benchmark.py", command, "--rows", "4096",
-         "--in-features", "2048", "--out-features", "2048", *runs, *arguments, "--out", folder],
+        [sys.executable, EXAMPLES / "benchmark.py", command, *runs, *arguments, "--out", folder],
         env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
@@ -155,7 +158,7 @@ def compiled_layers(command, folder, *arguments):
 )
 def test_the_estimates_of_the_compiler_for_tpus(tmp_path):
     """On a layer large enough for the products to decide."""
-    exact, alone, beside = compiled_layers("tpu-compile", tmp_path)
+    exact, alone, beside = compiled("tpu-compile", tmp_path, *SMALL_LAYER)
     assert exact["chip"] == "v5e"
     assert float(exact["FLOPs"]) == 1
     for row in (alone, beside):
@@ -163,25 +166,53 @@ def test_the_estimates_of_the_compiler_for_tpus(tmp_path):
         assert 0.5 < float(row["speed"]) < 1.5
 
 
-@pytest.mark.examples
-@pytest.mark.skipif(
+needs_gpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None,
     reason=f"the GPU compiler is not installed: {gpu_estimate.PACKAGES}",
 )
+
+
+@pytest.mark.examples
+@needs_gpu_compiler
 def test_the_estimates_of_the_compiler_for_gpus(tmp_path):
     """The exact layer is its three products; others have smaller ones, and kernels beside them."""
-    rows = compiled_layers("gpu-compile", tmp_path, "--chip", "h100", "a100")
+    rows = compiled(
+        "gpu-compile", tmp_path, *SMALL_LAYER, "--chip", "h100", "a100",
+        runs=(*TWO_RUNS, "topk", "priority:memory=subspace,input_ratio=1/4,input_rank=32"),
+    )  # fmt: skip
     for chip in ("h100", "a100"):
-        exact, alone, beside = (row for row in rows if row["chip"] == chip)
+        exact, *others = (row for row in rows if row["chip"] == chip)
         assert int(exact["kernels"]) == 3
         assert float(exact["ms"]) == pytest.approx(float(exact["ms of products"]))
+        alone, beside, joined, inputs = others
         assert float(alone["ms of products"]) < 0.85 * float(exact["ms"])
-        assert 3 < int(alone["kernels"]) < int(beside["kernels"])
-        for row in (alone, beside):
-            assert 0.2 < float(row["speed"]) < 1.41
+        assert float(inputs["ms of products"]) < 0.85 * float(exact["ms"])
+        for row, kernels in ((alone, 17), (joined, 27), (beside, 54), (inputs, 73)):
+            assert 3 < int(row["kernels"]) <= kernels
+            assert 0.4 < float(row["speed"]) < 1.41
+        assert float(joined["MB"]) < float(exact["MB"]) + 7 * 4096 * 2048 * 2e-6  # seven passes
+
+
+@pytest.mark.examples
+@needs_gpu_compiler
+def test_the_estimate_of_a_model_for_gpus(tmp_path):
+    """Where no layer gains the step is the exact one."""
+    sizes = ["--width", "128", "--heads", "2", "--sequence", "64", "--batch", "8"]
+    exact, alone, gains = compiled("gpu-compile", tmp_path, "--model", *sizes, runs=TWO_RUNS[:1])
+    assert [row["approximate layers"] for row in (exact, alone, gains)] == ["0", "5", "0"]
+    assert float(alone["speed"]) < 1 == float(gains["speed"])
+    assert gains["kernels"] == exact["kernels"]
 
 
 PROGRAM = """HloModule step
+
+%replaced (o: bf16[8192,4096], j: s32[1024], u: bf16[1024,4096]) -> bf16[8192,4096] {
+  %o = bf16[8192,4096]{1,0} parameter(0)
+  %j = s32[1024]{0} parameter(1)
+  %u = bf16[1024,4096]{1,0} parameter(2)
+  %v = bf16[8192,4096]{1,0} bitcast(%o)
+  ROOT %s = bf16[8192,4096]{1,0} scatter(%v, %j, %u), to_apply=%last
+}
 
 %fused (p.0: bf16[8192,4096], p.1: s32[1024]) -> bf16[1024,4096] {
   %p.0 = bf16[8192,4096]{1,0} parameter(0)
@@ -206,6 +237,8 @@ ENTRY %main (x: bf16[8192,4096], i: s32[1024], f: f32[1048576], b: pred[]) -> bf
   %rows = bf16[1024,4096]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
   %c = f32[1048576]{0} conditional(%b, %f, %f), true_computation=%seldom, false_computation=%mostly
   %dw = (bf16[4096,4096]{1,0}, s8[33554432]{0}) custom-call(%rows, %rows), target="__cublas$gemm"
+  %next = bf16[8192,4096]{1,0} fusion(%x, %i, %rows), kind=kInput, calls=%replaced
+  %kept = bf16[8192,4096]{1,0} custom-call(%next, %i), output_to_operand_aliasing={{}: (0, {})}
   ROOT %y = bf16[4096,4096]{1,0} get-tuple-element(%dw), index=0
 }
 """
@@ -213,13 +246,16 @@ ENTRY %main (x: bf16[8192,4096], i: s32[1024], f: f32[1048576], b: pred[]) -> bf
 
 def test_what_a_gpus_kernels_move():
     gpu = gpu_estimate.Gpu({}, bytes=1e12, flops=1e14)
-    gather, decision, negate, product = gpu_estimate.kernels(PROGRAM, gpu)
+    kernels = gpu_estimate.kernels(PROGRAM, gpu)
+    gather, decision, negate, product, scatter, in_place = kernels
     rows = 1024 * 4096 * 2  # bytes
     assert gather.bytes == 2 * rows + 4 * 1024  # of x only the rows that are gathered
     assert gather.seconds == pytest.approx(gather.bytes / 1e12 + gpu_estimate.LAUNCH)
     assert decision.seconds == gpu_estimate.DECISION
     assert negate.bytes == pytest.approx(gpu_estimate.REFRESHES * 2 * 4 * 2**20)
-    assert [k.is_product for k in (gather, decision, negate, product)] == [False] * 3 + [True]
+    assert [k for k in kernels if k.is_product] == [product]
+    assert scatter.bytes == 2 * rows + 4 * 1024  # of the rows around them nothing
+    assert in_place.bytes == gpu_estimate.REWRITTEN * 8 * rows + 4 * 1024
     assert product.bytes == 2 * rows + 4096 * 4096 * 2  # without its workspace
     flops = 2 * 1024 * 4096 * 4096
     assert product.seconds == pytest.approx(flops / 1e14 + gpu_estimate.LAUNCH)
