@@ -46,6 +46,11 @@ def jax_option(name: str):
     return getattr(jax.config, name)
 
 
+def is_exported(module) -> bool:
+    """Whether a module, in the context of a lowering, is for `jax.export`."""
+    return module.lowering_parameters.for_export
+
+
 def get_value(variable):
     """What an NNX variable holds, a pytree."""
     return variable.get_value() if hasattr(variable, "get_value") else variable.value  # flax < 0.12

@@ -107,7 +107,7 @@ def sampling_variance(
             return 0.0
         thresholds = rest[:k] / (k - np.arange(k))  # where that many rows are drawn for certain
         certain = np.argmax(s[:k] <= thresholds)
-        return thresholds[certain] * by_score[certain] - squares[certain]
+        return max(0.0, thresholds[certain] * by_score[certain] - squares[certain])
 
     return np.vectorize(variance, otypes=[float])(k)
 

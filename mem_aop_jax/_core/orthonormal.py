@@ -11,6 +11,7 @@ from mem_aop_jax._kernels import orthonormal_gpu
 from mem_aop_jax._kernels.dispatch import cuda_kernel_or_xla
 from mem_aop_jax._numerics import safe_divide
 
+FEW = 32  # columns, of which the rounding is so small that two rounds do
 FILL = 1e-3  # how much of the old columns is added to new ones, so that these have full rank
 
 
@@ -18,8 +19,9 @@ FILL = 1e-3  # how much of the old columns is added to new ones, so that these h
 def orthonormal(columns: chex.Array, old: chex.Array, unit: chex.Array | None = None) -> chex.Array:
     """Orthonormal columns that span `columns`; directions of `old` fill up a lower rank.
 
-    Cholesky-QR, twice, the first time shifted, on columns of unit length: after a few steps
-    of subspace iteration they are nearly orthogonal, however different their lengths. If any
+    Cholesky-QR, twice or for more columns three times, the first time shifted, on columns of unit
+    length: after a few steps of subspace iteration they are nearly orthogonal, however different
+    their lengths. If any
     column is not finite, `old` is returned; if that is not finite either (a damaged checkpoint),
     columns of the identity.
 
@@ -31,22 +33,23 @@ def orthonormal(columns: chex.Array, old: chex.Array, unit: chex.Array | None = 
     dtype, rank = old.dtype, old.shape[1]
     columns = columns.astype(dtype)
     unit = jnp.max(jnp.abs(columns), initial=0) if unit is None else unit.astype(dtype)
-    shift = 2 * rank * float(jnp.finfo(dtype).eps)  # more than the rounding of the Gram matrix
-    by_xla = functools.partial(_orthonormal, shift=shift)
+    eps = float(jnp.finfo(dtype).eps)  # the shift is more than the rounding of the Gram matrix
+    shifts = (2 * rank * eps, 0.0) if rank <= FEW else (rank**2 * eps, 0.0, 0.0)
+    by_xla = functools.partial(_orthonormal, shifts=shifts)
     if dtype != jnp.float32 or not 0 < rank <= orthonormal_gpu.MAX_RANK:
         return by_xla(columns, old, unit)
-    kernel = functools.partial(orthonormal_gpu.orthonormal, fill=FILL, shift=shift)
+    kernel = functools.partial(orthonormal_gpu.orthonormal, fill=FILL, shifts=shifts)
     return cuda_kernel_or_xla(kernel, by_xla, columns, old, unit)
 
 
-def _orthonormal(columns, old, unit, *, shift):
+def _orthonormal(columns, old, unit, *, shifts):
     dtype = old.dtype
     columns = safe_divide(columns, unit)
     columns = safe_divide(columns, jnp.linalg.norm(columns, axis=0, keepdims=True))
     columns += FILL * old
     identity = jnp.eye(columns.shape[1], dtype=dtype)
-    for added in (shift, 0):
-        gram = jnp.matmul(columns.T, columns, precision="highest") + added * identity
+    for shift in shifts:
+        gram = jnp.matmul(columns.T, columns, precision="highest") + shift * identity
         inverse = lax.platform_dependent(
             gram, cpu=inverse_in_blocks, cuda=inverse_by_elimination, default=inverse_factor
         )

@@ -20,10 +20,8 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
-from mem_aop_jax._numerics import safe_divide, widest_dtype
+from mem_aop_jax._numerics import safe_divide
 
 
 class Selection(NamedTuple):
@@ -174,25 +172,11 @@ def row_scores(
       score of these is 1 in each group (all are 0 where every product is 0), the others' infinite.
     """
     storable &= jnp.isfinite(input_norms) & jnp.isfinite(cotangent_norms)
-    x, g = _relative(*(jnp.where(storable, n, 0) for n in (input_norms, cotangent_norms)))
-    (products,) = _relative(x * g)
-    return jnp.where(storable, jnp.square(products), jnp.inf), storable
+    x, g = (_relative(jnp.where(storable, n, 0)) for n in (input_norms, cotangent_norms))
+    return jnp.where(storable, jnp.square(_relative(x * g)), jnp.inf), storable
 
 
-def _relative(*values):
-    """Each of the values in units of the largest of their group, float32.
-
-    In one reduction: a GPU starts a kernel for each.
-    """
-    dtype = widest_dtype(*(v.dtype for v in values))
-    values = tuple(v.astype(dtype) for v in values)
-    zeros = (np.zeros((), dtype),) * len(values)
-
-    def larger(a, b):
-        return tuple(map(jnp.maximum, a, b))
-
-    largest = lax.reduce(values, zeros, larger, dimensions=(values[0].ndim - 1,))
-    return tuple(
-        safe_divide(v, top[..., None]).astype(jnp.float32)
-        for v, top in zip(values, largest, strict=True)
-    )
+def _relative(values):
+    """Values in units of the largest of their group, float32."""
+    largest = jnp.max(values, axis=-1, keepdims=True, initial=0)
+    return safe_divide(values, largest).astype(jnp.float32)

@@ -188,7 +188,6 @@ def _stored(*residuals):
 
     Without it XLA computes the norms of a batch that jit closes over as it compiles, for minutes;
     and where a scan is differentiated twice, JAX mixes up residuals that are inputs of the rule.
-    Rows have the shape that their product has, or XLA for GPUs may store them in two layouts.
     """
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(residuals)):
         return residuals  # of no program
@@ -196,11 +195,16 @@ def _stored(*residuals):
     def store(leaf):  # each alone: together they would differ over the mesh axes of all
         if not hasattr(leaf, "dtype"):
             return leaf
-        if leaf.ndim > 2 and not _is_explicit(jax.typeof(leaf)):  # in which case it may not merge
-            return lax.optimization_barrier(flat_rows(leaf)).reshape(leaf.shape)
+        if leaf.ndim > 2 and not _is_explicit(jax.typeof(leaf)):
+            return cuda_kernel_or_xla(_store_as_rows, lax.optimization_barrier, leaf)
         return lax.optimization_barrier(leaf)
 
     return jax.tree.map(store, residuals)
+
+
+def _store_as_rows(leaf):
+    """In the shape that its product has, or XLA for GPUs may store it in two layouts."""
+    return lax.optimization_barrier(flat_rows(leaf)).reshape(leaf.shape)
 
 
 def _redrawn(rule):

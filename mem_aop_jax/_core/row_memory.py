@@ -108,6 +108,7 @@ class RowMemory(MemoryKind):
             and not config.signed
             and config.memory_slots is None
             and x.dtype == g.dtype == memory.inputs.dtype
+            and not is_narrower(x.dtype, accumulation_dtype(x.dtype))  # in which sums fit
         )
 
 

@@ -5,7 +5,7 @@ partitioned. So the choice is made there: `kernel_or_xla` binds a primitive that
 
 XLA's version runs, too, with MEM_AOP_JAX_KERNELS=0 in the environment, and where kernels do not
 compile: with x64, because of their loops, and on `OLD_CHIPS`, because of their products and their
-copies of single rows.
+copies of single rows; on GPUs before Ampere, and where a program for GPUs is exported.
 """
 
 import functools
@@ -17,9 +17,10 @@ import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from mem_aop_jax._compat import jax_option
+from mem_aop_jax._compat import is_exported, jax_option
 
 OLD_CHIPS = "TPU v2", "TPU v3"
+AMPERE = 8.0  # compute capability
 
 
 def kernel_or_xla(
@@ -64,15 +65,21 @@ def _differentiate(args, tangents, **params):
 
 def _lower_kernel(context, *args, kernel, **params):
     module = context.module_context
-    chips = {device.device_kind for device in module.backend.devices()}
     if (
         os.environ.get("MEM_AOP_JAX_KERNELS", "1") != "0"
         and not jax.config.jax_enable_x64
-        and chips.isdisjoint(OLD_CHIPS)
+        and not any(map(_is_old, module.backend.devices()))
+        and not ("cuda" in module.platforms and is_exported(module))
         and _runs_on_one_device(module.axis_context)
     ):
         return mlir.lower_fun(kernel)(context, *args)
     return _lower_xla(context, *args, **params)
+
+
+def _is_old(device):
+    """Whether kernels do not compile for it."""
+    capability = getattr(device, "compute_capability", AMPERE)  # of a GPU that is here
+    return device.device_kind in OLD_CHIPS or float(capability) < AMPERE
 
 
 def _runs_on_one_device(axis_context):

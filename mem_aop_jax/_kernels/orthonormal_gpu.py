@@ -20,7 +20,11 @@ PRODUCT = functools.partial(jnp.matmul, precision="highest")
 
 
 def orthonormal(
-    columns: chex.Array, old: chex.Array, unit: chex.Array, fill: float, shift: float
+    columns: chex.Array,
+    old: chex.Array,
+    unit: chex.Array,
+    fill: float,
+    shifts: tuple[float, ...],
 ) -> chex.Array:
     """As `orthonormal` in `mem_aop_jax._core.orthonormal`.
 
@@ -29,7 +33,7 @@ def orthonormal(
       old: `(features, q)` float32.
       unit: `()`, a size near that of the columns.
       fill: how much of `old` is added to columns of unit length.
-      shift: what the first of two Gram matrices gets on its diagonal.
+      shifts: what the Gram matrix gets on its diagonal, in each round.
     """
     rank = old.shape[1]
     size = max(MIN_SIZE, pl.next_power_of_2(rank))
@@ -38,15 +42,17 @@ def orthonormal(
     ]
     both = jnp.concatenate(padded, axis=1)
     factor = functools.partial(_factor, rank=rank, size=size)
-    combination, old_is_finite = factor(PRODUCT(both.T, both), fill=fill, shift=shift)
-    first = PRODUCT(both, combination)
-    last, is_finite = factor(PRODUCT(first.T, first))
-    columns = PRODUCT(first, last)[:, :rank]
+    combination, old_is_finite = factor(PRODUCT(both.T, both), fill=fill, shift=shifts[0])
+    columns = PRODUCT(both, combination)
+    for shift in shifts[1:]:
+        combination, is_finite = factor(PRODUCT(columns.T, columns), shift=shift)
+        columns = PRODUCT(columns, combination)
+    columns = columns[:, :rank]
     old = jnp.where(old_is_finite > 0, old, jnp.eye(old.shape[0], old.shape[1], dtype=old.dtype))
     return jnp.where(is_finite > 0, columns, old)
 
 
-def _factor(gram, *, rank, size, fill=None, shift=0.0):
+def _factor(gram, *, rank, size, shift, fill=None):
     """R^T for orthonormal columns C R^T, by the Gram matrix of C; and whether R is finite.
 
     With `fill` the matrix is that of [C, O]: the result is for [C, O], R^T the factor for

@@ -62,7 +62,7 @@ def _kernel(rows_ref, basis_ref, products_ref, *sums_refs, blocks):
         here = pl.ds(block * BLOCK_FEATURES, BLOCK_FEATURES)
         rows = rows_ref[:, here]
         products, *sums = totals
-        products += pl.dot(rows, basis_ref[here, :])
+        products += jnp.dot(rows, basis_ref[here, :], preferred_element_type=jnp.float32)
         rows = rows.astype(jnp.float32)
         sums = [
             total + jnp.sum(jnp.square(rows * scale), axis=1)

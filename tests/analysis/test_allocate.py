@@ -121,6 +121,15 @@ def test_each_group_has_a_variance_of_its_own():
     assert sum(parts) > 5 * sampling_variance(scores, scores, k)
 
 
+def test_no_variance_is_negative():
+    """Of one term that is almost all, and of several numbers of rows at a time."""
+    scores = np.append(1e6, np.random.default_rng(0).random(63) * 1e-6)
+    ks = [1, 2, 7, 40, 63]
+    found = sampling_variance(scores, scores, ks)
+    assert (found >= 0).all()
+    np.testing.assert_array_equal(found, [sampling_variance(scores, scores, k) for k in ks])
+
+
 def test_all_rows_have_no_variance():
     assert sampling_variance(np.ones(8), np.ones(8), 8) == 0
     assert sampling_variance(np.zeros(8), np.zeros(8), 3) == 0

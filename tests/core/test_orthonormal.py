@@ -48,6 +48,16 @@ def test_directions_stay_orthonormal(rows, dtype):
         assert jnp.isfinite(dw).all()
 
 
+@pytest.mark.parametrize("rank", [31, 64])
+def test_as_many_equal_columns_as_features(rank):
+    """The worst for a Gram matrix: all but one direction come from the old columns."""
+    old = np.linalg.qr(np.random.default_rng(0).normal(size=(64, rank)))[0].astype(np.float32)
+    column = np.abs(np.random.default_rng(1).normal(size=(64, 1))).astype(np.float32)
+    new = jax.jit(orthonormal)(np.repeat(column, rank, axis=1), old)
+    np.testing.assert_allclose(new.T @ new, np.eye(rank), atol=1e-5)
+    assert np.linalg.norm(new.T @ column) > 0.999 * np.linalg.norm(column)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_directions_are_orthonormal_after_ten_thousand_steps(dtype):
     config, features = dataclasses.replace(SUBSPACE, k=2, rank=4), 10

@@ -4,8 +4,10 @@ That the compiler for GPUs takes them is shown in tests/examples/test_benchmark.
 """
 
 import functools
+import types
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import one_layer
@@ -14,7 +16,7 @@ from kernel_versions import assert_close, normal, versions
 
 import mem_aop_jax as aop
 from mem_aop_jax._core import orthonormal, primitive
-from mem_aop_jax._kernels import rows_gpu, subspace_products
+from mem_aop_jax._kernels import dispatch, rows_gpu, subspace_products
 
 pytestmark = pytest.mark.usefixtures("without_x64")
 
@@ -160,3 +162,39 @@ def test_more_bad_rows_than_are_chosen():
         assert np.isnan(dw).all()
         assert np.isfinite(held.inputs).all()
         np.testing.assert_array_equal(held.inputs[: K + 1], 0)
+
+
+@jax.jit
+def gradients(kernel, memory, x):
+    def loss(kernel, memory):
+        return jnp.sum(aop.dense(x, kernel, memory, config=CONFIGS["topk"]) ** 2)
+
+    return jax.grad(loss, argnums=(0, 1))(kernel, memory)
+
+
+def kernels_in(text):
+    return text.count("triton")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_kernels_in_programs_for_gpus(dtype, monkeypatch):
+    """Not where sums could outgrow a memory in float16, nor in exported programs or on old GPUs."""
+    kernel, x = (jnp.ones(shape, dtype) for shape in ((N, P), (M, N)))
+    args = kernel, aop.init_memory(CONFIGS["topk"], M, N, P, dtype), x
+
+    def program():
+        anew = jax.jit(lambda *args: gradients.__wrapped__(*args))
+        return anew.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert (kernels_in(program()) > 0) == (dtype != jnp.float16)
+    exported = jax.export.export(gradients, platforms=("cuda",))(*args)
+    assert kernels_in(exported.mlir_module()) == 0
+    capabilities = {"Tesla T4": "7.5", "NVIDIA A100-SXM4-80GB": "8.0"}
+    t4, a100 = (
+        types.SimpleNamespace(device_kind=kind, compute_capability=capability)
+        for kind, capability in capabilities.items()
+    )
+    assert dispatch._is_old(t4)
+    assert not dispatch._is_old(a100)
+    monkeypatch.setattr(dispatch, "OLD_CHIPS", {jax.devices()[0].device_kind})
+    assert kernels_in(program()) == 0
