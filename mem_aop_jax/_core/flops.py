@@ -1,6 +1,7 @@
 """FLOPs of a dense layer's step, exact and approximate."""
 
 from mem_aop_jax._core.config import MemAOP
+from mem_aop_jax._core.orthonormal import rounds
 
 
 def exact_flops(rows: int, in_features: int, out_features: int) -> int:
@@ -56,6 +57,6 @@ def flops_left_out(config: MemAOP, rows: int, in_features: int, out_features: in
 def _refresh_flops(config, rows, in_features, out_features):
     ranks = config.held_ranks(in_features, out_features)
     return sum(
-        2 * rows * features * rank + 8 * features * rank**2  # and Cholesky-QR, twice
+        2 * rows * features * rank + 4 * rounds(rank) * features * rank**2  # and Cholesky-QR
         for features, rank in zip((in_features, out_features), ranks, strict=True)
     )

@@ -11,7 +11,7 @@ from mem_aop_jax._kernels import orthonormal_gpu
 from mem_aop_jax._kernels.dispatch import cuda_kernel_or_xla
 from mem_aop_jax._numerics import safe_divide
 
-FEW = 32  # columns, of which the rounding is so small that two rounds do
+FEW = 32  # columns, whose Gram matrix has little rounding
 FILL = 1e-3  # how much of the old columns is added to new ones, so that these have full rank
 
 
@@ -19,11 +19,10 @@ FILL = 1e-3  # how much of the old columns is added to new ones, so that these h
 def orthonormal(columns: chex.Array, old: chex.Array, unit: chex.Array | None = None) -> chex.Array:
     """Orthonormal columns that span `columns`; directions of `old` fill up a lower rank.
 
-    Cholesky-QR, twice or for more columns three times, the first time shifted, on columns of unit
-    length: after a few steps of subspace iteration they are nearly orthogonal, however different
-    their lengths. If any
-    column is not finite, `old` is returned; if that is not finite either (a damaged checkpoint),
-    columns of the identity.
+    Cholesky-QR, in two or three `rounds`, the first of them shifted, on columns
+    of unit length: after a few steps of subspace iteration they are nearly orthogonal, however
+    different their lengths. If any column is not finite, `old` is returned; if that is not finite
+    either (a damaged checkpoint), columns of the identity.
 
     Args:
       columns: `(features, q)` float32 or float64, of any rank and size.
@@ -33,13 +32,18 @@ def orthonormal(columns: chex.Array, old: chex.Array, unit: chex.Array | None = 
     dtype, rank = old.dtype, old.shape[1]
     columns = columns.astype(dtype)
     unit = jnp.max(jnp.abs(columns), initial=0) if unit is None else unit.astype(dtype)
-    eps = float(jnp.finfo(dtype).eps)  # the shift is more than the rounding of the Gram matrix
-    shifts = (2 * rank * eps, 0.0) if rank <= FEW else (rank**2 * eps, 0.0, 0.0)
+    shift = (2 if rank <= FEW else rank) * rank * float(jnp.finfo(dtype).eps)  # above the rounding
+    shifts = (shift, *[0.0] * (rounds(rank) - 1))
     by_xla = functools.partial(_orthonormal, shifts=shifts)
     if dtype != jnp.float32 or not 0 < rank <= orthonormal_gpu.MAX_RANK:
         return by_xla(columns, old, unit)
     kernel = functools.partial(orthonormal_gpu.orthonormal, fill=FILL, shifts=shifts)
     return cuda_kernel_or_xla(kernel, by_xla, columns, old, unit)
+
+
+def rounds(rank: int) -> int:
+    """Of Cholesky-QR: in how many so many columns are orthonormal to float32's rounding."""
+    return 2 if rank <= FEW else 3
 
 
 def _orthonormal(columns, old, unit, *, shifts):
