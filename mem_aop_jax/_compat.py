@@ -2,6 +2,11 @@
 
 import jax
 
+try:
+    from jax.experimental.pallas import triton as pallas_triton
+except ImportError:  # jax 0.12 announces its end
+    pallas_triton = None  # type: ignore[assignment]
+
 TPU_COPIES_ROWS = jax.__version_info__ >= (0, 10, 2)  # its compiler before: whole tiles alone
 
 

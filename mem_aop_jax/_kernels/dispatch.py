@@ -17,7 +17,7 @@ import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from mem_aop_jax._compat import is_exported, jax_option
+from mem_aop_jax._compat import is_exported, jax_option, pallas_triton
 
 OLD_CHIPS = "TPU v2", "TPU v3"
 AMPERE = 8.0  # compute capability
@@ -69,7 +69,7 @@ def _lower_kernel(context, *args, kernel, **params):
         os.environ.get("MEM_AOP_JAX_KERNELS", "1") != "0"
         and not jax.config.jax_enable_x64
         and not any(map(_is_old, module.backend.devices()))
-        and not ("cuda" in module.platforms and is_exported(module))
+        and not ("cuda" in module.platforms and (is_exported(module) or pallas_triton is None))
         and _runs_on_one_device(module.axis_context)
     ):
         return mlir.lower_fun(kernel)(context, *args)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from mem_aop_jax._compat import pallas_triton as plgpu
 from mem_aop_jax._numerics import safe_divide
 
 MAX_RANK = 64  # a kernel holds a few matrices of this size in registers

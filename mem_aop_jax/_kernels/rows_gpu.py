@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from mem_aop_jax._compat import pallas_triton as plgpu
 from mem_aop_jax._numerics import SCALES, norms_from_sums
 
 BLOCK_ROWS, BLOCK_FEATURES = 64, 128  # of what a program multiplies at a time
