@@ -253,7 +253,9 @@ def on_gpu(chip: str) -> bool:
     return chip in gpu_estimate.GPUS
 
 
+@functools.cache
 def chip_device(chip: str) -> jax.Device:
+    """The chip to compile for; the first call comes before JAX starts."""
     return gpu_estimate.device(chip) if on_gpu(chip) else tpu(chip)
 
 
@@ -366,12 +368,14 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         runs.add_out_folder(command, "benchmark", "a CSV and a figure")
         if name not in CHIPS:
             runs.add_counts(command, {"rounds": (15, "of timing")})
+        if name == "model":
+            runs.add_counts(command, {"images": (1024, "of the MLP")})
         if name in MODELS:
             counts = MODELS[name]
             runs.add_counts(command, {
                 "width": (counts[0], "of the transformer"), "layers": (counts[1], "its blocks"),
                 "heads": (counts[2], "of its attention"), "sequence": (128, "tokens of a row"),
-                "batch": (counts[3], "its rows"), "images": (1024, "of the MLP"),
+                "batch": (counts[3], "its rows"),
             })  # fmt: skip
             command.add_argument("--min-speedup", type=runs.rate, default=1.05, help="(1.05)")
         if name == "gpu-compile":

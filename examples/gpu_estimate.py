@@ -20,9 +20,7 @@ from jax.experimental import topologies
 LAUNCH = 2e-6  # seconds of a kernel beside its bytes and FLOPs
 DECISION = 10e-6  # seconds for which a GPU waits for the host at a branch
 REFRESHES = 1 / 8  # share of the steps that take a branch's longer side
-REWRITTEN = (
-    1 / 8
-)  # share of an array that a kernel of Pallas writes where it overwrites it in place
+REWRITTEN = 1 / 8  # share that a kernel of Pallas writes of an array that it overwrites in place
 PACKAGES = "pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12"
 
 DESCRIPTION = """\

@@ -32,9 +32,8 @@ from mem_aop_jax._core.memory import Subspace
 from mem_aop_jax._core.probe import Norms, Probe
 from mem_aop_jax._models import rules_for
 
-Rows = (
-    int | Sequence[int] | np.ndarray
-)  # how many are drawn; or several such numbers, to choose from
+# How many rows are drawn; or several such numbers, to choose from.
+Rows = int | Sequence[int] | np.ndarray
 FIRST_PASSES = 2  # over the first batch, so that the directions follow the rows
 
 

@@ -16,29 +16,27 @@ FILL = 1e-3  # how much of the old columns is added to new ones, so that these h
 
 
 @jax.jit
-def orthonormal(columns: chex.Array, old: chex.Array, unit: chex.Array | None = None) -> chex.Array:
+def orthonormal(columns: chex.Array, old: chex.Array) -> chex.Array:
     """Orthonormal columns that span `columns`; directions of `old` fill up a lower rank.
 
-    Cholesky-QR, in two or three `rounds`, the first of them shifted, on columns
-    of unit length: after a few steps of subspace iteration they are nearly orthogonal, however
-    different their lengths. If any column is not finite, `old` is returned; if that is not finite
-    either (a damaged checkpoint), columns of the identity.
+    Cholesky-QR, in two or three `rounds`, the first of them shifted, on columns of unit length:
+    after a few steps of subspace iteration they are nearly orthogonal, however different their
+    lengths. If any column is not finite, `old` is returned; if that is not finite either (a damaged
+    checkpoint), columns of the identity.
 
     Args:
-      columns: `(features, q)` float32 or float64, of any rank and size.
+      columns: `(features, q)` float32 or float64, of any rank; the dtype must hold their squares.
       old: `(features, q)`, orthonormal columns.
-      unit: `()`, a size that is near that of the columns; None is the largest of their entries.
     """
     dtype, rank = old.dtype, old.shape[1]
     columns = columns.astype(dtype)
-    unit = jnp.max(jnp.abs(columns), initial=0) if unit is None else unit.astype(dtype)
     shift = (2 if rank <= FEW else rank) * rank * float(jnp.finfo(dtype).eps)  # above the rounding
     shifts = (shift, *[0.0] * (rounds(rank) - 1))
     by_xla = functools.partial(_orthonormal, shifts=shifts)
     if dtype != jnp.float32 or not 0 < rank <= orthonormal_gpu.MAX_RANK:
-        return by_xla(columns, old, unit)
+        return by_xla(columns, old)
     kernel = functools.partial(orthonormal_gpu.orthonormal, fill=FILL, shifts=shifts)
-    return cuda_kernel_or_xla(kernel, by_xla, columns, old, unit)
+    return cuda_kernel_or_xla(kernel, by_xla, columns, old)
 
 
 def rounds(rank: int) -> int:
@@ -46,9 +44,8 @@ def rounds(rank: int) -> int:
     return 2 if rank <= FEW else 3
 
 
-def _orthonormal(columns, old, unit, *, shifts):
+def _orthonormal(columns, old, *, shifts):
     dtype = old.dtype
-    columns = safe_divide(columns, unit)
     columns = safe_divide(columns, jnp.linalg.norm(columns, axis=0, keepdims=True))
     columns += FILL * old
     identity = jnp.eye(columns.shape[1], dtype=dtype)

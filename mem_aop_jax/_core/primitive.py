@@ -283,10 +283,8 @@ def estimate(
     # Else XLA for GPUs computes rows anew, in other shapes, and keeps what they came from.
     x, g = (lax.optimization_barrier(flat_rows(rows)).reshape(rows.shape) for rows in (x, g))
     kind = MEMORY_KINDS[None if memory is None else call.config.memory_kind]
-    choose_from = functools.partial(
-        kind.candidates, call, differentiates_inputs=differentiates_inputs
-    )
-    candidates = choose_from(x, g, memory, key)
+    choose_from = functools.partial(kind.candidates, differentiates_inputs=differentiates_inputs)
+    candidates = choose_from(call, x, g, memory, key)
     dx = None
     if differentiates_inputs:
         directions = candidates.cotangent_projection().first(call.config.input_rank)
@@ -295,17 +293,13 @@ def estimate(
         dx = as_inputs(call.dimension_numbers, dx, shape)
 
     def by(choose):
-        return lambda *args: _kernel_gradient(choose(*args), kernel.dtype)
+        return lambda *args: _kernel_gradient(choose(call, *args), kernel.dtype)
 
     gradient = by(choose_from)
-    choose_on_gpu, choose_on_tpu = (
-        choose and functools.partial(choose, call)
-        for choose in (of(call, x, g, memory) for of in (kind.gpu_candidates, kind.tpu_candidates))
-    )
-    if choose_on_gpu:
-        gradient = functools.partial(cuda_kernel_or_xla, by(choose_on_gpu), gradient)
-    if choose_on_tpu:
-        gradient = functools.partial(kernel_or_xla, by(choose_on_tpu), gradient)
+    if on_gpu := kind.gpu_candidates(call, x, g, memory):
+        gradient = functools.partial(cuda_kernel_or_xla, by(on_gpu), gradient)
+    if on_tpu := kind.tpu_candidates(call, x, g, memory):
+        gradient = functools.partial(kernel_or_xla, by(on_tpu), gradient)
     dw, *rest = gradient(x, g, memory, key)
     return Estimate(dx, as_kernel(call.dimension_numbers, dw, kernel.shape), *rest)
 
@@ -373,7 +367,7 @@ def _select(candidates: Candidates, norms: Factors) -> Chosen:
         return selection._replace(indices=missing.astype(jnp.int32))
 
     storable = candidates.storable()
-    chosen_first = storable is True and not callable(candidates.call.config.policy)  # if not finite
+    chosen_first = storable is True and not callable(call.config.policy)  # where not finite
     scores, _ = row_scores(*norms, storable)
     finite = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
     indices, weights = map_groups(select, candidates.key, scores)
@@ -382,10 +376,8 @@ def _select(candidates: Candidates, norms: Factors) -> Chosen:
     )
     is_void = False if memory is None else memory_is_void(memory)
     if not candidates.shows_lost_rows:
-        if chosen_first:
-            is_void |= jnp.any(jnp.sum(~finite, axis=1) > k)
-        else:
-            is_void |= jnp.any(~finite & unchosen)
+        lost = jnp.sum(~finite, axis=1) > k if chosen_first else ~finite & unchosen
+        is_void |= jnp.any(lost)
     if weights is not None:
         weights = jnp.where(is_void, jnp.nan, weights)
     return Chosen(indices, weights, finite & unchosen, is_void)

@@ -184,7 +184,7 @@ def _next_basis(side, old):
     if axes:
         new, unit = psum_own_products(new, unit, axes), lax.pmax(unit, axes)
     columns = safe_divide(new.astype(old.dtype), unit)
-    return orthonormal(jnp.concatenate([columns, old[:, rank:]], axis=1), old, jnp.ones(()))
+    return orthonormal(jnp.concatenate([columns, old[:, rank:]], axis=1), old)
 
 
 def _refresh_is_due(config, memory, key):

@@ -63,13 +63,13 @@ def _differentiate(args, tangents, **params):
     return jax.jvp(functools.partial(_run_xla, **params), tuple(args), tuple(tangents))
 
 
-def _lower_kernel(context, *args, kernel, **params):
+def _lower_kernel(platform, context, *args, kernel, **params):
     module = context.module_context
     if (
         os.environ.get("MEM_AOP_JAX_KERNELS", "1") != "0"
         and not jax.config.jax_enable_x64
         and not any(map(_is_old, module.backend.devices()))
-        and not ("cuda" in module.platforms and (is_exported(module) or pallas_triton is None))
+        and not (platform == "cuda" and (is_exported(module) or pallas_triton is None))
         and _runs_on_one_device(module.axis_context)
     ):
         return mlir.lower_fun(kernel)(context, *args)
@@ -101,7 +101,8 @@ def _primitive_for(platform):
     ad.primitive_jvps[primitive] = _differentiate
     batching.primitive_batchers[primitive] = _batch
     mlir.register_lowering(primitive, _lower_xla)
-    mlir.register_lowering(primitive, _lower_kernel, platform=platform)
+    lower = functools.partial(_lower_kernel, platform)
+    mlir.register_lowering(primitive, lower, platform=platform)
     return primitive
 
 

@@ -12,7 +12,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mem_aop_jax._compat import pallas_triton as plgpu
-from mem_aop_jax._numerics import safe_divide
 
 MAX_RANK = 64  # a kernel holds a few matrices of this size in registers
 MIN_SIZE = 16  # of a matrix in a kernel
@@ -20,27 +19,20 @@ PRODUCT = functools.partial(jnp.matmul, precision="highest")
 
 
 def orthonormal(
-    columns: chex.Array,
-    old: chex.Array,
-    unit: chex.Array,
-    fill: float,
-    shifts: tuple[float, ...],
+    columns: chex.Array, old: chex.Array, fill: float, shifts: tuple[float, ...]
 ) -> chex.Array:
     """As `orthonormal` in `mem_aop_jax._core.orthonormal`.
 
     Args:
       columns: `(features, q)` float32.
       old: `(features, q)` float32.
-      unit: `()`, a size near that of the columns.
       fill: how much of `old` is added to columns of unit length.
       shifts: what the Gram matrix gets on its diagonal, in each round.
     """
     rank = old.shape[1]
     size = max(MIN_SIZE, pl.next_power_of_2(rank))
-    padded = [
-        jnp.pad(part, ((0, 0), (0, size - rank))) for part in (safe_divide(columns, unit), old)
-    ]
-    both = jnp.concatenate(padded, axis=1)
+    missing = (0, 0), (0, size - rank)
+    both = jnp.concatenate([jnp.pad(part, missing) for part in (columns, old)], axis=1)
     factor = functools.partial(_factor, rank=rank, size=size)
     combination, old_is_finite = factor(PRODUCT(both.T, both), fill=fill, shift=shifts[0])
     columns = PRODUCT(both, combination)

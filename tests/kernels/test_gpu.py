@@ -86,7 +86,8 @@ def hard_columns(old):
         "columns of all sizes": any_rows * 10 ** np.linspace(-9, 9, len(old), dtype=np.float32),
     }.items():
         coordinates = rows @ old
-        yield name, rows.T @ (coordinates / max(np.abs(coordinates).max(), 1e-30))
+        unit = max(np.abs(coordinates).max(), 1e-30)
+        yield name, rows.T @ (coordinates / unit) / unit
 
 
 @pytest.mark.parametrize("rank", [3, 16])
