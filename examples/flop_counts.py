@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -11,8 +11,20 @@ import mem_aop_jax as aop
 ANY_RATES = aop.Rates("any", flops=1.0, half_flops=1.0, bytes=1.0)  # FLOPs do not depend on them
 
 
+class Cost(NamedTuple):
+    """What XLA counts in a function; 0 where it does not count."""
+
+    flops: float
+    bytes: float
+
+
 def compiled_flops(function: jax.stages.Wrapped, *args) -> float:
-    """FLOPs that XLA counts in a jitted function; 0 where it does not count them.
+    """FLOPs of a jitted function; as in `compiled_cost`."""
+    return compiled_cost(function, *args).flops
+
+
+def compiled_cost(function: jax.stages.Wrapped, *args) -> Cost:
+    """FLOPs and accessed bytes that XLA counts in a jitted function.
 
     On a GPU the function is compiled for the CPU: a GPU's products are calls into libraries, which
     XLA counts as nothing.
@@ -22,11 +34,12 @@ def compiled_flops(function: jax.stages.Wrapped, *args) -> float:
         try:
             device = jax.devices("cpu")[0]
         except RuntimeError:  # JAX_PLATFORMS leaves it out
-            return 0.0
+            return Cost(0.0, 0.0)
         args = jax.tree.map(_without_device, args)
     with jax.default_device(device):
         compiled = function.lower(*args).compile()
-    return (compiled.cost_analysis() or {}).get("flops", 0.0)
+    counted = compiled.cost_analysis() or {}
+    return Cost(counted.get("flops", 0.0), counted.get("bytes accessed", 0.0))
 
 
 def _without_device(leaf):

@@ -6,7 +6,8 @@ import fractions
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,13 +59,21 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def parse(text: str, others: Sequence[str] = (), without: Sequence[str] = ("exact",)) -> Run:
+def parse(
+    text: str,
+    others: Sequence[str] = (),
+    without: Sequence[str] = ("exact",),
+    policies: Mapping[str, str | Callable] = MappingProxyType({}),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> Run:
     """The run that `POLICY:NAME=VALUE,...` spells, for argparse.
 
     Args:
       text: a policy and keywords of aop.MemAOP.
       others: names of keywords that aop.MemAOP does not have.
       without: words that stand in a policy's place and have no configuration.
+      policies: by name, those that the library does not have.
+      defaults: keywords of aop.MemAOP that the text may leave out.
 
     Raises:
       argparse.ArgumentTypeError: a text that spells no run.
@@ -86,7 +95,7 @@ def parse(text: str, others: Sequence[str] = (), without: Sequence[str] = ("exac
                 f"{text}: {policy} takes {takes}, not {', '.join(keywords)}"
             )
         return Run(text, None, keywords, other_keywords)
-    options = dict(keywords)
+    options = {**defaults, **keywords}
     input_options = {
         name.removeprefix("input_"): options.pop(name)
         for name in ("input_ratio", "input_rank")
@@ -95,7 +104,7 @@ def parse(text: str, others: Sequence[str] = (), without: Sequence[str] = ("exac
     try:
         if input_options:
             options["input_grad"] = aop.InputGrad(**input_options)
-        config = aop.MemAOP(policy=policy, **options)
+        config = aop.MemAOP(policy=policies.get(policy, policy), **options)
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
     return Run(text, config, keywords, other_keywords)

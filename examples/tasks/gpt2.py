@@ -1,0 +1,42 @@
+"""The GPT-2 of Hugging Face's transformers, in Flax, from random weights, on characters."""
+
+import argparse
+
+import runs
+
+from tasks import Task, text
+
+with runs.needs_packages():
+    import transformers
+
+OPTIONS = {
+    "width": (512, "of the model"),
+    "layers": (1, "blocks"),
+    "heads": (8, "of the attention"),
+    "sequence": (128, "characters of a window"),
+    "batch": (8, "windows of a step, of the reference"),
+    "steps": (120, "of the reference"),
+}
+LEARNING_RATE = 5e-4
+PRESETS = {"short": {}, "long": {"steps": 600}}
+add_arguments = text.add_arguments
+
+
+def load(options: argparse.Namespace) -> Task:
+    """The task of these options."""
+    model = transformers.FlaxGPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=text.VOCABULARY,
+            n_positions=options.sequence,
+            n_embd=options.width,
+            n_layer=options.layers,
+            n_head=options.heads,
+        ),
+        _do_init=False,
+    )
+    return text.task(
+        options,
+        lambda key, tokens: model.init_weights(key, tokens.shape),
+        lambda params, tokens: model(tokens, params=params).logits,  # without dropout
+        exact=("transformer/wte/embedding",),  # the head's kernel, too
+    )

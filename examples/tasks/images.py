@@ -1,0 +1,82 @@
+"""Images as a task's data: Fashion-MNIST, MNIST or Kuzushiji-MNIST."""
+
+import argparse
+import pathlib
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import paper_data
+
+from tasks import Task
+
+DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")  # of its package dataset-fashion-mnist
+VALIDATION_SHAPE = (10, 200)  # batches, images of a batch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --dataset and --data."""
+    parser.add_argument(
+        "--dataset", choices=paper_data.SOURCES, default="fashion-mnist", help="(fashion-mnist)"
+    )
+    parser.add_argument(
+        "--data", type=pathlib.Path, metavar="DIR",
+        help="the folder with the four IDX files (.gz or not); default: download, or for "
+        f"fashion-mnist {DEBIAN}, where there is one",
+    )  # fmt: skip
+
+
+def task(
+    options: argparse.Namespace,
+    init: Callable[[chex.PRNGKey, chex.Array], chex.ArrayTree],
+    apply: Callable[[chex.ArrayTree, chex.Array], chex.Array],
+    *,
+    rows: int,
+    exact: tuple[str, ...],
+) -> Task:
+    """A classifier's task on the images of the options.
+
+    Args:
+      options: with `dataset` and `data`.
+      init: `init(key, x)` returns the first parameters.
+      apply: `apply(params, x)` returns logits, for x `(images, 28, 28, 1)` float32.
+      rows: as in `Task`.
+      exact: as in `Task`.
+    """
+    folder = options.data
+    if folder is None and options.dataset == "fashion-mnist" and DEBIAN.is_dir():
+        folder = DEBIAN
+    data = paper_data.load(options.dataset, folder, 1)
+    some = np.random.default_rng(0).permutation(len(data.validation_y))[: np.prod(VALIDATION_SHAPE)]
+    validation = data.validation_x[some], data.validation_y[some]
+
+    def logits(params, pixels):
+        x = paper_data.pixels_to_inputs(pixels).reshape(len(pixels), 28, 28, 1)
+        return apply(params, x)
+
+    def loss(params, examples):
+        pixels, labels = examples
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, pixels), labels
+        ).mean()
+
+    def draw(train, key):
+        index = jax.random.randint(key, (), 0, len(train[1]))
+        return jax.tree.map(lambda a: a[index], train)
+
+    return Task(
+        data=options.dataset,
+        checksum=data.checksum(),
+        init=lambda key: init(key, jnp.zeros((1, 28, 28, 1))),
+        loss=loss,
+        train=(jnp.asarray(data.train_x), jnp.asarray(data.train_y)),
+        draw=draw,
+        validation=jax.tree.map(
+            lambda a: jnp.asarray(a).reshape(*VALIDATION_SHAPE, *a.shape[1:]), validation
+        ),
+        rows=rows,
+        exact=exact,
+    )

@@ -1,0 +1,42 @@
+"""A deep MLP in stock Flax Linen, on images of 28 x 28 pixels."""
+
+import argparse
+
+import flax.linen as nn
+
+from tasks import Task, images
+
+OPTIONS = {
+    "width": (512, "of the hidden layers"),
+    "layers": (4, "hidden layers"),
+    "batch": (1024, "images of a step, of the reference"),
+    "steps": (200, "of the reference"),
+}
+LEARNING_RATE = 5e-4
+PRESETS = {"short": {}, "long": {"steps": 1000}}
+CLASSES = 10
+add_arguments = images.add_arguments
+
+
+class MLP(nn.Module):
+    width: int
+    layers: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = x.reshape(len(x), -1)
+        for _ in range(self.layers):
+            x = nn.relu(nn.Dense(self.width)(x))
+        return nn.Dense(CLASSES, name="head")(x)
+
+
+def load(options: argparse.Namespace) -> Task:
+    """The task of these options."""
+    model = MLP(options.width, options.layers)
+    return images.task(
+        options,
+        lambda key, x: model.init(key, x)["params"],
+        lambda params, x: model.apply({"params": params}, x),
+        rows=1,
+        exact=("head/kernel",),
+    )
