@@ -1,7 +1,7 @@
 """Exact and approximate steps side by side: how fast they are, and what they cost.
 
   layer        a dense layer, at all sizes, dtypes and ratios that are given
-  model        whole training steps: the transformer of language_model.py, the MLP of deep_mlp.py
+  model        whole training steps: the transformer of tasks/transformer.py, the MLP of deep_mlp.py
   tpu-compile  the layer's FLOPs, bytes, memory and time as the compiler for TPUs estimates them. No
                TPU is needed: pip install "jax[tpu]"
   gpu-compile  kernels, bytes, memory and time of the layer, or with --model of the transformer's
@@ -36,11 +36,11 @@ with runs.needs_packages():
     import benchmark_steps as steps
     import deep_mlp
     import gpu_estimate
-    import language_text
-    import language_training
     import timing
     from benchmark_steps import Sizes
     from matplotlib.figure import Figure
+    from tasks import text
+    from tasks.transformer import Transformer, logits
     from tqdm import tqdm
 
 LAYER_RUNS = (
@@ -153,14 +153,15 @@ def models(options):
 def transformer(options, key, dtype):
     """The loss, a function that returns parameters, and a batch, with activations of the dtype."""
     shape = options.batch, options.sequence + 1
-    windows = jax.random.randint(key, shape, 0, language_text.VOCABULARY)
+    windows = jax.random.randint(key, shape, 0, text.VOCABULARY)
     sizes = options.width, options.layers, options.heads
-    model = language_training.Transformer(*sizes, dtype)
+    model = Transformer(*sizes, dtype)
 
     def first_params():
         return jax.jit(model.init)(key, windows[:, :-1])["params"]
 
-    return functools.partial(language_training.loss_fn, model), first_params, (windows,)
+    loss = functools.partial(text.next_token_loss, functools.partial(logits, model))
+    return loss, first_params, (windows,)
 
 
 def approximations(options, loss):

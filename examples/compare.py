@@ -306,6 +306,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Comparison:
     return comparison
 
 
+@rivals.registered()
 def main(arguments: list[str] | None = None) -> None:
     comparison = parse_arguments(arguments)
     options = comparison.options

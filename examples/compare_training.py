@@ -16,7 +16,7 @@ from training import first_state, train_step
 
 import mem_aop_jax as aop
 
-EVALUATIONS = 10  # of a run, evenly spaced in FLOPs; the last is after the last step
+EVALUATIONS = 5  # of a run, evenly spaced in FLOPs; the last is after the last step
 WARM_UP = 0.1  # of the FLOPs
 LAST_DECISION = 0.8  # of the FLOPs: later ones would not be worth what they cost
 ALLOCATED = aop.MemAOP(ratio=0.5, policy="priority", memory="subspace", refresh=8)
@@ -54,7 +54,7 @@ class Trained(NamedTuple):
     """The results of one training.
 
     Attributes:
-      losses: validation losses when a tenth, two tenths, ... of the FLOPs were spent.
+      losses: validation losses when a fifth, two fifths, ... of the FLOPs were spent.
       flops: FLOPs spent until each of these steps.
       seconds: seconds spent until each of these steps, on training and on a controller's
         measurements; without compilation and evaluation.

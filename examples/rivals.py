@@ -17,8 +17,9 @@ Papers that save memory, as the last four do, select in the forward pass; here t
 does, which has the same estimate.
 """
 
+import contextlib
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
 
 import chex
 import jax
@@ -78,7 +79,8 @@ class LastNormsMemory(MemoryKind):
 
     def init(self, config, rows, in_features, out_features, dtype):
         """Ones: the first step chooses by the inputs."""
-        return aop.Memory(jnp.zeros((rows, 0)), jnp.ones((rows, 1)), jnp.zeros(()))
+        nothing, ones = jnp.zeros((rows, 0), jnp.float32), jnp.ones((rows, 1), jnp.float32)
+        return aop.Memory(nothing, ones, jnp.zeros((), jnp.float32))
 
     def check(self, name, config, x, sizes, memory):
         """Raises an error if the memory is for another number of rows."""
@@ -124,7 +126,7 @@ class FeaturesMemory(SubspaceMemory):
     def candidates(self, call, x, g, memory, key, differentiates_inputs):
         """The batch on its directions."""
         features, kept = memory.inputs.shape
-        drawn = jax.random.normal(key, (features, call.config.ranks(*call.sizes[1:])[1]))
+        drawn = jax.random.normal(key, (features, min(_ranks(call.config)[1], features - kept)))
         both = jnp.concatenate([memory.inputs, drawn], axis=1)
         basis = jnp.linalg.qr(both)[0]  # the first ones but for their signs
         coordinates = jnp.einsum("gmn,nq->gmq", x, basis.astype(x.dtype))
@@ -173,12 +175,27 @@ class Features(Candidates):
         return self.memory._replace(inputs=orthonormal(own, self.memory.inputs))
 
 
-def _of_inputs(config: aop.MemAOP) -> Any:
-    rank = config.rank if isinstance(config.rank, tuple) else (config.rank,) * 2
-    return dataclasses.replace(config, memory="subspace", rank=(rank[0], 0))
+def _ranks(config):
+    return config.rank if isinstance(config.rank, tuple) else (config.rank,) * 2
 
 
-MEMORIES["last_norms"] = MemoryRules((), weights=True)
-MEMORY_KINDS["last_norms"] = LastNormsMemory()
-MEMORIES["features"] = MemoryRules(("rank",), weights=True)
-MEMORY_KINDS["features"] = FeaturesMemory()
+def _of_inputs(config):
+    return dataclasses.replace(config, memory="subspace", rank=(_ranks(config)[0], 0))
+
+
+KINDS: dict[str, tuple[MemoryKind, MemoryRules]] = {
+    "last_norms": (LastNormsMemory(), MemoryRules((), weights=True)),
+    "features": (FeaturesMemory(), MemoryRules(("rank",), weights=True)),
+}
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """Meanwhile these memories stand in the library's tables."""
+    for name, (kind, rules) in KINDS.items():
+        MEMORY_KINDS[name], MEMORIES[name] = kind, rules
+    try:
+        yield
+    finally:
+        for name in KINDS:
+            del MEMORY_KINDS[name], MEMORIES[name]

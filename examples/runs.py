@@ -124,8 +124,8 @@ def rate(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A number in (0, 1], for argparse."""
-    return _number(float, 1e-9, 1.0, text)
+    """A number in (0, 1], or a fraction like 1/4, for argparse."""
+    return _number(lambda text: float(fractions.Fraction(text)), 1e-9, 1.0, text)
 
 
 def _number(kind, low, high, text):

@@ -3,12 +3,10 @@
 import functools
 import tempfile
 
+import compare
 import jax
-import jax.numpy as jnp
-import language_model
-import language_text
-import language_training
 import optax
+from tasks.transformer import Transformer
 from tqdm import tqdm
 
 import mem_aop_jax as aop
@@ -21,15 +19,16 @@ def linen_loss(model, variables, windows, key=None):
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
 
+MODEL = Transformer(width=192, layers=3, heads=6)  # the task's default
+
+
 @functools.cache
 def after(steps):
     """At its default sizes: its trainer, the parameters, windows of a batch by their number."""
     with tempfile.TemporaryDirectory() as out:
-        arguments = ["--run", "exact", "--steps", str(steps), "--out", out]
-        options = language_model.parse_arguments(arguments)
-    trainer = language_training.Trainer(options.run[0], steps, options)
-    text = language_text.load(options)
-    tokens = jnp.asarray(text.train)
-    params = trainer.train(0, tokens, jnp.asarray(text.validation), tqdm(disable=True)).params
-    key = jax.random.key(5)
-    return trainer, params, jax.jit(lambda i: trainer.windows(tokens, key, i))
+        arguments = ["transformer", "--steps", str(steps), "--batches", "1", "--out", out]
+        comparison = compare.parse_arguments(arguments)
+    trainer = comparison.trainer(comparison.options.run[0])
+    params = trainer.train(0, tqdm(disable=True)).params
+    key, tokens = jax.random.key(5), comparison.task.train
+    return trainer, params, lambda i: trainer.draw(tokens, key, i)

@@ -19,10 +19,10 @@ OPTIONS = {
     "experts": (4, "of each block"),
     "sequence": (128, "characters of a window"),
     "batch": (8, "windows of a step, of the reference"),
-    "steps": (100, "of the reference"),
+    "steps": (40, "of the reference"),
 }
 LEARNING_RATE = 5e-4
-PRESETS = {"short": {}, "long": {"steps": 500}}
+PRESETS = {"short": {}, "long": {"steps": 120}}
 add_arguments = text.add_arguments
 CHOSEN, CAPACITY = 2, 1.25  # experts of a character; how many times an equal share each can take
 

@@ -15,10 +15,10 @@ OPTIONS = {
     "heads": (8, "of the attention"),
     "sequence": (128, "characters of a window"),
     "batch": (8, "windows of a step, of the reference"),
-    "steps": (120, "of the reference"),
+    "steps": (100, "of the reference"),
 }
 LEARNING_RATE = 5e-4
-PRESETS = {"short": {}, "long": {"steps": 600}}
+PRESETS = {"short": {}, "long": {"steps": 300}}
 add_arguments = text.add_arguments
 
 

@@ -14,7 +14,6 @@ import paper_data
 from tasks import Task
 
 DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")  # of its package dataset-fashion-mnist
-VALIDATION_SHAPE = (10, 200)  # batches, images of a batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +35,7 @@ def task(
     *,
     rows: int,
     exact: tuple[str, ...],
+    validation: tuple[int, int],
 ) -> Task:
     """A classifier's task on the images of the options.
 
@@ -45,13 +45,14 @@ def task(
       apply: `apply(params, x)` returns logits, for x `(images, 28, 28, 1)` float32.
       rows: as in `Task`.
       exact: as in `Task`.
+      validation: how many batches validate, and images of a batch.
     """
     folder = options.data
     if folder is None and options.dataset == "fashion-mnist" and DEBIAN.is_dir():
         folder = DEBIAN
     data = paper_data.load(options.dataset, folder, 1)
-    some = np.random.default_rng(0).permutation(len(data.validation_y))[: np.prod(VALIDATION_SHAPE)]
-    validation = data.validation_x[some], data.validation_y[some]
+    some = np.random.default_rng(0).permutation(len(data.validation_y))[: np.prod(validation)]
+    held_out = data.validation_x[some], data.validation_y[some]
 
     def logits(params, pixels):
         x = paper_data.pixels_to_inputs(pixels).reshape(len(pixels), 28, 28, 1)
@@ -75,7 +76,7 @@ def task(
         train=(jnp.asarray(data.train_x), jnp.asarray(data.train_y)),
         draw=draw,
         validation=jax.tree.map(
-            lambda a: jnp.asarray(a).reshape(*VALIDATION_SHAPE, *a.shape[1:]), validation
+            lambda a: jnp.asarray(a).reshape(*validation, *a.shape[1:]), held_out
         ),
         rows=rows,
         exact=exact,

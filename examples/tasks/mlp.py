@@ -9,11 +9,11 @@ from tasks import Task, images
 OPTIONS = {
     "width": (512, "of the hidden layers"),
     "layers": (4, "hidden layers"),
-    "batch": (1024, "images of a step, of the reference"),
-    "steps": (200, "of the reference"),
+    "batch": (512, "images of a step, of the reference"),
+    "steps": (600, "of the reference"),
 }
 LEARNING_RATE = 5e-4
-PRESETS = {"short": {}, "long": {"steps": 1000}}
+PRESETS = {"short": {}, "long": {"steps": 1800}}
 CLASSES = 10
 add_arguments = images.add_arguments
 
@@ -39,4 +39,5 @@ def load(options: argparse.Namespace) -> Task:
         lambda params, x: model.apply({"params": params}, x),
         rows=1,
         exact=("head/kernel",),
+        validation=(5, 1000),
     )

@@ -65,12 +65,17 @@ class Transformer(nn.Module):
         return nn.Dense(text.VOCABULARY, name="head")(nn.LayerNorm()(x))
 
 
+def logits(model: nn.Module, params: Any, tokens: jax.Array) -> jax.Array:
+    """Of the next character after each of `tokens`, `(windows, sequence)` int32."""
+    return model.apply({"params": params}, tokens)
+
+
 def load(options: argparse.Namespace) -> Task:
     """The task of these options."""
     model = Transformer(options.width, options.layers, options.heads)
     return text.task(
         options,
         lambda key, tokens: model.init(key, tokens)["params"],
-        lambda params, tokens: model.apply({"params": params}, tokens),
+        functools.partial(logits, model),
         exact=("head/kernel",),
     )

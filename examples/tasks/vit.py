@@ -11,10 +11,10 @@ OPTIONS = {
     "layers": (1, "blocks"),
     "heads": (8, "of the attention"),
     "batch": (32, "images of a step, of the reference"),
-    "steps": (80, "of the reference"),
+    "steps": (60, "of the reference"),
 }
 LEARNING_RATE = 5e-4
-PRESETS = {"short": {}, "long": {"steps": 400}}
+PRESETS = {"short": {}, "long": {"steps": 180}}
 PATCH, PATCHES = 4, 7  # pixels and patches of a side
 CLASSES = 10
 add_arguments = images.add_arguments
@@ -55,4 +55,5 @@ def load(options: argparse.Namespace) -> Task:
         lambda params, x: model.apply({"params": params}, x),
         rows=PATCHES**2,
         exact=("head/kernel",),
+        validation=(6, 100),
     )

@@ -7,7 +7,7 @@ import difflib
 import numbers
 import operator
 from collections.abc import Hashable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import chex
 import jax
@@ -169,13 +169,12 @@ class MemAOP(_KnownOptions):
                 f"MemAOP got policy={self.policy!r}, which is not hashable; give a function, or an "
                 "object with __hash__ (for instance a frozen dataclass)."
             )
-        memories = "auto", *MEMORIES
-        if not (self.memory is None or _is_one_of(self.memory, memories)):
-            names = ", ".join(map(repr, memories))
+        if not (self.memory is None or _is_one_of(self.memory, ("auto", *MEMORIES))):
+            names = ", ".join(map(repr, get_args(MemoryName)))
             raise ValueError(
                 f"MemAOP got memory={self.memory!r}; it is one of {names}, None: 'rows' keeps the "
                 "rows that were not chosen, 'subspace' keeps directions, None keeps nothing."
-                f"{nearest(self.memory, memories)}"
+                f"{nearest(self.memory, get_args(MemoryName))}"
             )
         self._check_policy_and_memory()
         object.__setattr__(self, "decay", _fraction("decay", self.decay, include_zero=True))

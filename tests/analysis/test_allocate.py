@@ -6,11 +6,11 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import language_training
 import numpy as np
 import optax
 import pytest
 import trained_language_model
+from compare_training import ALLOCATED
 from small_models import (
     CLASSES,
     EXAMPLE,
@@ -27,7 +27,7 @@ from small_models import (
     loss,
     trained,
 )
-from trained_language_model import linen_loss
+from trained_language_model import MODEL, linen_loss
 
 import mem_aop_jax as aop
 from mem_aop_jax._analysis.allocate import RATIOS
@@ -215,7 +215,7 @@ def test_predicted_in_the_metric_of_adam_is_measured():
 @pytest.mark.parametrize("steps", [100, 1200])  # early and late
 @pytest.mark.parametrize(
     ("config", "budget"),
-    [(language_training.ALLOCATED, 0.84), (language_training.WITH_INPUTS, 0.77)],
+    [(ALLOCATED, 0.84), (dataclasses.replace(ALLOCATED, input_grad=aop.InputGrad()), 0.77)],
 )
 def test_of_a_language_model(config, budget, steps, standard_promotion):
     """At width 192 with 2,048 rows: as predicted, and better than the best of all layers alike.
@@ -223,8 +223,8 @@ def test_of_a_language_model(config, budget, steps, standard_promotion):
     Early, gradients of batches differ by more than a factor of 2, and v with them: it is measured
     on those of which it was predicted, but with directions of other batches.
     """
-    trainer, params, windows = trained_language_model.after(steps)
-    model, task = trainer.model, {"loss": linen_loss, "example": trainer.example[:, :-1]}
+    _, params, windows = trained_language_model.after(steps)
+    model, task = MODEL, {"loss": linen_loss, "example": windows(0)[:, :-1]}
     batches = [windows(i) for i in (299, *MEASURED)]  # the first is for directions alone
     options = {"batches": batches, "key": jax.random.key(1), "layers": "block.*"}
     found = aop.allocate(

@@ -8,13 +8,12 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import language_text
-import language_training
 import numpy as np
 import optax
 import pytest
 import small_models
 from flax import nnx
+from tasks import text, transformer
 from trained_language_model import linen_loss
 
 import mem_aop_jax as aop
@@ -29,12 +28,13 @@ RATES = aop.Rates("some", 1e12, 1e12, 1e11)
 # ---- a transformer in three forms, with equal weights
 
 WIDTH, LAYERS, HEADS, SEQUENCE, BATCH = 32, 1, 2, 16, 8
-LINEN = language_training.Transformer(WIDTH, LAYERS, HEADS)
+LINEN = transformer.Transformer(WIDTH, LAYERS, HEADS)
+logits = functools.partial(transformer.logits, LINEN)
 
 
 def windows(i):
     rng = np.random.default_rng(i)
-    return jnp.asarray(rng.integers(0, language_text.VOCABULARY, (BATCH, SEQUENCE + 1)))
+    return jnp.asarray(rng.integers(0, text.VOCABULARY, (BATCH, SEQUENCE + 1)))
 
 
 WINDOWS = [windows(i) for i in range(3)]
@@ -89,12 +89,12 @@ class Block(nnx.Module):
 
 class Transformer(nnx.Module):
     def __init__(self, rngs):
-        self.embedding = nnx.Embed(language_text.VOCABULARY, WIDTH, rngs=rngs)
+        self.embedding = nnx.Embed(text.VOCABULARY, WIDTH, rngs=rngs)
         self.positions = nnx.Param(jnp.zeros((SEQUENCE, WIDTH)))
         for i in range(LAYERS):
             setattr(self, f"block_{i}", Block(rngs))
         self.LayerNorm_0 = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.head = nnx.Linear(WIDTH, language_text.VOCABULARY, rngs=rngs)
+        self.head = nnx.Linear(WIDTH, text.VOCABULARY, rngs=rngs)
 
     def __call__(self, tokens):
         x = self.embedding(tokens) + self.positions
@@ -134,7 +134,7 @@ def without_kernel(path):
 
 
 def test_the_forms_are_the_same_function():
-    wanted = language_training.loss_fn(LINEN, params_of("Linen"), WINDOWS[0])
+    wanted = text.next_token_loss(logits, params_of("Linen"), WINDOWS[0])
     for form, loss in LOSSES.items():
         np.testing.assert_allclose(loss(params_of(form), WINDOWS[0]), wanted, rtol=1e-5)
 

@@ -159,7 +159,7 @@ def test_directions_of_a_trained_language_model(standard_promotion):
     """
     trainer, params, windows = trained_language_model.after(1200)
     config = aop.MemAOP(ratio=1 / 4, policy="priority", memory="subspace")
-    approx = aop.approximate(trainer.loss, config)
+    approx = trainer.approximate(config)
     refresh = jax.jit(jax.grad(approx, argnums=1))
 
     def follow(memory, batches):
