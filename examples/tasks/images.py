@@ -51,6 +51,11 @@ def task(
     if folder is None and options.dataset == "fashion-mnist" and DEBIAN.is_dir():
         folder = DEBIAN
     data = paper_data.load(options.dataset, folder, 1)
+    if len(data.validation_y) < np.prod(validation):
+        raise SystemExit(
+            f"{options.data}: has {len(data.validation_y)} images to validate; "
+            f"{np.prod(validation)} are wanted"
+        )
     some = np.random.default_rng(0).permutation(len(data.validation_y))[: np.prod(validation)]
     held_out = data.validation_x[some], data.validation_y[some]
 

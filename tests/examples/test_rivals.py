@@ -85,13 +85,13 @@ def test_last_norms_are_those_of_the_step_before():
     _, memory = gradients(winners("last_norms"), draws=2)
     (layer,) = memory.values()
     norms = jnp.linalg.norm(G, axis=1)
-    units = layer.cotangents[0, :, 0] / norms
-    np.testing.assert_allclose(units, float(units[0]), rtol=1e-5)
+    units = np.asarray(layer.cotangents[0, :, 0] / norms)
+    np.testing.assert_allclose(units, units[0], rtol=1e-5)
     carried = jax.tree.map(lambda a: a[0], memory)
     with_norms, _ = gradients(winners("last_norms"), memory=carried)
     of_this_step, _ = gradients(winners(None))
     by_inputs, _ = gradients(winners("last_norms"))
-    v = [draws.var(0).sum() for draws in (with_norms, of_this_step, by_inputs)]
+    v = [float(draws.var(0).sum()) for draws in (with_norms, of_this_step, by_inputs)]
     assert v[0] == pytest.approx(v[1], rel=0.15)  # the cotangents are the same
     assert v[2] > 1.1 * v[1]
 
