@@ -31,6 +31,7 @@ stopped goes on with the seed that it had reached.
 """
 
 import argparse
+import fractions
 import functools
 import importlib
 import json
@@ -72,6 +73,8 @@ def parse_run(text: str) -> Run:
         others, policies = ("every", *SIZES), {"control": ALLOCATED.policy}
         names = ("ratio",) if "memory=none" in text.lower() else ("ratio", "memory", "refresh")
         defaults = {name: getattr(ALLOCATED, name) for name in names}
+    elif text.partition(":")[0] in policies:
+        defaults = {"memory": None}
     run = runs.parse(text, others, without, policies, defaults)
     for name in run.others:
         value = run.others[name]
@@ -290,7 +293,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Comparison:
         parser.error(f"--heads {options.heads}: do not divide --width {options.width}")
     options.out = options.out or pathlib.Path("compare", f"{name}-{preset}" if preset else name)
     options.sizes = [size for size in task.OPTIONS if size not in ("batch", "steps")]
-    exact = (f"exact:batch={share:g}" if share < 1 else "exact" for share in options.batches)
+    shares = (fractions.Fraction(share).limit_denominator(1000) for share in options.batches)
+    exact = (f"exact:batch={share}" if share < 1 else "exact" for share in shares)
     wanted = [*map(parse_run, exact), *(options.run or map(parse_run, DEFAULT_RUNS))]
     options.run = list({run.name: run for run in wanted}.values())
     comparison = Comparison(options, task.load(options))

@@ -49,17 +49,22 @@ def last_losses(entry: dict) -> np.ndarray:
 
 
 def best_exact(results: dict[str, dict]) -> str:
-    """The name of the exact run, of all batch sizes, that ends lowest."""
-    exact = [name for name, entry in results.items() if entry["policy"] == "exact"]
+    """The name of the exact run, of all batch sizes with equal FLOPs, that ends lowest."""
+    exact = [
+        name
+        for name, entry in results.items()
+        if entry["policy"] == "exact" and entry["wanted"]["flops"] == 1
+    ]
     return min(exact, key=lambda name: last_losses(results[name]).mean())
 
 
 def table(results: dict[str, dict]) -> str:
     """A table in Markdown, with a row for each run.
 
-    c: FLOPs of a step, relative to those of an exact step of the same batch. FLOPs, bytes: of the
-    whole run, relative to those of the exact run with --batch and --steps. s: seconds of a seed,
-    without compilation and evaluation. "to the best exact": the share of its FLOPs and of its
+    c: FLOPs of a step, relative to those of an exact step of the same batch; a controlled run's
+    measurements are part of it. FLOPs, bytes: of the whole run, relative to those of the exact run
+    with --batch and --steps; bytes with a refresh of a subspace in every step. s: seconds of a
+    seed, without compilation and evaluation. "to the best exact": the share of its FLOPs and of its
     seconds, seed by seed, after which a run's validation loss was as low as its last one. The last
     column has the loss less that of the best exact run, seed by seed.
     """

@@ -18,7 +18,8 @@ import mem_aop_jax as aop
 
 EVALUATIONS = 5  # of a run, evenly spaced in FLOPs; the last is after the last step
 WARM_UP = 0.1  # of the FLOPs
-LAST_DECISION = 0.8  # of the FLOPs: later ones would not be worth what they cost
+LAST_DECISION = 0.8  # of the FLOPs, with its own: later ones are not worth what they cost
+DECISION = 15  # exact steps that a decision costs, about
 ALLOCATED = aop.MemAOP(ratio=0.5, policy="priority", memory="subspace", refresh=8)
 
 
@@ -230,7 +231,7 @@ class Trainer:
             cost, approx = self.step_cost(rules).flops, self.approximate(rules)
             share = (len(losses) + 1) / EVALUATIONS
             evaluated = done + max(0, int((share * self.budget - flops) / cost + 1e-6))
-            decided = controlled.next_step(done, flops / self.budget) if controlled else math.inf
+            decided = controlled.next_step(done) if controlled else math.inf
             stop = min(evaluated, decided)
             progresses = flops / self.budget, (flops + (stop - done) * cost) / self.budget
             with stopwatch:
@@ -250,7 +251,8 @@ class Trainer:
                     diagnostics[done] = aop.diagnostics(
                         approx, params, memory, key, examples, count_flops=False
                     )
-            if done == decided:
+            affordable = LAST_DECISION * self.budget - DECISION * self.step_cost(()).flops
+            if done == decided and flops < affordable:
                 batches = [(self.draw(task.train, keys[0], done + i),) for i in range(2)]
                 with stopwatch:
                     state, decision_flops = controlled.decide(done, state, batches, key)
@@ -307,11 +309,10 @@ class Controlled:
         """The rules of the last choice; there are none for exact training."""
         return self.choices.get(self.controller.choice, ()) if self.controller else ()
 
-    def next_step(self, done: int, share: float) -> float:
-        """The step of the next decision, after so many steps and this share of the FLOPs."""
-        if not self.controller:
-            return max(1, self.every // 10)
-        return self.every * (done // self.every + 1) if share < LAST_DECISION else math.inf
+    def next_step(self, done: int) -> int:
+        """The step of the next decision, after so many steps."""
+        first = max(1, self.every // 10)
+        return first if done < first else self.every * (done // self.every + 1)
 
     def decide(self, step: int, state, batches, key):
         """The state with the memory for the chosen rules, and FLOPs of all measurements."""

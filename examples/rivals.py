@@ -3,18 +3,21 @@
 In a --run they stand where a policy or a memory of the library does:
 
   control:memory=none                      rows sampled without a subspace, with ratios that follow
-                                           the measured variance; after VCAS (arXiv 2402.17227)
-  winners:ratio=1/4,memory=last_norms      the likeliest rows, and a draw from the others, by the
-                                           norms of this step's inputs and of the last step's
-                                           cotangents; after WTA-CRS (arXiv 2305.15265)
-  winners:ratio=1/4,memory=none            the same by the norms of this step
-  nothing:k=1,memory=subspace,rank=32      the part in the subspace alone, which is biased; after
-                                           low-rank methods, as ASI and OASIS (arXiv 2604.09406)
+                                           the measured variance; after VCAS (arXiv 2402.17227),
+                                           which samples rows of dX, too: control:memory=none,
+                                           input_rank=0
+  winners:ratio=1/4                        the likeliest rows, and a draw from the others; after
+                                           WTA-CRS (arXiv 2305.15265), which selects in the forward
+                                           pass and cannot know the norms of this step's cotangents
+  winners:ratio=1/4,memory=last_norms      the same by those of the step before, row by row; WTA-CRS
+                                           has those of the last time that an example was seen,
+                                           which for text that is seen once there are none of
+  nothing:k=1,memory=subspace,rank=32      the part in the subspaces of both sides alone, which is
+                                           biased; after low-rank methods, as ASI and OASIS (arXiv
+                                           2604.09406), which have one side
   nothing:k=1,memory=features,rank=32x32   the subspace of the inputs, and so many random directions
-                                           for the rest; after PRAC (arXiv 2602.23111)
-
-Papers that save memory, as the last four do, select in the forward pass; here the backward pass
-does, which has the same estimate.
+                                           for the rest; after PRAC (arXiv 2602.23111), which saves
+                                           memory by it
 """
 
 import contextlib
@@ -51,16 +54,17 @@ def winners(key, scores, k) -> aop.Selection:
     over k - c, as in WTA-CRS. Unbiased.
     """
     sizes = jnp.sqrt(jnp.where(jnp.isinf(scores), 1, scores))
-    p = jnp.where(sizes.sum() > 0, sizes / sizes.sum(), 1 / len(sizes))
-    order = jnp.argsort(-p)
-    rest = 1 - jnp.cumsum(p[order[:k]]) + p[order[:k]]  # without the first 0, 1, ... k - 1 rows
-    rest = jnp.maximum(rest, 0)
+    p = sizes / jnp.where(sizes.sum() > 0, sizes.sum(), 1)
+    order = jnp.argsort(-p)[:k]
+    rest = jnp.maximum(1 - (jnp.cumsum(p[order]) - p[order]), 0)  # of all but the first 0, 1, ...
     c = jnp.argmin(rest / (k - jnp.arange(k)))
-    is_first, mass = jnp.arange(k) < c, rest[c]
-    others = p.at[order[:k]].multiply(~is_first)
-    drawn = jax.random.categorical(key, jnp.log(others), shape=(k,))
-    indices = jnp.where(is_first, order[:k], drawn).astype(jnp.int32)
-    return aop.Selection(indices, jnp.where(is_first, 1, mass / ((k - c) * p[indices])))
+    is_first = jnp.arange(k) < c
+    others = p.at[order].multiply(~is_first)
+    drawn = jax.random.choice(key, len(p), (k,), p=others)
+    is_some = others[drawn] > 0  # else there are fewer rows than k that are not zero
+    share = (k - c) * jnp.where(is_some, others[drawn], 1) / others.sum()
+    indices = jnp.where(is_first, order, drawn).astype(jnp.int32)
+    return aop.Selection(indices, jnp.where(is_first, 1, jnp.where(is_some, 1 / share, 0)))
 
 
 POLICIES = {"nothing": nothing, "winners": winners}
@@ -79,8 +83,8 @@ class LastNormsMemory(MemoryKind):
 
     def init(self, config, rows, in_features, out_features, dtype):
         """Ones: the first step chooses by the inputs."""
-        nothing, ones = jnp.zeros((rows, 0), jnp.float32), jnp.ones((rows, 1), jnp.float32)
-        return aop.Memory(nothing, ones, jnp.zeros((), jnp.float32))
+        empty, ones = jnp.zeros((rows, 0), jnp.float32), jnp.ones((rows, 1), jnp.float32)
+        return aop.Memory(empty, ones, jnp.zeros((), jnp.float32))
 
     def check(self, name, config, x, sizes, memory):
         """Raises an error if the memory is for another number of rows."""
@@ -129,7 +133,8 @@ class FeaturesMemory(SubspaceMemory):
         drawn = jax.random.normal(key, (features, min(_ranks(call.config)[1], features - kept)))
         both = jnp.concatenate([memory.inputs, drawn], axis=1)
         basis = jnp.linalg.qr(both)[0]  # the first ones but for their signs
-        coordinates = jnp.einsum("gmn,nq->gmq", x, basis.astype(x.dtype))
+        basis = basis.astype(x.dtype)
+        coordinates = jnp.einsum("gmn,nq->gmq", x, basis, precision=call.precision)
         return Features(call, x, g, memory, key, basis, coordinates, kept)
 
 
@@ -167,7 +172,10 @@ class Features(Candidates):
         features, q = self.basis.shape
         scale = (features - self.kept) / max(1, q - self.kept)
         basis = self.basis * jnp.where(jnp.arange(q) < self.kept, 1, scale)
-        return basis.T, jnp.einsum("gmq,gmp->qp", self.coordinates, self.g)
+        products = jnp.einsum(
+            "gmq,gmp->qp", self.coordinates, self.g, precision=self.call.precision
+        )
+        return basis.T, products
 
     def next_memory(self, chosen, dw):
         """One subspace iteration on."""

@@ -38,11 +38,11 @@ class Experts(nnx.Module):
         *_, length, experts = (gates := jax.nn.softmax(self.router(x))).shape
         capacity = int(CAPACITY * CHOSEN * length / experts)
         weights, chosen = jax.lax.top_k(gates, CHOSEN)
-        chosen = jax.nn.one_hot(chosen, experts)  # (windows, length, CHOSEN, experts)
-        ranked = chosen.swapaxes(1, 2).reshape(len(x), CHOSEN * length, experts)  # first ones first
-        place = (jnp.cumsum(ranked, axis=1) * ranked).sum(-1) - 1  # in its expert's queue
-        place = place.reshape(len(x), CHOSEN, length).swapaxes(1, 2)
-        sent = chosen[..., None] * jax.nn.one_hot(place, capacity)[..., None, :]
+        chosen = jax.nn.one_hot(chosen, experts, dtype=jnp.int32)
+        queue = chosen.reshape(len(x), length * CHOSEN, experts)  # earlier characters come first
+        place = ((jnp.cumsum(queue, axis=1) - 1) * queue).sum(-1).reshape(len(x), length, CHOSEN)
+        place = jax.nn.one_hot(place, capacity, dtype=x.dtype)
+        sent = chosen[..., None] * place[..., None, :]  # (windows, length, CHOSEN, experts, places)
         y = jnp.einsum("bskec,bsd->ebcd", sent, x)
         y = nnx.gelu(jnp.einsum("ebcd,edf->ebcf", y, self.up[...]))
         y = jnp.einsum("ebcf,efd->ebcd", y, self.down[...])
@@ -85,5 +85,5 @@ def load(options: argparse.Namespace) -> Task:
         options,
         lambda key, _: nnx.state(Model(*sizes, rngs=nnx.Rngs(key))),
         lambda params, tokens: nnx.merge(structure, params)(tokens),
-        exact=("head/kernel",),
+        exact=("head/kernel", "blocks/.*/router/kernel"),
     )

@@ -2,12 +2,9 @@
 
 import argparse
 
-import runs
+import transformers
 
 from tasks import Task, text
-
-with runs.needs_packages():
-    import transformers
 
 OPTIONS = {
     "width": (512, "of the model"),

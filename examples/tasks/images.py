@@ -53,7 +53,7 @@ def task(
     data = paper_data.load(options.dataset, folder, 1)
     if len(data.validation_y) < np.prod(validation):
         raise SystemExit(
-            f"{options.data}: has {len(data.validation_y)} images to validate; "
+            f"{folder or options.dataset}: has {len(data.validation_y)} images to validate; "
             f"{np.prod(validation)} are wanted"
         )
     some = np.random.default_rng(0).permutation(len(data.validation_y))[: np.prod(validation)]

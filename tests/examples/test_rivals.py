@@ -81,6 +81,16 @@ def test_winners_are_the_likeliest_rows_and_the_rest_is_drawn():
     np.testing.assert_allclose(equal, 16 / 4, rtol=1e-5)
 
 
+def test_winners_among_fewer_rows_than_k():
+    """Rows of zeros, as empty places of experts are, count for nothing."""
+    scores = jnp.zeros(8).at[jnp.array([1, 2])].set(jnp.array([1.0, 0.25]))
+    indices, weights = rivals.winners(jax.random.key(0), scores, 4)
+    sums = jnp.zeros(8).at[indices].add(weights)
+    np.testing.assert_allclose(sums, [0, 1, 1, 0, 0, 0, 0, 0])
+    _, none = rivals.winners(jax.random.key(0), jnp.zeros(8), 4)
+    assert not none.any()
+
+
 def test_last_norms_are_those_of_the_step_before():
     _, memory = gradients(winners("last_norms"), draws=2)
     (layer,) = memory.values()
