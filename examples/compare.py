@@ -13,7 +13,7 @@ its kernels approximate, but for the last layer's. Each --run is one way to trai
                                          that both spend on measuring are counted, too. Keywords of
                                          aop.MemAOP say what it may find (input_rank=32 also
                                          gradients of inputs, memory=none no subspace)
-  winners:ratio=1/4,memory=last_norms    an estimate of others: see rivals.py
+  winners:ratio=1/4                      an estimate of others, as rivals.py lists them
 
 and each takes
 
@@ -59,6 +59,16 @@ DEFAULT_RUNS = (
     "priority:ratio=1/4,memory=subspace",
     "priority:ratio=1/4,memory=subspace,refresh=8,rank=24x8",
 )
+ESTIMATES = (  # this library's, and those of others
+    "control:{batch},every={every}",
+    "priority:ratio=1/4,memory=subspace,rank=24x8,refresh=8,{batch}",
+    "priority:ratio=1/8,memory=subspace,refresh=8,{batch}",
+    "control:{batch},every={every},memory=none",
+    "winners:ratio=1/4,{batch}",
+    "winners:ratio=1/4,memory=last_norms,{batch}",
+    "nothing:k=1,memory=subspace,rank=32,refresh=8,{batch}",
+    "nothing:k=1,memory=features,rank=32x32,{batch}",
+)
 EVERY = 300  # steps between two decisions of a controller; the first comes after a tenth of it
 SIZES = "batch", "steps", "flops", "bytes"
 
@@ -93,6 +103,19 @@ def parse_run(text: str) -> Run:
         run.others.setdefault("every", EVERY)
     length = {} if lengths else {"flops": 1}
     return Run(text, run.config, run.keywords, **(length | run.others))
+
+
+def estimates(options: argparse.Namespace) -> list[Run]:
+    """The runs of --estimates."""
+    if options.estimates is None:
+        return []
+    spelled = {"batch": f"batch={fraction(options.estimates)}", "every": options.every}
+    return [parse_run(run.format(**spelled)) for run in ESTIMATES]
+
+
+def fraction(share: float) -> str:
+    """As in 1/4, or 1."""
+    return str(fractions.Fraction(share).limit_denominator(1000))
 
 
 def resolved(run: Run, options: argparse.Namespace) -> Run:
@@ -246,6 +269,15 @@ def add_options(parser: argparse.ArgumentParser, task: ModuleType) -> None:
         help="of --batch: exact training is compared with so large batches "
         f"({' '.join(f'{share:g}' for share in BATCHES)})",
     )  # fmt: skip
+    parser.add_argument(
+        "--estimates", type=runs.share, metavar="SHARE",
+        help="a controller, two settings of this library and the estimates of others (rivals.py) "
+        "run, too, with this share of --batch",
+    )  # fmt: skip
+    parser.add_argument(
+        "--every", type=runs.count, default=EVERY,
+        help=f"steps between two decisions of the controllers of --estimates ({EVERY})",
+    )  # fmt: skip
     parser.add_argument("--preset", choices=task.PRESETS, help="sizes for the options not given")
     runs.add_counts(parser, task.OPTIONS | {"seeds": (1, "of each run")})
     rate = task.LEARNING_RATE
@@ -293,9 +325,9 @@ def parse_arguments(arguments: list[str] | None = None) -> Comparison:
         parser.error(f"--heads {options.heads}: do not divide --width {options.width}")
     options.out = options.out or pathlib.Path("compare", f"{name}-{preset}" if preset else name)
     options.sizes = [size for size in task.OPTIONS if size not in ("batch", "steps")]
-    shares = (fractions.Fraction(share).limit_denominator(1000) for share in options.batches)
-    exact = (f"exact:batch={share}" if share < 1 else "exact" for share in shares)
-    wanted = [*map(parse_run, exact), *(options.run or map(parse_run, DEFAULT_RUNS))]
+    exact = (f"exact:batch={fraction(x)}" if x < 1 else "exact" for x in options.batches)
+    wanted = [*map(parse_run, exact), *estimates(options)]
+    wanted += options.run or ([] if options.estimates else map(parse_run, DEFAULT_RUNS))
     options.run = list({run.name: run for run in wanted}.values())
     comparison = Comparison(options, task.load(options))
     for i, run in enumerate(options.run):

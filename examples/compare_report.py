@@ -129,7 +129,7 @@ def diagnostics_table(diagnosed: list[tuple[str, str, dict]]) -> str:
 
 def draw(results: dict[str, dict]) -> Figure:
     """Validation loss over FLOPs and seconds; exact runs black, the bands are one sd of seeds."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     exact = [name for name, entry in results.items() if entry["policy"] == "exact"]
     others = [name for name in results if name not in exact]
@@ -149,5 +149,6 @@ def draw(results: dict[str, dict]) -> Figure:
         panel.set(xlabel=label, yscale="log")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation loss")
-    panels[0].legend(fontsize=8)
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=2, fontsize=8)
     return figure

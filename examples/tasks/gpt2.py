@@ -2,9 +2,12 @@
 
 import argparse
 
-import transformers
-
 from tasks import Task, text
+
+try:
+    from transformers import FlaxGPT2LMHeadModel, GPT2Config
+except ImportError as error:
+    raise SystemExit(f"{error}. Flax models need: pip install 'transformers>=4.57,<5'") from None
 
 OPTIONS = {
     "width": (512, "of the model"),
@@ -21,8 +24,8 @@ add_arguments = text.add_arguments
 
 def load(options: argparse.Namespace) -> Task:
     """The task of these options."""
-    model = transformers.FlaxGPT2LMHeadModel(
-        transformers.GPT2Config(
+    model = FlaxGPT2LMHeadModel(
+        GPT2Config(
             vocab_size=text.VOCABULARY,
             n_positions=options.sequence,
             n_embd=options.width,
