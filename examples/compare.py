@@ -97,9 +97,7 @@ def parse_run(text: str) -> Run:
         raise argparse.ArgumentTypeError(f"{text}: give {' or '.join(lengths)}, not both")
     if "every" in others:
         if lengths not in ([], ["flops"]):
-            raise argparse.ArgumentTypeError(
-                f"{text}: a controlled run takes flops, not {lengths[0]}"
-            )
+            raise argparse.ArgumentTypeError(f"{text}: control takes flops, not {lengths[0]}")
         run.others.setdefault("every", EVERY)
     length = {} if lengths else {"flops": 1}
     return Run(text, run.config, run.keywords, **(length | run.others))
@@ -309,6 +307,7 @@ def add_options(parser: argparse.ArgumentParser, task: ModuleType) -> None:
     )  # fmt: skip
 
 
+@rivals.registered()
 def parse_arguments(arguments: list[str] | None = None) -> Comparison:
     """The comparison that the command line asks for."""
     words = sys.argv[1:] if arguments is None else arguments

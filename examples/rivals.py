@@ -20,21 +20,13 @@ In a --run they stand where a policy or a memory of the library does:
                                            memory by it
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 
 import chex
 import jax
 import jax.numpy as jnp
 
 import mem_aop_jax as aop
-from mem_aop_jax._core.candidates import Candidates, MemoryKind
-from mem_aop_jax._core.config import MEMORIES, MemoryRules
-from mem_aop_jax._core.memory_kinds import MEMORY_KINDS
-from mem_aop_jax._core.no_memory import Rows
-from mem_aop_jax._core.orthonormal import orthonormal
-from mem_aop_jax._core.subspace_memory import SubspaceMemory
 
 FLOOR = 1e-2  # of the mean norm: no row whose last cotangents were zero is left out for good
 
@@ -73,7 +65,7 @@ POLICIES = {"nothing": nothing, "winners": winners}
 # ---- memories
 
 
-class LastNormsMemory(MemoryKind):
+class LastNormsMemory(aop.extend.MemoryKind):
     """Rows are chosen by the norms of their inputs and of the cotangents of the step before.
 
     Its `cotangents` are these norms, `(rows, 1)`; its `inputs` hold nothing.
@@ -97,7 +89,7 @@ class LastNormsMemory(MemoryKind):
 
 
 @dataclasses.dataclass(frozen=True)
-class RowsByLastNorms(Rows):
+class RowsByLastNorms(aop.extend.Rows):
     """The rows of the batch, with the norms of the cotangents of the step before."""
 
     def norms(self):
@@ -112,7 +104,7 @@ class RowsByLastNorms(Rows):
         return self.memory._replace(cotangents=g.reshape(-1, 1))
 
 
-class FeaturesMemory(SubspaceMemory):
+class FeaturesMemory(aop.extend.SubspaceMemory):
     """Directions of the inputs that are kept, and random ones for the rest, in place of rows.
 
     X ~ X (V V^T + s R R^T), with R drawn in each step, orthonormal and orthogonal to V, and s so
@@ -139,7 +131,7 @@ class FeaturesMemory(SubspaceMemory):
 
 
 @dataclasses.dataclass(frozen=True)
-class Features(Candidates):
+class Features(aop.extend.Candidates):
     """A batch on directions of its inputs, kept ones and random ones.
 
     Attributes:
@@ -180,7 +172,7 @@ class Features(Candidates):
     def next_memory(self, chosen, dw):
         """One subspace iteration on."""
         own = jnp.einsum("gmn,gmq->nq", self.x, self.coordinates[..., : self.kept])
-        return self.memory._replace(inputs=orthonormal(own, self.memory.inputs))
+        return self.memory._replace(inputs=aop.extend.orthonormal(own, self.memory.inputs))
 
 
 def _ranks(config):
@@ -191,19 +183,12 @@ def _of_inputs(config):
     return dataclasses.replace(config, memory="subspace", rank=(_ranks(config)[0], 0))
 
 
-KINDS: dict[str, tuple[MemoryKind, MemoryRules]] = {
-    "last_norms": (LastNormsMemory(), MemoryRules((), weights=True)),
-    "features": (FeaturesMemory(), MemoryRules(("rank",), weights=True)),
+KINDS = {
+    "last_norms": (LastNormsMemory(), aop.extend.MemoryRules((), weights=True)),
+    "features": (FeaturesMemory(), aop.extend.MemoryRules(("rank",), weights=True)),
 }
 
 
-@contextlib.contextmanager
-def registered() -> Iterator[None]:
-    """Meanwhile these memories stand in the library's tables."""
-    for name, (kind, rules) in KINDS.items():
-        MEMORY_KINDS[name], MEMORIES[name] = kind, rules
-    try:
-        yield
-    finally:
-        for name in KINDS:
-            del MEMORY_KINDS[name], MEMORIES[name]
+def registered():
+    """A context (or decorator) in which the library knows these memories."""
+    return aop.extend.memories(KINDS)

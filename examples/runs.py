@@ -125,7 +125,8 @@ def rate(text: str) -> float:
 
 def share(text: str) -> float:
     """A number in (0, 1], or a fraction like 1/4, for argparse."""
-    return _number(lambda text: float(fractions.Fraction(text)), 1e-9, 1.0, text)
+    kind = fractions.Fraction if "/" in text else float
+    return _number(lambda text: float(kind(text)), 1e-9, 1.0, text)
 
 
 def _number(kind, low, high, text):

@@ -8,6 +8,7 @@ from mem_aop_jax._analysis.diagnostics import Diagnostics, diagnostics
 from mem_aop_jax._analysis.plan import Plan, Planned, plan
 from mem_aop_jax._approximate.approximated import Approximated, approximate
 from mem_aop_jax._approximate.reach import Reach
+from mem_aop_jax._core import extend as extend
 from mem_aop_jax._core.config import InputGrad, MemAOP
 from mem_aop_jax._core.dense import dense, dot_general
 from mem_aop_jax._core.memory import Memory, Subspace

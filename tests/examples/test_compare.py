@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rivals
 import runs
 import tasks.experts
 import tasks.text
@@ -37,7 +36,7 @@ ARGUMENTS = ["transformer", *(str(word) for option in SIZES.items() for word in 
 TRAINING = [*ARGUMENTS, "--steps", "80", "--learning-rate", "0.01", "--seeds", "2"]
 EXACT, HALF_BATCH, APPROXIMATE = RUNS = "exact", "exact:batch=1/2", "topk:ratio=1/4"
 AGAIN, HALF, ALL_ROWS = MORE = (
-    "exact:steps=1", "exact:batch=1/2,flops=0.5", "topk:ratio=1,memory=none,steps=1",
+    "exact:flops=1", "exact:batch=1/2,flops=0.5", "topk:ratio=1,memory=none,steps=80",
 )  # fmt: skip
 
 
@@ -102,7 +101,7 @@ def test_it_runs_as_a_script(tmp_path):
     fast = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=fast)
     assert run.returncode == 0, run.stderr
-    assert read_results(tmp_path)[EXACT]["steps"] == 9
+    assert read_results(tmp_path)[EXACT]["steps"] == [9, 9]
 
 
 def test_it_trains_every_run_and_reports(trained, results):
@@ -304,8 +303,7 @@ def test_what_a_controller_may_find(parse):
 
 
 def test_estimates_of_all(parse):
-    with rivals.registered():
-        runs = parse("--batches 1 --estimates 1/2 --every 9 --run exact:flops=2").options.run
+    runs = parse("--batches 1 --estimates 1/2 --every 9 --run exact:flops=2").options.run
     first_words = [run.name.partition(":")[0] for run in runs]
     others = ["winners", "winners", "nothing", "nothing"]
     assert first_words == ["exact", "control", "priority", "priority", "control", *others, "exact"]
@@ -529,13 +527,10 @@ def test_a_controlled_run(spelled, in_folder, capsys):
     assert first["step"] == 10
     assert set(first["v"]) == {"exact", "allocated at 10"}
     assert 0 < first["v"]["allocated at 10"] < 1
-    assert entry["losses"][0][0] == exact["losses"][0][0]  # after 10 steps, of both
     one = exact["flops"][0][-1] / 100
-    assert entry["flops"][0][0] == exact["flops"][0][0] == pytest.approx(10 * one)
-    assert 0.99 * 100 * one < entry["flops"][0][-1] < 1.01 * 100 * one
-    spent_on_steps = entry["steps"][0] * one * min(first["c"].values())
-    measured = (entry["flops"][0][-1] - spent_on_steps) / one  # in steps
-    assert 5 < measured < 70
+    assert 98 * one < entry["flops"][0][-1] <= 100 * one
+    measured = first["spent"] / one + 3  # in steps, with a part of what aop.allocate takes
+    assert entry["steps"][0] < 10 + (90 - measured) / min(first["c"].values())
     assert f"| 10 | {first['choice']} | {first['noise']:.2f} |" in printed
     assert "Approximate: block_0/qkv/kernel (32 to 96)" in printed
 

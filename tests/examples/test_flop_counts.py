@@ -7,8 +7,8 @@ import re
 import flop_counts
 import jax
 import jax.numpy as jnp
-import language_training
 import pytest
+from tasks import text, transformer
 
 import mem_aop_jax as aop
 
@@ -45,8 +45,9 @@ def test_flops_of_an_estimate():
 
 def test_refreshes_that_are_skipped(standard_promotion):
     """Half of them with `refresh=2`, seven of eight with `refresh=8`."""
-    model = language_training.Transformer(width=8, layers=1, heads=2)
-    loss = functools.partial(language_training.loss_fn, model)
+    model = transformer.Transformer(width=8, layers=1, heads=2)
+    logits = functools.partial(transformer.logits, model)
+    loss = functools.partial(text.next_token_loss, logits)
     windows = jnp.zeros((4, 17), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), windows[:, :-1])["params"]
 
