@@ -3,6 +3,7 @@
 import argparse
 
 import flax.linen as nn
+from paper_data import CLASSES
 
 from tasks import Task, images
 
@@ -14,7 +15,6 @@ OPTIONS = {
 }
 LEARNING_RATE = 5e-4
 PRESETS = {"short": {}, "long": {"steps": 1800}}
-CLASSES = 10
 add_arguments = images.add_arguments
 
 

@@ -3,6 +3,7 @@
 import argparse
 
 import flax.linen as nn
+from paper_data import CLASSES
 
 from tasks import Task, images
 
@@ -16,7 +17,6 @@ OPTIONS = {
 LEARNING_RATE = 5e-4
 PRESETS = {"short": {}, "long": {"steps": 180}}
 PATCH, PATCHES = 4, 7  # pixels and patches of a side
-CLASSES = 10
 add_arguments = images.add_arguments
 
 
