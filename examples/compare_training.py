@@ -251,8 +251,7 @@ class Trainer:
                     diagnostics[done] = aop.diagnostics(
                         approx, params, memory, key, examples, count_flops=False
                     )
-            affordable = LAST_DECISION * self.budget - DECISION * self.step_cost(()).flops
-            if done == decided and flops < affordable:
+            if done == decided and controlled.can_pay(flops):
                 batches = [(self.draw(task.train, keys[0], done + i),) for i in range(2)]
                 with stopwatch:
                     state, decision_flops = controlled.decide(done, state, batches, key)
@@ -302,6 +301,7 @@ class Controlled:
     def __init__(self, trainer: Trainer):
         self.approx, self.choices = trainer.approximate(trainer.allocated), {}
         self.every = trainer.run.every
+        self.budget = LAST_DECISION * trainer.budget - DECISION * trainer.step_cost(()).flops
         self.controller = None  # until the first decision
 
     @property
@@ -313,6 +313,10 @@ class Controlled:
         """The step of the next decision, after so many steps."""
         first = max(1, self.every // 10)
         return first if done < first else self.every * (done // self.every + 1)
+
+    def can_pay(self, spent: float) -> bool:
+        """Whether another decision is worth its FLOPs, after so many of the run's."""
+        return spent < self.budget
 
     def decide(self, step: int, state, batches, key):
         """The state with the memory for the chosen rules, and FLOPs of all measurements."""

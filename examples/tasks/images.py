@@ -36,6 +36,7 @@ def task(
     rows: int,
     exact: tuple[str, ...],
     validation: tuple[int, int],
+    shift: int = 0,
 ) -> Task:
     """A classifier's task on the images of the options.
 
@@ -46,6 +47,7 @@ def task(
       rows: as in `Task`.
       exact: as in `Task`.
       validation: how many batches validate, and images of a batch.
+      shift: pixels by which a training image is moved, at most, along each axis, at random.
     """
     folder = options.data
     if folder is None and options.dataset == "fashion-mnist" and DEBIAN.is_dir():
@@ -71,10 +73,15 @@ def task(
 
     def draw(train, key):
         index = jax.random.randint(key, (), 0, len(train[1]))
-        return jax.tree.map(lambda a: a[index], train)
+        pixels, label = jax.tree.map(lambda a: a[index], train)
+        if shift:
+            padded = jnp.pad(pixels.reshape(28, 28), shift)
+            corner = jax.random.randint(jax.random.fold_in(key, 1), (2,), 0, 2 * shift + 1)
+            pixels = jax.lax.dynamic_slice(padded, corner, (28, 28)).reshape(pixels.shape)
+        return pixels, label
 
     return Task(
-        data=options.dataset,
+        data=f"{options.dataset}, moved by up to {shift} pixels" if shift else options.dataset,
         checksum=data.checksum(),
         init=lambda key: init(key, jnp.zeros((1, 28, 28, 1))),
         loss=loss,
