@@ -148,7 +148,7 @@ class Comparison:
 
     def trainer(self, run: Run, rate: float | None = None) -> Trainer:
         options = self.options
-        rate = rate or options.learning_rate
+        rate = options.learning_rate if rate is None else rate
         return Trainer(self.task, run, rate, self.reference, options.layers_exact)
 
     def approximate(self) -> list[str]:

@@ -477,16 +477,23 @@ def test_the_page_has_the_figures_of_its_results():
             (PAGE.parent / "compare" / folder / "results.json").read_text()
         ).values()
         rows = [
-            line.strip("| ").split(" | ")
+            [cell.strip() for cell in line[1:].split(" |")]
             for line in text.splitlines()
             if line.startswith(("| `", "| **`"))
         ]
         assert {row[0].strip("*`") for row in rows} == set(results)
-        for name, c, loss, *_ in rows:
+        best = results[compare_report.best_exact(results)]
+        for name, c, loss, less, flops, accessed, seconds, _ in rows:
             entry = results[name.strip("*`")]
-            last = [losses[-1] for losses in entry["losses"]]
+            last = compare_report.last_losses(entry)
             digits = len(loss.split(" ")[0].partition(".")[2])
             assert loss == runs.cell(last, f".{digits}f")
-            assert float(c) == pytest.approx(entry["c"], abs=0.0051)
+            assert name.startswith("**") == (entry is best)
+            differences = last - compare_report.last_losses(best)
+            spelled = ", ".join(f"{x:+.{digits}f}" for x in differences)
+            assert less == ("" if entry is best else spelled)
+            assert flops == compare_report.share_until(entry, best, "flops")
+            bytes_ = f"{entry['of_bytes'] / best['of_bytes']:.2f}" if "of_bytes" in entry else ""
+            assert (accessed, c) == (bytes_, f"{entry['c']:.2f}")
+            assert seconds == f"{np.mean(entry['seconds'], axis=0)[-1]:.0f}"
             assert 0.99 < entry["of_reference"] <= 1.001 or entry["wanted"]["bytes"]
-            assert name.startswith("**") == (name.strip("*`") == compare_report.best_exact(results))

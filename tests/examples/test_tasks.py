@@ -140,6 +140,8 @@ def test_images_are_moved(tmp_path, standard_promotion):
         seen.update(corners)
         assert len(corners) == 1
     assert {i for i, _ in seen} == {j for _, j in seen} == set(range(5))
+    assert len(seen) > 15  # not along both axes alike
+    jax.tree.map(np.testing.assert_array_equal, moved.validation, still.validation)
 
 
 # ---- the models
