@@ -301,7 +301,7 @@ class Controlled:
     def __init__(self, trainer: Trainer):
         self.approx, self.choices = trainer.approximate(trainer.allocated), {}
         self.every = trainer.run.every
-        self.budget = LAST_DECISION * trainer.budget - DECISION * trainer.step_cost(()).flops
+        self.affordable = LAST_DECISION * trainer.budget - DECISION * trainer.step_cost(()).flops
         self.controller = None  # until the first decision
 
     @property
@@ -316,7 +316,7 @@ class Controlled:
 
     def can_pay(self, spent: float) -> bool:
         """Whether another decision is worth its FLOPs, after so many of the run's."""
-        return spent < self.budget
+        return spent < self.affordable
 
     def decide(self, step: int, state, batches, key):
         """The state with the memory for the chosen rules, and FLOPs of all measurements."""

@@ -1,6 +1,7 @@
-"""Files of data for the tasks of examples/compare.py."""
+"""Files of data for the examples: texts, and images in the format of MNIST."""
 
 import numpy as np
+import paper_data
 
 
 def write_text(path, characters=20_000):
@@ -11,6 +12,12 @@ def write_text(path, characters=20_000):
     return path
 
 
+def idx(array, magic):
+    """The contents of an IDX file."""
+    header = np.array([magic, *array.shape], ">u4").tobytes()
+    return header + array.astype(np.uint8).tobytes()
+
+
 def write_images(folder):
     """Images of 28 x 28 pixels whose class is where they are bright, in the format of MNIST."""
     rng = np.random.default_rng(0)
@@ -19,7 +26,5 @@ def write_images(folder):
         pixels = rng.integers(0, 50, (count, 28, 28)) + 200 * (
             np.arange(28)[:, None] // 3 == labels[:, None, None]
         )
-        for kind, magic, array in (("images-idx3", 2051, pixels), ("labels-idx1", 2049, labels)):
-            header = np.array([magic, *array.shape], ">u4").tobytes()
-            path = folder / f"{name}-{kind}-ubyte"
-            path.write_bytes(header + array.astype(np.uint8).tobytes())
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(idx(pixels, paper_data.IMAGES))
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(idx(labels, paper_data.LABELS))

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-import tasks.experts
 import tasks.text
 import tasks.transformer
 from compare_training import Run

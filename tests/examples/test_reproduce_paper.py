@@ -21,6 +21,7 @@ import paper_report
 import pooch
 import pytest
 import reproduce_paper
+from task_data import idx
 
 SCRIPT = pathlib.Path(reproduce_paper.__file__)
 SHARED = pathlib.Path(__file__).parents[3] / "shared"
@@ -46,11 +47,6 @@ def write_energy(path, rows=768, header=None, **changes):
     ]
     path.write_text("\n".join(",".join(line) for line in [header, *cells]) + "\n")
     return numbers
-
-
-def idx(array, magic):
-    header = np.array([magic, *array.shape], ">u4").tobytes()
-    return header + array.astype(np.uint8).tobytes()
 
 
 def small_images(train=200, validation=100):
